@@ -1,0 +1,127 @@
+"""What the knobs of private training do: data, epochs, learning rate, noise.
+
+Four settings, each trained with and without privacy on made-up data for two
+classes. One knob turns at a time:
+
+1. little data, many epochs: a large epsilon;
+2. ten times the data, a tenth of the epochs: a small one, at the same number of steps;
+3. more epochs at a lower learning rate: more steps, more epsilon;
+4. more noise, and an optimizer that copes with it: the smallest epsilon.
+
+The script prints the epsilon of each model as it was really trained, and draws
+the training loss of each, ordinary against private.
+
+    pip install ".[examples]" && python examples/knobs.py
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import matplotlib
+
+matplotlib.use("Agg")  # draw into files; no window is needed
+import matplotlib.pyplot as plt
+import numpy as np
+
+import keras_dp
+
+DELTA = 1e-5
+BATCH_SIZE = 256
+MAX_GRAD_NORM = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    title: str
+    num_examples: int
+    epochs: int
+    optimizer: Callable[[], keras.optimizers.Optimizer]
+    private_optimizer: Callable[..., keras.optimizers.Optimizer]
+    learning_rate: float
+    noise_multiplier: float = 1.0
+
+
+SETTINGS = [
+    Setting("little data", 2_000, 100, keras.optimizers.SGD, keras_dp.DPSGD, 0.05),
+    Setting("more data", 20_000, 10, keras.optimizers.SGD, keras_dp.DPSGD, 0.05),
+    Setting("more epochs", 20_000, 50, keras.optimizers.SGD, keras_dp.DPSGD, 0.01),
+    Setting("more noise", 20_000, 10, keras.optimizers.Adam, keras_dp.DPAdam, 0.01, 2.5),
+]
+
+
+def make_data(num_examples, num_features=20):
+    """Two overlapping clouds of points, and which of them each point is from."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, size=(num_examples, 1))
+    centres = np.where(labels == 1, 0.4, -0.4)
+    points = centres + rng.normal(size=(num_examples, num_features))
+    return points.astype("float32"), labels.astype("float32")
+
+
+def train(optimizer, data, epochs):
+    keras.utils.set_random_seed(0)  # the same initial weights for both; never the noise
+    model = keras.Sequential(
+        [
+            keras.Input(data[0].shape[1:]),
+            keras.layers.Dense(16, activation="relu"),
+            keras.layers.Dense(1, activation="sigmoid"),
+        ]
+    )
+    model.compile(optimizer=optimizer, loss="binary_crossentropy")
+    history = model.fit(*data, batch_size=BATCH_SIZE, epochs=epochs, verbose=0)
+    return model, history.history["loss"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("knobs.png"),
+        help="where to write the picture (default: %(default)s)",
+    )
+    arguments = parser.parse_args()
+
+    print("setting      examples  epochs  optimizer      noise   epsilon  loss: ordinary  private")
+    figure, panels = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for setting, panel in zip(SETTINGS, panels.flat, strict=True):
+        data = make_data(setting.num_examples)
+        _, ordinary = train(setting.optimizer(setting.learning_rate), data, setting.epochs)
+        model, private = train(
+            setting.private_optimizer(
+                setting.learning_rate,
+                max_grad_norm=MAX_GRAD_NORM,
+                noise_multiplier=setting.noise_multiplier,
+            ),
+            data,
+            setting.epochs,
+        )
+        # From the steps that were taken, not from the ones that were planned.
+        epsilon = model.optimizer.get_epsilon(DELTA)
+
+        optimizer = f"{setting.optimizer.__name__} {setting.learning_rate:g}"
+        print(
+            f"{setting.title:12} {setting.num_examples:8}  {setting.epochs:6}  {optimizer:10} "
+            f"{setting.noise_multiplier:9.1f} {epsilon:9.3f}  "
+            f"{ordinary[-1]:14.3f} {private[-1]:8.3f}",
+            flush=True,
+        )
+
+        for name, loss in (("ordinary", ordinary), ("private", private)):
+            panel.plot(range(1, len(loss) + 1), loss, label=name)
+        panel.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+        panel.set_title(
+            f"{setting.title}: n = {setting.num_examples}, {optimizer}, "
+            f"σ = {setting.noise_multiplier:g}\nε = {epsilon:.3f} at δ = {DELTA:g}"
+        )
+        panel.legend()
+
+    figure.savefig(arguments.output, dpi=120)
+    print(f"\nPicture: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

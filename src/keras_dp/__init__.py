@@ -1,0 +1,54 @@
+"""Differentially private training for Keras 3.
+
+Change the optimizer, add a callback, and `model.fit` trains with DP-SGD:
+
+```python
+model.compile(
+    optimizer=keras_dp.DPSGD(0.15, max_grad_norm=1.0, noise_multiplier=1.1),
+    loss="sparse_categorical_crossentropy",
+)
+model.fit(
+    x, y, batch_size=256, epochs=15, callbacks=[keras_dp.PrivacyBudget(epsilon=3.0, delta=1e-5)]
+)
+```
+"""
+
+from importlib.metadata import version as _version
+
+from . import accounting
+from .binding import install as _install
+from .callbacks import PrivacyBudget
+from .compatibility import Problem, check_model
+from .errors import PrivacyBudgetExceeded, PrivacyError, PrivacyWarning
+from .ledger import PrivacyLedger, Release
+from .optimizers import DPSGD, DPAdagrad, DPAdam, DPAdamW, DPOptimizer, DPRMSprop
+from .report import PrivacyReport, privacy_report
+from .sampling import PoissonDataset, ShuffledDataset
+from .saving import save_inference_model
+
+__version__ = _version("keras-dp")
+
+__all__ = [
+    "DPSGD",
+    "DPAdagrad",
+    "DPAdam",
+    "DPAdamW",
+    "DPOptimizer",
+    "DPRMSprop",
+    "PoissonDataset",
+    "PrivacyBudget",
+    "PrivacyBudgetExceeded",
+    "PrivacyError",
+    "PrivacyLedger",
+    "PrivacyReport",
+    "PrivacyWarning",
+    "Problem",
+    "Release",
+    "ShuffledDataset",
+    "accounting",
+    "check_model",
+    "privacy_report",
+    "save_inference_model",
+]
+
+_install()

@@ -1,0 +1,67 @@
+"""The one door to the deep-learning framework beneath Keras.
+
+Everything that must name a framework (gradient tapes, the vectorizer, random
+generators, control flow on tensors) stands in one module per framework, with
+the same functions. The rest of the package imports them from here.
+"""
+
+import keras
+
+_SUPPORTED = ("tensorflow",)
+
+if keras.backend.backend() not in _SUPPORTED:
+    raise ImportError(
+        "keras_dp runs on the TensorFlow backend of Keras, and Keras is using "
+        f"{keras.backend.backend()!r}. Set the environment variable KERAS_BACKEND=tensorflow "
+        'before Keras is imported (or "backend": "tensorflow" in keras.json).'
+    )
+
+from .tensorflow import (  # noqa: E402
+    BrokenMatmul,
+    Counter,
+    NoiseGenerator,
+    Scalar,
+    as_tensors,
+    at_least_float32,
+    branch,
+    chunked_sum,
+    compiled_candidate,
+    dataset_length,
+    in_graph,
+    loop_engine,
+    mean_over,
+    outside_graph,
+    pad_examples,
+    per_example_seeds,
+    real_examples,
+    replica_count,
+    row_count,
+    shared_gradient,
+    vectorized_engine,
+    wait_for,
+)
+
+__all__ = [
+    "BrokenMatmul",
+    "Counter",
+    "NoiseGenerator",
+    "Scalar",
+    "as_tensors",
+    "at_least_float32",
+    "branch",
+    "chunked_sum",
+    "compiled_candidate",
+    "dataset_length",
+    "in_graph",
+    "loop_engine",
+    "mean_over",
+    "outside_graph",
+    "pad_examples",
+    "per_example_seeds",
+    "real_examples",
+    "replica_count",
+    "row_count",
+    "shared_gradient",
+    "vectorized_engine",
+    "wait_for",
+]

@@ -1,0 +1,366 @@
+"""What `compile` binds to a model: the private train step, and `fit` on a Poisson sample.
+
+`install` wraps `compile` once, on the class that defines it for every Keras
+model. From then on, compiling a model with a DP optimizer puts private methods
+into the instance; compiling it with any other optimizer takes them out again.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import tree
+
+from . import backend, keras_private
+from .compatibility import require_trainable_privately
+from .errors import PrivacyError
+from .ledger import PrivacyLedger, Release
+from .optimizers import DPOptimizer
+from .sampling import (
+    PoissonDataset,
+    Sampling,
+    ShuffledDataset,
+    as_arrays,
+    check_batch_size,
+    common_length,
+    split_for_validation,
+)
+
+_BOUND = ("train_step", "make_train_function", "fit", "train_on_batch")
+_LEDGER = "_keras_dp_ledger"  # where a model keeps its ledger between two DP optimizers
+_DEFAULT_BATCH_SIZE = 32  # as Keras'
+
+
+def install() -> None:
+    """Wraps `compile` on the class that defines it, so that loading, cloning and
+    pickling a model bind as well. Does nothing the second time."""
+    owner = next(c for c in keras.Model.__mro__ if "compile" in vars(c))
+    original = vars(owner)["compile"]
+    if getattr(original, "_keras_dp", False):
+        return
+
+    @functools.wraps(original)
+    def compile(self: keras.Model, *args: Any, **kwargs: Any) -> None:
+        arguments = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        chosen = arguments.get("optimizer", "rmsprop")
+        optimizer = _resolve(chosen)
+        ledger = ledger_of(self)
+        if isinstance(optimizer, DPOptimizer):
+            _check_can_bind(self, optimizer, arguments)
+            optimizer.attach(self, ledger)
+            arguments["auto_scale_loss"] = False
+        arguments["optimizer"] = optimizer
+        del arguments["self"]
+        original(self, **arguments)
+        _unbind(self)
+        if isinstance(optimizer, DPOptimizer):
+            _bind(self, optimizer)
+        elif ledger.steps:
+            vars(self)[_LEDGER] = ledger
+
+    compile._keras_dp = True  # type: ignore[attr-defined]
+    owner.compile = compile
+
+
+def ledger_of(model: keras.Model) -> PrivacyLedger:
+    """The releases that a model has learned from, whatever it is compiled with now."""
+    optimizer = getattr(model, "optimizer", None)
+    if isinstance(optimizer, DPOptimizer):
+        return optimizer.ledger
+    ledger = vars(model).get(_LEDGER, PrivacyLedger())
+    if ledger.steps and optimizer is not None and int(optimizer.iterations) > 0:
+        # Trained on without protection since: nothing bounds epsilon any more.
+        steps = int(optimizer.iterations)
+        ledger = ledger.merge([Release("unprotected", 0.0, steps=steps)])
+    return ledger
+
+
+def _resolve(chosen: Any) -> Any:
+    if isinstance(chosen, str):
+        named = chosen.lower().replace("_", "")
+        known = ("dpoptimizer", "dpsgd", "dpadam", "dpadamw", "dpadagrad", "dprmsprop")
+        if named in known:
+            raise ValueError(
+                f"compile(optimizer={chosen!r}): a DP optimizer can't be named by a string, since "
+                "it needs to know the clipping norm and the noise. Pass an instance, such as "
+                "keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=1.0)."
+            )
+    return keras.optimizers.get(chosen)
+
+
+def _check_can_bind(model: keras.Model, optimizer: DPOptimizer, arguments: dict[str, Any]) -> None:
+    for name in ("train_step", "make_train_function"):
+        own = getattr(type(model), name)
+        if own is not getattr(keras.Model, name):
+            raise PrivacyError(
+                f"The class {type(model).__name__} overrides `{name}`, which private training "
+                "has to replace. Move what it does into `compute_loss` (the loss of a batch) and "
+                "`compute_metrics`, which keras_dp calls for each example, and remove the override."
+            )
+    replicas = backend.replica_count(model)
+    if replicas > 1:
+        raise PrivacyError(
+            f"The model '{model.name}' was made under a distribution strategy with {replicas} "
+            "replicas, on which the noise would be wrong. Build and compile it outside the "
+            "strategy's scope, on one device."
+        )
+    require_trainable_privately(model)
+    if model.built and not model.trainable_variables:
+        raise ValueError(
+            f"compile(optimizer={type(optimizer).__name__}): the model '{model.name}' has no "
+            "trainable weights, so there is nothing to train privately. Add a layer with weights, "
+            "or set `trainable = True` on one."
+        )
+
+
+def _bind(model: keras.Model, optimizer: DPOptimizer) -> None:
+    vars(model).pop(_LEDGER, None)
+    methods: dict[str, Callable[..., Any]] = {
+        "train_step": functools.partial(optimizer.train_step, model),
+        "make_train_function": functools.partial(_make_train_function, model),
+        "fit": _fit_of(model, optimizer),
+        "train_on_batch": _train_on_batch_of(model, optimizer),
+    }
+    vars(model).update(methods)
+
+
+def _unbind(model: keras.Model) -> None:
+    for name in _BOUND:
+        vars(model).pop(name, None)
+
+
+def _make_train_function(model: keras.Model, force: bool = False) -> Any:
+    """Keras' train function around the private step.
+
+    XLA compiles the engine within the step, not the whole step: a Poisson
+    sample has a size of its own each time, and compiling for each would cost
+    more than it saves.
+    """
+    jit_compile = model.jit_compile
+    model._jit_compile = False
+    try:
+        return type(model).make_train_function(model, force)
+    finally:
+        model._jit_compile = jit_compile
+
+
+# -- train_on_batch --------------------------------------------------------------------------
+
+
+def _train_on_batch_of(model: keras.Model, optimizer: DPOptimizer) -> Callable[..., Any]:
+    original = type(model).train_on_batch
+
+    @functools.wraps(original)
+    def train_on_batch(*args: Any, **kwargs: Any) -> Any:
+        optimizer.begin_train_on_batch()
+        return original(model, *args, **kwargs)
+
+    return train_on_batch
+
+
+# -- fit -------------------------------------------------------------------------------------
+
+
+def _fit_of(model: keras.Model, optimizer: DPOptimizer) -> Callable[..., Any]:
+    original = type(model).fit
+
+    @functools.wraps(original)
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        given = dict(inspect.signature(original).bind(model, *args, **kwargs).arguments)
+        given.pop("self", None)
+        given.update(given.pop("kwargs", {}))
+        require_trainable_privately(model)
+        sampling, steps = _private_source(given, optimizer)
+        session = _FitSession(optimizer, sampling, steps, given.get("initial_epoch", 0))
+        given["callbacks"] = _with_callback(given.get("callbacks"), session, model)
+        optimizer.budget = None
+        try:
+            return original(model, **given)
+        finally:
+            optimizer.end_fit()
+
+    return fit
+
+
+def _private_source(given: dict[str, Any], optimizer: DPOptimizer) -> tuple[Sampling, int | None]:
+    """Puts the data source that private training needs into `fit`'s arguments.
+
+    Returns:
+        How its batches are drawn, and the steps of an epoch, where known.
+    """
+    x, y, weights = given.get("x"), given.get("y"), given.get("sample_weight")
+    batch_size = given.get("batch_size")
+    if batch_size is not None:
+        batch_size = check_batch_size(batch_size)
+    steps = given.get("steps_per_epoch")
+    if steps is not None:
+        steps = check_batch_size(steps, "steps_per_epoch")
+
+    if isinstance(x, keras.utils.PyDataset) or not keras_private.can_convert_arrays(
+        (x, y, weights)
+    ):
+        if given.get("validation_split"):
+            raise ValueError(
+                "`validation_split` is only supported for arrays. Split the data first and pass "
+                "validation_data=(x_val, y_val)."
+            )
+        if type(x) in (PoissonDataset, ShuffledDataset):
+            return _own_dataset(given, x, steps)
+        return _foreign_source(given, x, batch_size, optimizer, steps)
+
+    if given.get("shuffle", True) is not True:
+        raise ValueError(
+            f"fit(shuffle={given['shuffle']!r}): private training draws every batch at random "
+            "(Poisson sampling), so the order of the data has no meaning. Remove `shuffle`, or, "
+            "if the order matters, pass a tf.data.Dataset, whose steps cost far more privacy."
+        )
+    if x is None:
+        raise ValueError("fit(x=None): there is no training data. Pass arrays as `x` and `y`.")
+    if given.get("validation_split") and given.get("validation_data") is None:
+        (x, y, weights), held_out = split_for_validation(x, y, weights, given["validation_split"])
+        given["validation_data"] = held_out if held_out[2] is not None else held_out[:2]
+    given.pop("validation_split", None)
+    if weights is not None and given.get("class_weight") is not None:
+        raise ValueError(
+            "fit(class_weight=..., sample_weight=...): give one of them; multiply the class "
+            "weights into sample_weight to use both."
+        )
+    given.setdefault("validation_batch_size", batch_size)
+    for name in ("y", "sample_weight", "batch_size"):
+        given.pop(name, None)
+    if batch_size is None:
+        n = common_length(as_arrays(x, "x"), as_arrays(y, "y"), as_arrays(weights, "sample_weight"))
+        batch_size = min(-(-n // steps) if steps else _DEFAULT_BATCH_SIZE, n)
+    dataset = PoissonDataset(x, y, weights, batch_size=batch_size, seed=optimizer.seed)
+    return _own_dataset(given, dataset, steps)
+
+
+def _own_dataset(
+    given: dict[str, Any], dataset: PoissonDataset | ShuffledDataset, steps: int | None
+) -> tuple[Sampling, int | None]:
+    given["x"] = dataset
+    given.pop("steps_per_epoch", None)
+    given["shuffle"] = False  # both are random already
+    if isinstance(dataset, PoissonDataset):
+        dataset.set_num_batches(steps or dataset.steps_per_epoch)
+    elif steps is not None and steps != len(dataset):
+        raise ValueError(
+            f"fit(steps_per_epoch={steps}): an epoch of a ShuffledDataset is one pass of "
+            f"{len(dataset)} steps, since that is what its accounting rests on. Remove "
+            "`steps_per_epoch`, or use a PoissonDataset."
+        )
+    return dataset.sampling, dataset.num_batches
+
+
+def _foreign_source(
+    given: dict[str, Any],
+    x: Any,
+    batch_size: int | None,
+    optimizer: DPOptimizer,
+    steps: int | None,
+) -> tuple[Sampling, int | None]:
+    """A source whose batches nobody can vouch for."""
+    if batch_size is None:
+        given["x"], batch_size = _declared_batch_size(x)
+    given.pop("batch_size", None)
+    kind = type(x).__name__
+    optimizer.tell_once(
+        "source",
+        f"fit can't know how a {kind} draws its batches, so every step is accounted as if every "
+        "example took part in it, and epsilon grows fast. Pass arrays, of which fit draws Poisson "
+        "batches, or a keras_dp.PoissonDataset or ShuffledDataset, to be accounted as what it is.",
+    )
+    length = steps
+    if length is None:
+        try:
+            length = backend.dataset_length(x)
+            length = len(x) if length is None and hasattr(x, "__len__") else length
+        except (TypeError, NotImplementedError):
+            length = None
+    return Sampling("unknown", batch_size=float(batch_size)), length
+
+
+def _declared_batch_size(x: Any) -> tuple[Any, int]:
+    """The batch size of a foreign source: what it says, or the rows of its first batch.
+
+    Returns:
+        The source (a generator is replaced by one that still has its first
+        batch), and the size.
+
+    Raises:
+        ValueError: If it can't be found out.
+    """
+    said = getattr(x, "batch_size", None)
+    if isinstance(said, int) and said > 0:
+        return x, said
+    try:
+        if inspect.isgenerator(x):
+            first = next(x)
+
+            def replay(rest: Any = x) -> Any:
+                yield from itertools.chain([first], rest)
+
+            x = replay()
+        elif isinstance(x, keras.utils.PyDataset):
+            first = x[0]
+        else:
+            first = next(iter(x))
+        rows = int(tree.flatten(first)[0].shape[0])
+    except StopIteration:
+        raise ValueError(
+            f"The training data is empty: the {type(x).__name__} has no batch."
+        ) from None
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"The expected batch size of the {type(x).__name__} given as `x` can't be found out "
+            f"({error}). Declare it: fit(..., batch_size=...)."
+        ) from error
+    if rows < 1:
+        raise ValueError(
+            f"The first batch of the {type(x).__name__} given as `x` is empty, so the expected "
+            "batch size is unknown. Declare it: fit(..., batch_size=...)."
+        )
+    return x, rows
+
+
+def _with_callback(callbacks: Any, session: keras.callbacks.Callback, model: keras.Model) -> Any:
+    """The callbacks with ours last, so that it starts when all others have."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        session.set_model(model)
+        session.set_params(callbacks.params)
+        callbacks.append(session)
+        return callbacks
+    return [*tree.flatten(callbacks or []), session]
+
+
+class _FitSession(keras.callbacks.Callback):
+    """Declares to the optimizer what a fit is about to do.
+
+    It starts after the user's callbacks, because those may restore a backup
+    (and with it a ledger, and the epoch to go on from).
+    """
+
+    def __init__(
+        self,
+        optimizer: DPOptimizer,
+        sampling: Sampling,
+        steps_per_epoch: int | None,
+        initial_epoch: int,
+    ) -> None:
+        super().__init__()
+        self._optimizer = optimizer
+        self._sampling = sampling
+        self._steps_per_epoch = steps_per_epoch
+        self._initial_epoch = initial_epoch
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        planned = None
+        if self._steps_per_epoch is not None:
+            first = keras_private.resumed_epoch(self.model) or self._initial_epoch
+            planned = max(self.params.get("epochs", 1) - first, 0) * self._steps_per_epoch
+        self._optimizer.begin_fit(self._sampling, planned)

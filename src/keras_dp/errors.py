@@ -1,0 +1,16 @@
+"""What goes wrong, by name. Imports nothing."""
+
+
+class PrivacyError(RuntimeError):
+    """Going on would train without the promised privacy.
+
+    The message says what is wrong, where, and how to mend it.
+    """
+
+
+class PrivacyBudgetExceeded(PrivacyError):
+    """The privacy budget is spent: no further step may run."""
+
+
+class PrivacyWarning(UserWarning):
+    """Training goes on, but the user should know something about its privacy."""

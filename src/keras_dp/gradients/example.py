@@ -1,0 +1,146 @@
+"""One example's loss, as if that example were alone in the world."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+from .. import keras_private
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Examples, stacked along the first axis of every leaf.
+
+    Args:
+        x: Inputs, any structure of tensors of shape (rows, ...).
+        y: Targets, likewise, or `None`.
+        sample_weight: Weights, likewise, or `None`.
+    """
+
+    x: Any
+    y: Any = None
+    sample_weight: Any = None
+
+    def leaves(self) -> list[Any]:
+        """All tensors, in a fixed order."""
+        return [t for t in tree.flatten(self._parts()) if t is not None]
+
+    def with_leaves(self, leaves: list[Any]) -> Batch:
+        """The same structure around other tensors."""
+        remaining = iter(leaves)
+        parts = tree.map_structure(lambda t: None if t is None else next(remaining), self._parts())
+        return Batch(*parts)
+
+    def _parts(self) -> tuple[Any, Any, Any]:
+        return (self.x, self.y, self.sample_weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What an engine makes of a batch.
+
+    Args:
+        sums: The clipped sum for each trainable variable.
+        norms: Per-example gradient norms before clipping, (rows,).
+        losses: Per-example losses, (rows,).
+        outputs: The model's predictions, stacked; with their Keras masks.
+        metric_updates: Pairs of a metric variable that computing the loss
+            writes to, and what every example adds to it, (rows, ...).
+    """
+
+    sums: list[Any]
+    norms: Any
+    losses: Any
+    outputs: Any
+    metric_updates: list[tuple[Any, Any]]
+
+
+class ExampleLoss:
+    """The loss of one example, and the way to take apart what comes back stacked.
+
+    A call runs the model on a batch of one, in a stateless scope: weights and
+    random seeds are the values handed in, and whatever the model would write
+    into its state is caught and dropped. The loss is the model's own
+    (`compute_loss`: compiled loss, `add_loss`, activity regularizers), without
+    the weight regularizers, which no example owns.
+
+    Args:
+        model: The model; its loss and metrics must be built.
+        variables: The trainable variables that get a gradient.
+        batch: An example of the structure of the batches to come.
+    """
+
+    def __init__(self, model: keras.Model, variables: list[Any], batch: Batch) -> None:
+        self.model = model
+        self.variables = variables
+        self.seed_states = keras_private.seed_states_of(model)
+        self.metric_variables: list[Any] = []
+        self._batch = batch
+        self._leaf_count = len(batch.leaves())
+        self._output_structure: Any = None
+        self._masked: list[bool] = []
+
+    def __call__(self, weights: list[Any], leaves: list[Any]) -> tuple[Any, list[Any]]:
+        """Loss (a scalar), and outputs, masks and metric updates without a batch axis."""
+        data, seeds = leaves[: self._leaf_count], leaves[self._leaf_count :]
+        alone = self._batch.with_leaves([ops.expand_dims(t, 0) for t in data])
+        metrics = list(self.model.metrics_variables)
+        state = [
+            *zip(self.variables, weights, strict=True),
+            *zip(self.seed_states, seeds, strict=True),
+            *((v, ops.zeros(v.shape, v.dtype)) for v in metrics),
+        ]
+        with (
+            without_weight_regularizers(self.variables),
+            keras.StatelessScope(state_mapping=state, collect_losses=True) as scope,
+        ):
+            before = [scope.get_current_value(v) for v in metrics]
+            if keras_private.takes_training_argument(self.model):
+                outputs = self.model(alone.x, training=True)
+            else:
+                outputs = self.model(alone.x)
+            loss = keras_private.loss_of(
+                self.model, alone.x, alone.y, outputs, alone.sample_weight, training=True
+            )
+        after = [scope.get_current_value(v) for v in metrics]
+        touched = [k for k, (a, b) in enumerate(zip(after, before, strict=True)) if a is not b]
+        self.metric_variables = [metrics[k] for k in touched]
+        updates = [after[k] for k in touched]
+        flat = tree.flatten(outputs)
+        masks = [keras_private.mask_of(t) for t in flat]
+        self._output_structure = outputs
+        self._masked = [m is not None for m in masks]
+        extra = [*flat, *(m for m in masks if m is not None)]
+        return ops.sum(loss), [*(ops.squeeze(t, 0) for t in extra), *updates]
+
+    def outcome(self, result: tuple[list[Any], Any, Any, list[Any]]) -> Outcome:
+        """An engine's result with outputs, masks and metric updates told apart."""
+        sums, norms, losses, extra = result
+        count = len(self._masked)
+        flat, rest = extra[:count], extra[count:]
+        remaining = iter(rest)
+        for tensor, masked in zip(flat, self._masked, strict=True):
+            if masked:
+                keras_private.set_mask(tensor, next(remaining))
+        outputs = tree.pack_sequence_as(self._output_structure, flat)
+        updates = list(zip(self.metric_variables, remaining, strict=True))
+        return Outcome(sums, norms, losses, outputs, updates)
+
+
+@contextlib.contextmanager
+def without_weight_regularizers(variables: list[Any]) -> Iterator[None]:
+    """Takes the weight regularizers out of `model.losses` for a while."""
+    saved = [v.regularizer for v in variables]
+    for v in variables:
+        v.regularizer = None
+    try:
+        yield
+    finally:
+        for v, regularizer in zip(variables, saved, strict=True):
+            v.regularizer = regularizer

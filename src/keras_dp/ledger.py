@@ -1,0 +1,234 @@
+"""The ledger: which private releases were made so far. Plain data; imports no Keras.
+
+A ledger only grows. Each `Release` is a run of like steps with an identity of
+its own, so that two ledgers merge without loss and without counting a step
+twice: the union of their releases, each with the larger of its step counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any
+
+SAMPLERS = ("poisson", "shuffled", "unknown", "unprotected")
+_FORMAT = 1
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """A run of like private steps.
+
+    Args:
+        sampler: How the batches were drawn. `"poisson"`: every example joins a
+            batch independently with probability `sampling_rate`. `"shuffled"`:
+            every example is in exactly one batch of each pass of
+            `steps_per_epoch` steps. `"unknown"`: nothing is known, so every
+            example may be in every batch. `"unprotected"`: training without
+            any noise; epsilon is infinite.
+        noise_multiplier: sigma, the standard deviation of the noise divided by
+            the L2 sensitivity of the released sum.
+        steps: The number of releases made.
+        sampling_rate: q, for `"poisson"`.
+        steps_per_epoch: Steps in one pass, for `"shuffled"`.
+        num_examples: n, if known (public).
+        batch_size: The expected batch size: the divisor of the released sum.
+        max_grad_norm: C, the clipping norm.
+        clipping: The clipping strategy.
+        seeded: Whether the noise came from a seed that somebody chose, which
+            voids the guarantee.
+        id: The identity of this run of steps, for merging.
+
+    Raises:
+        ValueError: If a value is impossible.
+    """
+
+    sampler: str
+    noise_multiplier: float
+    steps: int = 0
+    sampling_rate: float | None = None
+    steps_per_epoch: int | None = None
+    num_examples: int | None = None
+    batch_size: float | None = None
+    max_grad_norm: float | None = None
+    clipping: str = "flat"
+    seeded: bool = False
+    id: str = dataclasses.field(default_factory=_new_id)
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(
+                f"`sampler` must be one of {', '.join(SAMPLERS)}. Received: {self.sampler!r}"
+            )
+        sigma = self.noise_multiplier
+        if (
+            not isinstance(sigma, (int, float))
+            or isinstance(sigma, bool)
+            or not (0 <= sigma < math.inf)
+        ):
+            raise ValueError(
+                f"`noise_multiplier` must be a finite number, 0 or more. Received: {sigma!r}"
+            )
+        if not _is_integer(self.steps) or self.steps < 0:
+            raise ValueError(f"`steps` must be an integer, 0 or more. Received: {self.steps!r}")
+        if self.sampler == "poisson":
+            q = self.sampling_rate
+            if not isinstance(q, (int, float)) or not 0 < q <= 1:
+                raise ValueError(
+                    f"`sampling_rate` of a Poisson sampler must lie in (0, 1]. Received: {q!r}"
+                )
+        if self.sampler == "shuffled":
+            n = self.steps_per_epoch
+            if not _is_integer(n) or n < 1:  # type: ignore[operator]
+                raise ValueError(
+                    "`steps_per_epoch` of a shuffled sampler must be an integer, 1 or more. "
+                    f"Received: {n!r}"
+                )
+
+    @property
+    def mechanism(self) -> tuple[Any, ...]:
+        """What two releases must share to be steps of one and the same run."""
+        return dataclasses.astuple(dataclasses.replace(self, steps=0, id=""))
+
+    def with_steps(self, steps: int) -> Release:
+        """This run with another number of steps."""
+        return dataclasses.replace(self, steps=steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivacyLedger:
+    """The private releases made so far, in order; never changed, only extended.
+
+    Example:
+
+    >>> from keras_dp import PrivacyLedger
+    >>> ledger = PrivacyLedger()
+    >>> ledger.steps
+    0
+    """
+
+    releases: tuple[Release, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "releases", tuple(self.releases))
+
+    def __len__(self) -> int:
+        return len(self.releases)
+
+    def __iter__(self):
+        return iter(self.releases)
+
+    @property
+    def steps(self) -> int:
+        """How many releases were made."""
+        return sum(r.steps for r in self.releases)
+
+    def merge(self, other: PrivacyLedger | Iterable[Release]) -> PrivacyLedger:
+        """Every release that either ledger knows, each with its larger count.
+
+        Merging is commutative up to order, associative and idempotent: loading
+        an old checkpoint of the same run changes nothing, and loading another
+        run adds it. Where two releases have one identity but differ in
+        anything else than their steps (an edited file), both are kept.
+        """
+        merged: dict[tuple[Any, ...], Release] = {}
+        for release in (*self.releases, *other):
+            key = (release.id, release.mechanism)
+            known = merged.get(key)
+            if known is None or release.steps > known.steps:
+                merged[key] = release
+        return PrivacyLedger(tuple(merged.values()))
+
+    def to_json(self) -> str:
+        """The ledger as JSON text."""
+        return json.dumps(
+            {"format": _FORMAT, "releases": [dataclasses.asdict(r) for r in self.releases]},
+            allow_nan=False,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> PrivacyLedger:
+        """The ledger that `to_json` wrote.
+
+        Raises:
+            ValueError: If the text is no ledger, or of a newer format.
+        """
+        try:
+            data = json.loads(text)
+            version, entries = data["format"], data["releases"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"This is no privacy ledger: {error!r}") from error
+        if version != _FORMAT:
+            raise ValueError(
+                f"The privacy ledger has format {version!r}; this version of keras_dp reads "
+                f"{_FORMAT}. Install the keras_dp that wrote it, or a newer one."
+            )
+        try:
+            return cls(tuple(Release(**entry) for entry in entries))
+        except TypeError as error:
+            raise ValueError(f"A release of the privacy ledger can't be read: {error}") from error
+
+
+class LedgerBook:
+    """Keeps an optimizer's ledger: the runs that are over, and the one that is going on.
+
+    The steps of the run that is going on are read from a counter that the
+    training step itself advances, so that no step goes unrecorded, whoever
+    drives it. Nothing here can take a step back.
+
+    Args:
+        count: Reads the number of releases that this optimizer has made.
+    """
+
+    def __init__(self, count: Callable[[], int]) -> None:
+        self._count = count
+        self._past = PrivacyLedger()
+        self._own: set[str] = set()
+        self._run: Release | None = None
+        self._run_began = count()
+
+    @property
+    def ledger(self) -> PrivacyLedger:
+        """All releases so far."""
+        if self._run is None or self._run_now.steps == 0:
+            return self._past
+        return self._past.merge([self._run_now])
+
+    @property
+    def run(self) -> Release | None:
+        """The run that is going on, with its steps so far."""
+        return None if self._run is None else self._run_now
+
+    @property
+    def _run_now(self) -> Release:
+        assert self._run is not None
+        return self._run.with_steps(self._run.steps + self._count() - self._run_began)
+
+    def open(self, release: Release) -> None:
+        """From now on, steps are of this kind.
+
+        A run of this very kind that this book recorded before goes on, except
+        for shuffled batches, of which every start is a new pass.
+        """
+        self._past = self.ledger
+        for known in self._past:
+            same = known.id in self._own and known.mechanism == release.mechanism
+            if same and release.sampler != "shuffled":
+                release = known
+        self._own.add(release.id)
+        self._run, self._run_began = release, self._count()
+
+    def absorb(self, ledger: PrivacyLedger) -> None:
+        """Adds what another ledger knows."""
+        self._past = self._past.merge(ledger)

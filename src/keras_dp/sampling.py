@@ -1,0 +1,392 @@
+"""Which examples make a logical batch, and how that is declared to the ledger."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import threading
+from typing import Any
+
+import keras
+import numpy as np
+from keras import tree
+
+from .ledger import Release
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How batches were drawn, and the constant that their sums are divided by.
+
+    Args:
+        sampler: `"poisson"`, `"shuffled"` or `"unknown"`, as `Release` means them.
+        batch_size: The expected number of examples in a batch. 0: the number
+            of rows that the caller hands over each time.
+        num_examples: n, where it is known.
+        sampling_rate: q, for Poisson sampling.
+        steps_per_epoch: Steps in one pass, for shuffled batches.
+        seeded: Whether the draws came from a seed that somebody chose.
+    """
+
+    sampler: str
+    batch_size: float = 0.0
+    num_examples: int | None = None
+    sampling_rate: float | None = None
+    steps_per_epoch: int | None = None
+    seeded: bool = False
+
+    def release(
+        self, *, noise_multiplier: float, max_grad_norm: float, clipping: str, seeded: bool
+    ) -> Release:
+        """The ledger's entry for steps on such batches."""
+        return Release(
+            sampler=self.sampler,
+            noise_multiplier=float(noise_multiplier),
+            sampling_rate=self.sampling_rate,
+            steps_per_epoch=self.steps_per_epoch if self.sampler == "shuffled" else None,
+            num_examples=self.num_examples,
+            batch_size=self.batch_size or None,
+            max_grad_norm=max_grad_norm,
+            clipping=clipping,
+            seeded=seeded or self.seeded,
+        )
+
+
+UNKNOWN = Sampling("unknown")
+
+
+def check_batch_size(batch_size: Any, argument: str = "batch_size") -> int:
+    """The batch size as an `int`.
+
+    Raises:
+        ValueError: If it is no positive integer.
+    """
+    if (
+        isinstance(batch_size, bool)
+        or not isinstance(batch_size, (int, np.integer))
+        or batch_size < 1
+    ):
+        raise ValueError(
+            f"`{argument}` must be a positive integer: the expected number of examples in a "
+            f"batch. Received: {argument}={batch_size!r}"
+        )
+    return int(batch_size)
+
+
+def as_array(leaf: Any, name: str = "x") -> np.ndarray:
+    """An array, tensor or pandas object as a NumPy array that can be indexed by row.
+
+    Floats take Keras' default float type, as they do in `Model.fit`.
+
+    Raises:
+        ValueError: If it can't be indexed by row.
+    """
+    if hasattr(leaf, "tocsr") or type(leaf).__name__ in ("SparseTensor", "RaggedTensor"):
+        raise ValueError(
+            f"`{name}` is a {type(leaf).__name__}, whose rows can't be drawn one by one. Make it "
+            "dense first (`.toarray()`, `.to_tensor()` or `tf.sparse.to_dense`)."
+        )
+    if hasattr(leaf, "to_frame") and hasattr(leaf, "to_numpy"):  # a pandas Series
+        array = leaf.to_numpy().reshape(-1, 1)
+    elif hasattr(leaf, "to_numpy"):  # a pandas DataFrame
+        array = leaf.to_numpy()
+    elif keras.ops.is_tensor(leaf):
+        array = keras.ops.convert_to_numpy(leaf)
+    else:
+        array = np.asarray(leaf)
+    if array.ndim < 1:
+        raise ValueError(
+            f"`{name}` holds a single value, not an array with one row per example. "
+            f"Received: {leaf!r}"
+        )
+    floatx = keras.config.floatx()
+    if np.issubdtype(array.dtype, np.floating) and array.dtype != floatx:
+        array = array.astype(floatx)
+    return array
+
+
+def as_arrays(structure: Any, name: str) -> Any:
+    """Every leaf of a structure through `as_array`; lists become tuples; `None` stays."""
+    structure = tree.lists_to_tuples(structure) if structure is not None else None
+    return tree.map_structure(lambda t: None if t is None else as_array(t, name), structure)
+
+
+def common_length(x: Any, y: Any = None, sample_weight: Any = None) -> int:
+    """The number of examples that all arrays share.
+
+    Raises:
+        ValueError: If there are none, or the lengths differ.
+    """
+    lengths = {
+        f"`{name}`" + (f"[{i}]" if tree.is_nested(part) else ""): len(leaf)
+        for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight))
+        for i, leaf in enumerate(tree.flatten(part))
+        if leaf is not None
+    }
+    if not lengths:
+        raise ValueError("There is no training data: `x` is None. Pass arrays as `x` and `y`.")
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{name} has {n}" for name, n in lengths.items())
+        raise ValueError(
+            f"All arrays must have the same number of rows (examples): {listed}. "
+            "Cut or extend them to one length."
+        )
+    (n,) = set(lengths.values())
+    if n == 0:
+        raise ValueError("The training data is empty: `x` has 0 rows.")
+    return n
+
+
+def _take(array: np.ndarray, indices: np.ndarray) -> Any:
+    rows = np.take(array, indices, axis=0)
+    if rows.dtype.kind in "OUS":
+        return keras.ops.convert_to_tensor(rows.astype(object), dtype="string")
+    return rows
+
+
+class _ArrayDataset(keras.utils.PyDataset):
+    """Batches of rows of arrays."""
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        batch_size: int,
+        seed: int | None = None,
+    ) -> None:
+        # One worker: a copy of this object in another process would draw the same batches.
+        super().__init__(workers=1, use_multiprocessing=False)
+        self.x = as_arrays(x, "x")
+        self.y = as_arrays(y, "y")
+        self.sample_weight = as_arrays(sample_weight, "sample_weight")
+        self.num_examples = common_length(self.x, self.y, self.sample_weight)
+        self.batch_size = check_batch_size(batch_size)
+        if self.batch_size > self.num_examples:
+            raise ValueError(
+                f"`batch_size` ({self.batch_size}) is larger than the number of examples "
+                f"({self.num_examples}). Choose a batch size of at most {self.num_examples}."
+            )
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+            raise ValueError(f"`seed` must be None or an integer, 0 or more. Received: {seed!r}")
+        self.seed = seed
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._random = np.random.default_rng(seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """`ceil(n / batch_size)`."""
+        return -(-self.num_examples // self.batch_size)
+
+    @property
+    def num_batches(self) -> int:
+        return self.steps_per_epoch
+
+    def _generator(self) -> np.random.Generator:
+        """The random generator; a forked process takes a fresh one."""
+        if self.seed is None and os.getpid() != self._process:
+            self._process = os.getpid()
+            self._random = np.random.default_rng()
+        return self._random
+
+    def _batch(self, indices: np.ndarray) -> tuple[Any, ...]:
+        def rows(structure: Any) -> Any:
+            return tree.map_structure(lambda t: None if t is None else _take(t, indices), structure)
+
+        if self.y is None:
+            return (rows(self.x),)
+        if self.sample_weight is None:
+            return rows(self.x), rows(self.y)
+        return rows(self.x), rows(self.y), rows(self.sample_weight)
+
+
+class PoissonDataset(_ArrayDataset):
+    """Batches that every example joins independently: what `fit` makes of plain arrays.
+
+    Each example is in each batch with probability `q = 1 / steps_per_epoch`,
+    `steps_per_epoch = ceil(n / batch_size)`, independently of all others, so
+    that an epoch sees it once on average. The size of a batch varies, and may
+    be 0. Drawing costs time in proportion to the batch, not to n.
+
+    Formal guarantee: batches are independent Poisson samples, which is what
+    privacy amplification by sampling is proved for (Abadi et al. 2016; Zhu &
+    Wang 2019). Every batch is a fresh draw from the operating system's entropy:
+    none is ever drawn twice from the same random numbers.
+
+    Args:
+        x: Inputs: an array, tensor or pandas object, or a list, tuple or dict
+            of them; one row per example.
+        y: Targets, likewise, or `None`.
+        sample_weight: Weights, likewise, or `None`.
+        batch_size: The expected number of examples in a batch, at most n.
+        seed: For tests only: makes the draws repeatable, which voids the
+            privacy guarantee (and the privacy report says so).
+
+    Raises:
+        ValueError: For arrays without rows, of different lengths, or that
+            can't be indexed by row, and for a `batch_size` that is no integer
+            from 1 to n.
+
+    Example:
+
+    >>> import numpy as np
+    >>> import keras_dp
+    >>> data = keras_dp.PoissonDataset(np.zeros((1000, 3)), np.zeros(1000), batch_size=100)
+    >>> data.sampling_rate, len(data)
+    (0.1, 10)
+    >>> x, y = data[0]
+    >>> x.shape[1], len(x) == len(y)
+    (3, True)
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        batch_size: int,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(x, y, sample_weight, batch_size=batch_size, seed=seed)
+        self._num_batches: int | None = None
+
+    @property
+    def sampling_rate(self) -> float:
+        """q, the probability with which an example joins a batch."""
+        return 1.0 / self.steps_per_epoch
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the batches are drawn, for the ledger."""
+        return Sampling(
+            "poisson",
+            batch_size=self.num_examples * self.sampling_rate,
+            num_examples=self.num_examples,
+            sampling_rate=self.sampling_rate,
+            steps_per_epoch=self.steps_per_epoch,
+            seeded=self.seed is not None,
+        )
+
+    @property
+    def num_batches(self) -> int:
+        return self._num_batches or self.steps_per_epoch
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def set_num_batches(self, num_batches: int) -> None:
+        """Makes an epoch as many draws as given (draws are independent, so any number will do)."""
+        self._num_batches = num_batches
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        """A fresh Poisson draw, whatever the index."""
+        with self._lock:
+            random = self._generator()
+            size = random.binomial(self.num_examples, self.sampling_rate)
+            indices = random.choice(self.num_examples, size, replace=False, shuffle=False)
+        return self._batch(indices)
+
+
+class ShuffledDataset(_ArrayDataset):
+    """Batches in which each example comes exactly once per epoch, in random order.
+
+    No amplification by sampling is claimed: an epoch is accounted as one
+    release in which every example takes part, however small the batches. Over
+    E epochs epsilon is that of one Gaussian mechanism with noise multiplier
+    sigma / sqrt(E), which for the usual settings is far more than Poisson
+    sampling costs (Chua et al. 2024). Use it where sampling is impossible.
+
+    Formal guarantee: the batches of an epoch are disjoint and together hold
+    every example.
+
+    Args:
+        x: Inputs: an array, tensor or pandas object, or a list, tuple or dict
+            of them; one row per example.
+        y: Targets, likewise, or `None`.
+        sample_weight: Weights, likewise, or `None`.
+        batch_size: The number of examples in a batch (the last may be smaller).
+        seed: Makes the order repeatable. No privacy rests on the order.
+
+    Raises:
+        ValueError: As `PoissonDataset`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> import keras_dp
+    >>> data = keras_dp.ShuffledDataset(np.arange(10), batch_size=4)
+    >>> sorted(np.concatenate([data[i][0] for i in range(len(data))]).tolist())
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        batch_size: int,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(x, y, sample_weight, batch_size=batch_size, seed=seed)
+        self.on_epoch_begin()
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the batches are drawn, for the ledger."""
+        return Sampling(
+            "shuffled",
+            batch_size=float(self.batch_size),
+            num_examples=self.num_examples,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def on_epoch_begin(self) -> None:
+        """Draws the order of the epoch."""
+        with self._lock:
+            self._order = self._generator().permutation(self.num_examples)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        """The batch at `index` of this epoch's order."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"There are {len(self)} batches. Received index: {index}")
+        return self._batch(self._order[index * self.batch_size : (index + 1) * self.batch_size])
+
+
+def split_for_validation(
+    x: Any, y: Any, sample_weight: Any, validation_split: float
+) -> tuple[tuple[Any, Any, Any], tuple[Any, Any, Any]]:
+    """The first rows for training and the last for validation, as Keras splits.
+
+    Raises:
+        ValueError: If the fraction is not in (0, 1) or leaves either part empty.
+    """
+    if (
+        isinstance(validation_split, bool)
+        or not isinstance(validation_split, (int, float))
+        or not 0 < validation_split < 1
+    ):
+        raise ValueError(
+            "`validation_split` must be a fraction between 0 and 1. "
+            f"Received: validation_split={validation_split!r}"
+        )
+    arrays = (as_arrays(x, "x"), as_arrays(y, "y"), as_arrays(sample_weight, "sample_weight"))
+    n = common_length(*arrays)
+    at = math.floor(n * (1.0 - validation_split))
+    if at in (0, n):
+        raise ValueError(
+            f"`validation_split={validation_split}` of {n} examples leaves nothing to "
+            f"{'train on' if at == 0 else 'validate on'}. Choose another fraction."
+        )
+
+    def rows(start: int, end: int) -> Any:
+        return tree.map_structure(lambda t: None if t is None else t[start:end], arrays)
+
+    return rows(0, at), rows(at, n)

@@ -1,0 +1,73 @@
+"""Files for deployment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+import keras
+
+from .report import privacy_report
+
+
+def save_inference_model(
+    model: keras.Model, path: str | os.PathLike[str], *, delta: float | None = None
+) -> None:
+    """Saves a model for deployment: a plain `.keras` file, and what its privacy cost beside it.
+
+    The file holds architecture and weights, no optimizer and no ledger, and
+    loads where keras_dp is not installed. Beside it, `<name>.privacy.json` and
+    `<name>.privacy.md` state what was spent, for machines and for people.
+
+    Args:
+        model: A model that was trained with a DP optimizer.
+        path: Where to write; must end in `.keras`.
+        delta: The delta of the statement. Default: that of the last
+            `PrivacyBudget` or of `target_delta`, else the largest power of ten
+            below 1/n.
+
+    Raises:
+        ValueError: If the path has another ending, or the model was not
+            trained privately.
+
+    Example:
+
+    >>> import os, tempfile, keras, keras_dp, numpy as np
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model.compile(keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=1.0), loss="mse")
+    >>> history = model.fit(np.ones((64, 4)), np.ones((64, 1)), verbose=0)
+    >>> folder = tempfile.mkdtemp()
+    >>> keras_dp.save_inference_model(model, os.path.join(folder, "model.keras"))
+    >>> sorted(os.listdir(folder))
+    ['model.keras', 'model.privacy.json', 'model.privacy.md']
+    """
+    file = pathlib.Path(path)
+    if file.suffix != ".keras":
+        raise ValueError(
+            f"save_inference_model writes a .keras file. Received: path={str(path)!r}. For a "
+            "SavedModel use model.export(path)."
+        )
+    report = privacy_report(model, delta=delta)
+    with _uncompiled(model):
+        model.save(file)
+    file.with_suffix(".privacy.json").write_text(report.to_json() + "\n", encoding="utf-8")
+    file.with_suffix(".privacy.md").write_text(str(report) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _uncompiled(model: keras.Model) -> Iterator[None]:
+    """Takes the optimizer, loss and metrics out of the model's sight for a while."""
+    hidden = {
+        name: vars(model).pop(name)
+        for name in ("optimizer", "_compile_loss", "_compile_metrics", "_loss_tracker", "loss")
+        if name in vars(model)
+    }
+    vars(model).update({"_compile_loss": None, "_compile_metrics": None, "_loss_tracker": None})
+    model.compiled = False
+    try:
+        yield
+    finally:
+        model.compiled = True
+        vars(model).update(hidden)

@@ -1,0 +1,210 @@
+"""The private training step: what takes the place of the model's own `train_step`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from . import backend, keras_private
+from .compatibility import require_trainable_privately
+from .errors import PrivacyError
+from .gradients import Batch, Engine, ExampleLoss, Outcome
+
+if TYPE_CHECKING:
+    from .optimizers import DPOptimizer
+
+_checked_losses: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def private_train_step(optimizer: DPOptimizer, model: keras.Model, data: Any) -> dict[str, Any]:
+    """One step of DP-SGD (Abadi et al. 2016, arXiv 1607.00133, algorithm 1).
+
+    Formal guarantee: the weights learn about the examples only through
+    `sum_i c_i g_i + N(0, (sigma C)^2)`, whose sensitivity to one example is C;
+    the ledger counts it in the same step; and once the optimizer's step limit
+    is reached nothing more is released.
+
+    Args:
+        optimizer: The DP optimizer that the model was compiled with.
+        model: The model.
+        data: `x`, `(x, y)` or `(x, y, sample_weight)`, one row per example;
+            0 rows are a step of noise alone.
+
+    Returns:
+        The model's metrics by name.
+    """
+    batch = Batch(*keras.utils.unpack_x_y_sample_weight(data))
+    batch = batch.with_leaves(backend.as_tensors(batch.leaves()))
+    rows = backend.row_count(batch.leaves()[0])
+    variables = _prepare(optimizer, model, batch)
+
+    engine = Engine(
+        ExampleLoss(model, variables, batch),
+        optimizer.clipping_strategy,
+        gradients=optimizer.gradients,
+        microbatch_size=optimizer.microbatch_size,
+        jit_compile=model.jit_compile,
+        eagerly=model.run_eagerly,
+    )
+    leaves, real = backend.pad_examples(batch.leaves(), engine.padding)
+    padded = batch.with_leaves(leaves)
+    seeds = backend.per_example_seeds(engine.example_loss.seed_states, backend.row_count(leaves[0]))
+
+    outcome = engine(padded, real, seeds)
+    optimizer.release(outcome.sums, variables, rows=rows)
+    optimizer.engine = engine.name
+    return _metrics(model, batch, rows, real, outcome, variables)
+
+
+def _prepare(optimizer: DPOptimizer, model: keras.Model, batch: Batch) -> list[Any]:
+    """Builds what is not built yet and refuses what can't be private; the trainable variables."""
+    require_trainable_privately(model)
+    with backend.outside_graph():
+        keras_private.build_from_batch(model, batch.x, batch.y, batch.sample_weight)
+        require_trainable_privately(model)
+        variables = list(model.trainable_variables)
+        if not variables:
+            raise ValueError(
+                f"The model '{model.name}' has no trainable weights, so there is nothing to "
+                "train privately. Add a layer with weights, or set `trainable = True` on one "
+                "and compile again."
+            )
+        if not optimizer.built:
+            optimizer.build(variables)
+        _check_loss(model, batch)
+    return variables
+
+
+def _check_loss(model: keras.Model, batch: Batch) -> None:
+    """Refuses a compiled loss that couples the examples of a batch.
+
+    Evaluates the loss on made-up targets and predictions of the right shapes:
+    the loss of a batch must be the mean, or the sum, of what each example
+    gives alone.
+    """
+    loss = keras_private.compile_loss_of(model)
+    if loss is None or loss in _checked_losses or batch.y is None:
+        return
+    outputs = keras_private.output_spec_of(model, batch.x)
+    random = np.random.default_rng(0)
+    count = 3
+
+    def made_up(tensor: Any, *, target: bool) -> Any:
+        shape = [count] + [4 if d is None else d for d in tensor.shape[1:]]
+        dtype = keras.backend.standardize_dtype(tensor.dtype)
+        if "float" in dtype:
+            values = random.uniform(0.1, 0.9, shape)
+            if not target and shape[-1] > 1:
+                values /= values.sum(-1, keepdims=True)
+            return ops.cast(ops.convert_to_tensor(values), dtype)
+        return ops.zeros(shape, dtype)
+
+    try:
+        y = tree.map_structure(lambda t: made_up(t, target=True), batch.y)
+        predictions = tree.map_structure(lambda t: made_up(t, target=False), outputs)
+
+        def value(start: int, end: int) -> float:
+            def rows(structure: Any) -> Any:
+                return tree.map_structure(lambda t: t[start:end], structure)
+
+            with keras.StatelessScope():
+                result = loss(rows(y), rows(predictions))
+            return float(ops.sum(ops.cast(result, "float64")))
+
+        together = value(0, count)
+    except Exception:
+        return  # made-up values of its kind mean nothing to this loss; real ones will tell
+    try:
+        alone = [value(k, k + 1) for k in range(count)]
+    except Exception as error:
+        raise PrivacyError(
+            "The loss given to compile(loss=...) can't be computed for one example alone, as "
+            f"private training must: {_first_line(error)} Write it so that it works on a batch "
+            "of one."
+        ) from error
+    _checked_losses.add(loss)
+    if not np.all(np.isfinite([together, *alone])):
+        return
+    if not any(np.isclose(together, f(alone), rtol=1e-3, atol=1e-5) for f in (np.mean, np.sum)):
+        raise PrivacyError(
+            "The loss given to compile(loss=...) depends on how examples are batched: for a batch "
+            f"of {count} it is {together:.6g}, and for its examples alone "
+            f"{', '.join(f'{v:.6g}' for v in alone)}, whose mean or sum it should be. One "
+            "example's loss must not involve the others. Use a loss that reduces over the batch "
+            "by a plain mean (for Dice and Tversky losses: give `axis` without the batch axis)."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def regularizer_gradients(variables: list[Any]) -> list[Any] | None:
+    """The gradient of the weight regularizers, which involve no data; `None` without any."""
+    if all(v.regularizer is None for v in variables):
+        return None
+    return backend.shared_gradient(lambda: _regularization(variables), variables)
+
+
+def _regularization(variables: list[Any]) -> Any:
+    penalties = [v.regularizer(v) for v in variables if v.regularizer is not None]
+    return ops.sum(ops.stack([ops.sum(p) for p in penalties])) if penalties else ops.zeros(())
+
+
+def _metrics(
+    model: keras.Model,
+    batch: Batch,
+    rows: Any,
+    real: Any,
+    outcome: Outcome,
+    variables: list[Any],
+) -> dict[str, Any]:
+    """Updates the metrics with the real examples of the batch, and returns all of them."""
+    dropped = {id(v) for v, _ in outcome.metric_updates}
+
+    def update() -> dict[str, Any]:
+        loss = backend.mean_over(outcome.losses, real)
+        loss = loss + ops.cast(_regularization(variables), loss.dtype)
+        tracker = keras_private.loss_tracker_of(model)
+        if not any(id(v) in dropped for v in tracker.variables):
+            tracker.update_state(loss, sample_weight=ops.cast(rows, "float32"))
+        for variable, per_example in outcome.metric_updates:
+            variable.assign_add(ops.sum(backend.real_examples(per_example, rows), axis=0))
+        outputs = tree.map_structure(_real_with_mask(rows), outcome.outputs)
+        return model.compute_metrics(batch.x, batch.y, outputs, sample_weight=batch.sample_weight)
+
+    if isinstance(rows, int):
+        return update() if rows > 0 else model.get_metrics_result()
+
+    # An empty batch must not reach a metric; and both branches must return the same names.
+    names: list[str] = []
+
+    def updated() -> list[Any]:
+        logs = update()
+        names[:] = list(logs)
+        return [ops.convert_to_tensor(v) for v in logs.values()]
+
+    def unchanged() -> list[Any]:
+        known = model.get_metrics_result()
+        return [ops.convert_to_tensor(known.get(name, 0.0)) for name in names]
+
+    values = backend.branch(rows > 0, updated, unchanged)
+    return dict(zip(names, values, strict=True))
+
+
+def _real_with_mask(rows: Any) -> Callable[[Any], Any]:
+    def cut(tensor: Any) -> Any:
+        kept = backend.real_examples(tensor, rows)
+        mask = keras_private.mask_of(tensor)
+        if mask is not None:
+            keras_private.set_mask(kept, backend.real_examples(mask, rows))
+        return kept
+
+    return cut
+
+
