@@ -1,6 +1,7 @@
 """Privacy accounting: ledger -> epsilon, and planning backwards from an epsilon.
 
-The only file that imports `dp_accounting`; it knows no model and no optimizer.
+The only file that imports `dp_accounting`, which all figures come from; it
+knows no model and no optimizer.
 
 Adjacency is zero-out (equivalently here: add or remove one example), with the
 number of examples public. Two accountants are offered. `"pld"`, the default,
@@ -10,19 +11,17 @@ al. 2022, arXiv 2207.04380). `"rdp"` composes Renyi differential privacy
 (Mironov 2017, arXiv 1702.07476; Mironov et al. 2019, arXiv 1908.10530) and is
 a looser upper bound, kept for comparison with published figures.
 
-How a PLD query stays cheap. The loss distribution of a step is a vector on a
-grid; T steps are its T-fold convolution: in the Fourier domain, a T-th power.
-That power leaves only some dozens of low frequencies alive, and the tail sums
-that define delta(epsilon) have a closed form for each frequency. So once the
-frequencies of a plan are known (`_spectrum`, cached for all T between two
-powers of two), epsilon at any T takes about a millisecond, and depends on
-nothing but the ledger: not on which queries came before.
+What a query costs: RDP some microseconds; PLD a fraction of a second for the
+first of a (sampling rate, sigma), a fraction of that for another number of
+steps, nothing for a repetition. So searches start from RDP, go on with a PLD on
+a coarser grid, and ask for the reported figure only at the end.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import numbers
@@ -31,29 +30,24 @@ from typing import Any
 
 import dp_accounting
 import numpy as np
+from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import rdp_privacy_accountant
-from scipy import fft, special
 
 from .ledger import PrivacyLedger, Release
 
 ACCOUNTANTS = ("pld", "rdp")
 
-_GRID = 1e-4  # discretisation of the privacy loss, times a power of two
-_COARSE = 3  # while searching, the grid is 2**3 times coarser
-_MOST_STEP_BINS = 2**19
-_MOST_BINS = 2**20
-_FINEST = -10
-_COARSEST = 11  # beyond 0.2 the grid says less than RDP does
-_TAIL = 1e-15  # mass given up to truncation, counted as lost privacy
-_ROUNDING = 1e-17  # of delta, for each step: ten times what a Fourier transform shows
+_INTERVAL = 1e-4  # discretisation of the privacy loss, as in dp_accounting's PLDAccountant
+_COARSER = 8  # times that, while searching; a multiple, so that its epsilon is never less
+_MOST_STEP_POINTS = 2**18  # about 2 s to build
+_MOST_POINTS = 2**21  # about 1 s to compose
+_COARSEST = 0.2  # beyond it a PLD says less than RDP does
 _LEAST_DELTA = 1e-13  # below it double precision can't resolve a PLD
-_LOG_NEGLIGIBLE = -50.0  # a frequency this weak adds less than 1e-20 to delta
-_FEW_FREQUENCIES = 4096
+_ROUNDING = 1e-17  # of delta, for each step: ten times what a Fourier transform shows
 _MOST_STEPS = 10**9
 _NO_NOISE = 1e-9  # less is accounted as none
 _ENDLESS_NOISE = 1e6  # more is accounted as this
 _LEAST_NOISE, _MOST_NOISE = 2.0**-10, 2.0**20
-_SIGMA_TOLERANCE = 1e-5
 
 # What a ledger comes down to: how many times each (sampling rate, sigma) was
 # used, sorted; a sampling rate of 1 is the plain Gaussian mechanism.
@@ -139,7 +133,7 @@ def compute_epsilon(
     """
     rate, total = _plan(num_examples, batch_size, epochs, steps)
     sigma = _number("noise_multiplier", noise_multiplier, least=0.0)
-    delta, accountant = _delta(delta), _accountant(accountant)
+    delta, accountant = check_delta(delta), check_accountant(accountant)
     return _epsilon(((rate, sigma, total),) if total else (), delta, accountant)
 
 
@@ -168,8 +162,8 @@ def calibrate_noise_multiplier(
         accountant: `"pld"` (tight) or `"rdp"`.
 
     Returns:
-        The noise multiplier sigma, at most 0.001 % above the least possible.
-        `compute_epsilon` for it never exceeds the target. (Never below 0.001,
+        The noise multiplier sigma. `compute_epsilon` for it never exceeds the
+        target, and falls short of it by 0.1 % at most. (Never below 0.0009,
         however large the target.)
 
     Raises:
@@ -186,7 +180,7 @@ def calibrate_noise_multiplier(
     0.73
     """
     target = _number("target_epsilon", target_epsilon, above=0.0)
-    delta, accountant = _delta(delta), _accountant(accountant)
+    delta, accountant = check_delta(delta), check_accountant(accountant)
     rate, total = _plan(num_examples, batch_size, epochs, steps)
     if total == 0:
         raise ValueError("Nothing to calibrate for 0 steps; pass `epochs` or `steps` of 1 or more.")
@@ -237,7 +231,7 @@ def calibrate_steps(
     91
     """
     target = _number("target_epsilon", target_epsilon, above=0.0)
-    delta, accountant = _delta(delta), _accountant(accountant)
+    delta, accountant = check_delta(delta), check_accountant(accountant)
     rate = 1 / steps_per_epoch(num_examples, batch_size)
     sigma = _number("noise_multiplier", noise_multiplier, least=0.0)
 
@@ -280,7 +274,7 @@ def ledger_epsilon(
     >>> round(accounting.ledger_epsilon(ledger, delta=1e-5), 3)
     4.377
     """
-    return _epsilon(_counts(_releases(ledger)), _delta(delta), _accountant(accountant))
+    return _epsilon(_counts(_releases(ledger)), check_delta(delta), check_accountant(accountant))
 
 
 def remaining_steps(
@@ -324,7 +318,7 @@ def remaining_steps(
     1000
     """
     target = _number("epsilon", epsilon, above=0.0)
-    delta, accountant = _delta(delta), _accountant(accountant)
+    delta, accountant = check_delta(delta), check_accountant(accountant)
     made, release = _releases(ledger), _release(release)
     most = _MOST_STEPS if at_most is None else _whole("at_most", at_most, least=0)
 
@@ -357,7 +351,8 @@ def calibrate_release(
         accountant: `"pld"` (tight) or `"rdp"`.
 
     Returns:
-        The noise multiplier sigma, at most 0.001 % above the least possible.
+        The noise multiplier sigma: with it the ledger never exceeds the budget,
+        and falls short of it by 0.1 % at most.
 
     Raises:
         ValueError: If an argument has a wrong type or value, or the ledger
@@ -376,7 +371,7 @@ def calibrate_release(
     """
     total = _whole("steps", steps, least=1)
     target = _number("epsilon", epsilon, above=0.0)
-    delta, accountant = _delta(delta), _accountant(accountant)
+    delta, accountant = check_delta(delta), check_accountant(accountant)
     if _release(release).sampler == "unprotected":
         raise ValueError(
             "`release` is unprotected: no noise makes it private. Pass a release whose sampler "
@@ -429,95 +424,105 @@ def _most_steps(
     counts: Callable[[int], _Counts], target: float, delta: float, accountant: str, most: int
 ) -> int:
     """The largest number of steps, up to `most`, with epsilon <= target."""
-
-    def fits(steps: int, coarse: int = 0) -> bool:
-        return _epsilon(counts(steps), delta, accountant, coarse) <= target
-
-    def search(guess: int, stride: int, coarse: int) -> int:
-        low, high = 0, most + 1  # low fits; high does not, or is not to be tried
-        at = guess
-        while low < at < high:  # gallop away from the guess
-            if fits(at, coarse):
-                low, at = at, min(at + stride, most)
-            else:
-                high, at = at, max(at - stride, 0)
-            stride *= 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle, coarse) else (low, middle)
-        return low
-
-    if most == 0 or not fits(0):
+    reported, *rough = _excesses(lambda k: counts(int(k)), target, delta, accountant)
+    if most == 0 or reported(0) > 0:
         return 0
-    if accountant != "pld":
-        return search(1, 1, 0)
-    near = max(search(1, 1, _COARSE), 1)
-    return search(near, max(near // 256, 1), 0)
+    near, slope = 1.0, 1.0
+    for excess in rough:
+        near, slope = _cross(excess, max(near, 1), slope, 0, most + 1, close=2e-3, whole=True)
+    return int(_cross(reported, max(near, 1), slope, 0, most + 1, close=0, whole=True)[0])
 
 
 def _least_noise(
     counts: Callable[[float], _Counts], target: float, delta: float, accountant: str
 ) -> float:
-    """The smallest sigma, up to the tolerance, with epsilon <= target."""
-
-    def excess(sigma: float, coarse: int = 0) -> float:
-        """log(epsilon / target): falls almost linearly in log(sigma)."""
-        epsilon = _epsilon(counts(sigma), delta, accountant, coarse)
-        return min(max(math.log(max(epsilon, 1e-300) / target), -50.0), 50.0)
-
-    coarse = _COARSE if accountant == "pld" else 0
-    sigma = 1.0
-    while sigma < _MOST_NOISE and excess(sigma, coarse) > 0:
-        sigma *= 2
-    while sigma > _LEAST_NOISE and excess(sigma / 2, coarse) <= 0:
-        sigma /= 2
-    near = _root(lambda s: excess(s, coarse), sigma / 2, sigma, 1e-3)
-    # Finish on the grid that is reported, from a narrow bracket around it.
-    low = high = near
-    width = 1.002
-    while high < _MOST_NOISE and excess(high) > 0:
-        low, high, width = high, high * width, width**2
-    while low > _LEAST_NOISE and excess(low) <= 0:
-        low, high, width = low / width, low, width**2
-    if excess(high) > 0:
+    """A sigma with which epsilon is the target, or up to 0.05 % less."""
+    reported, *rough = _excesses(counts, target, delta, accountant)
+    if reported(_MOST_NOISE) > 0:
         raise ValueError(
             f"No noise keeps epsilon within {target:g} at delta={delta:g} (accountant "
             f"{accountant!r}). Raise the epsilon, or train for fewer steps."
         )
-    if excess(low) <= 0:
-        return low
-    return _root(excess, low, high, _SIGMA_TOLERANCE)
+    if reported(_LEAST_NOISE) <= 0:
+        return _LEAST_NOISE
+    sigma, slope = 1.0, -1.5
+    for excess in (*rough, reported):
+        sigma, slope = _cross(excess, sigma, slope, _MOST_NOISE, _LEAST_NOISE, close=5e-4)
+    return sigma
 
 
-def _root(f: Callable[[float], float], low: float, high: float, tolerance: float) -> float:
-    """Shrink a bracket f(low) > 0 >= f(high) of a falling f; return its upper end.
+def _excesses(
+    counts: Callable[[float], _Counts], target: float, delta: float, accountant: str
+) -> list[Callable[[float], float]]:
+    """log(epsilon / target): as reported, then cheaper ones to start a search with."""
 
-    Regula falsi (Illinois) on log(sigma), to the relative tolerance. Where the
-    bracket is none, `high` comes back.
+    def excess(method: str, coarser: int, x: float) -> float:
+        epsilon = _epsilon(counts(x), delta, method, coarser)
+        return min(max(math.log(max(epsilon, 1e-300) / target), -50.0), 50.0)
+
+    methods = [(accountant, 1)]
+    if accountant == "pld":
+        methods += [("rdp", 1), ("pld", _COARSER)]
+    return [functools.partial(excess, *method) for method in methods]
+
+
+def _cross(
+    excess: Callable[[float], float],
+    x: float,
+    slope: float,
+    fits: float,
+    exceeds: float,
+    *,
+    close: float,
+    whole: bool = False,
+) -> tuple[float, float]:
+    """Finds where `excess` changes sign.
+
+    Secant steps over log(x), from `x` on, inside a bracket that only shrinks;
+    every fourth halves it, so that no shape of `excess` makes it slow.
+
+    Args:
+        excess: Negative or 0 at `fits`, positive at `exceeds`, monotone.
+        x: Where to start.
+        slope: d excess / d log(x), about.
+        fits: One end of the bracket.
+        exceeds: The other end.
+        close: Stop where excess is in [-close, 0]; 0 to find the very end.
+        whole: Whether x is an integer.
+
+    Returns:
+        An x that fits, and the slope there.
     """
-    f_low, f_high, side = f(low), f(high), 1
-    if not f_low > 0 >= f_high:
-        return high
-    pad = 1 + tolerance / 3
-    while high / low > 1 + tolerance:
-        # Aim a little past the root, away from the end that moved last.
-        aim = low * (high / low) ** (f_low / (f_low - f_high)) * pad**side
-        sigma = min(max(aim, low * pad), high / pad)
-        value = f(sigma)
-        if value > 0:
-            low, f_low = sigma, value
-            f_high, side = (f_high / 2 if side > 0 else f_high), 1
+    last: tuple[float, float] | None = None
+    for attempt in itertools.count(1):
+        value = excess(x)
+        fits, exceeds = (x, exceeds) if value <= 0 else (fits, x)
+        low, high = min(fits, exceeds), max(fits, exceeds)
+        together = high - low <= 1 if whole else high / low < 1 + close / 20
+        if together or -close <= value <= 0 < close:
+            break
+        if last is not None:
+            measured = (value - last[1]) / math.log(x / last[0])
+            if 0.01 < measured / slope < 100:
+                slope = measured
+        last = x, value
+        if attempt % 4:
+            x *= math.exp(min(max((-close / 2 - value) / slope, -50), 50))
         else:
-            high, f_high = sigma, value
-            f_low, side = (f_low / 2 if side < 0 else f_low), -1
-    return high
+            x = math.sqrt(max(low, 1) * high) if whole else math.sqrt(low * high)
+        if whole:
+            x = min(max(math.floor(x), low + 1), high - 1)
+        else:
+            x = min(max(x, low * (1 + close / 100)), high / (1 + close / 100))
+    return fits, slope
 
 
 # --- accountants ------------------------------------------------------------
 
 
-def _epsilon(counts: _Counts, delta: float, accountant: str, coarse: int = 0) -> float:
-    """Epsilon of composed mechanisms, on a grid 2**coarse times coarser."""
+@functools.lru_cache(maxsize=4096)
+def _epsilon(counts: _Counts, delta: float, accountant: str, coarser: int = 1) -> float:
+    """Epsilon of composed mechanisms; a PLD's on a grid so many times coarser."""
     if not counts:
         return 0.0
     precision = math.fsum(
@@ -531,9 +536,12 @@ def _epsilon(counts: _Counts, delta: float, accountant: str, coarse: int = 0) ->
         sigma = 1 / math.sqrt(precision) if precision else math.inf
         return float(dp_accounting.get_epsilon_gaussian(sigma, delta))
     counts = tuple((rate, min(sigma, _ENDLESS_NOISE), times) for rate, sigma, times in counts)
-    if accountant == "rdp" or delta < _LEAST_DELTA:
-        return _rdp_epsilon(counts, delta)
-    return _pld_epsilon(counts, delta, coarse)
+    if accountant == "pld":
+        epsilon = _pld_epsilon(counts, delta, coarser)
+        if epsilon < math.inf:
+            return epsilon
+    # Also where a PLD can't tell: RDP is an upper bound everywhere.
+    return _rdp_epsilon(counts, delta)
 
 
 @functools.lru_cache(maxsize=256)
@@ -559,250 +567,83 @@ def _rdp_epsilon(counts: _Counts, delta: float) -> float:
     return float(rdp_privacy_accountant.compute_epsilon(orders, rdp, delta)[0])
 
 
-def _pld_epsilon(counts: _Counts, delta: float, coarse: int) -> float:
-    # One spectrum serves all counts up to the next power of two.
-    buckets = tuple((rate, sigma, (times - 1).bit_length()) for rate, sigma, times in counts)
-    times = np.array([times for _, _, times in counts], dtype=float)
-    worst = 0.0
-    for adding in (False, True):
-        spectrum = _spectrum(buckets, adding, coarse)
-        if spectrum is None:
-            return _rdp_epsilon(counts, delta)
-        worst = max(worst, spectrum.epsilon(times, delta))
-    # Where double precision can't tell, RDP still does.
-    return worst if worst < math.inf else _rdp_epsilon(counts, delta)
+def _pld_epsilon(counts: _Counts, delta: float, coarser: int) -> float:
+    """Epsilon from privacy loss distributions; `inf` where they can't tell."""
+    # Plain Gaussians with the same sigma are one with less noise.
+    counts = tuple((q, s / math.sqrt(t), 1) if q == 1 else (q, s, t) for q, s, t in counts)
+    rounding = _ROUNDING * sum(times for _, _, times in counts)
+    interval = coarser * _interval(counts)
+    if delta < max(_LEAST_DELTA, 100 * rounding) or interval > _COARSEST:
+        return math.inf
+    first, *others = (_composed_pld(*count, interval) for count in counts)
+    for other in others:
+        first = first.compose(other)
+    return float(first.get_epsilon_for_delta(delta))
 
 
-def _grid_exponent(rate: float, sigma: float, coarse: int) -> int:
-    """The grid for a step is _GRID * 2**exponent.
-
-    Finer than _GRID only where the loss of a step would vanish in one bin (a
-    very small rate / sigma), coarser only where it would need too many.
-    """
-    spread = rate * math.sqrt(math.expm1(min(1 / sigma**2, 50.0)))
-    exponent = min(max(math.floor(math.log2(spread / 2 / _GRID)), _FINEST), 0) + coarse
-    reach = (0.5 + 11 * sigma) / sigma**2  # about the largest loss of a step
-    return max(exponent, math.ceil(math.log2(2 * reach / _GRID / _MOST_STEP_BINS)))
-
-
-def _loss_range(rate: float, sigma: float, adding: bool) -> tuple[float, float]:
-    """The least and greatest privacy loss of a step, but for e**-50 of the mass."""
-    reach = -special.ndtri(0.5 * math.exp(-50)) * sigma
-    x = np.array([-reach, 1 + reach])
-    with np.errstate(divide="ignore"):  # a rate of 1
-        losses = np.logaddexp(np.log1p(-rate), math.log(rate) + (x - 0.5) / sigma**2)
-    return (-losses[1], -losses[0]) if adding else (losses[0], losses[1])
-
-
-def _delta_of_step(rate: float, sigma: float, adding: bool, epsilons: np.ndarray) -> np.ndarray:
-    """delta(epsilon) of one step: the hockey-stick divergence, exactly.
-
-    Between P = (1 - q) N(0, sigma^2) + q N(1, sigma^2), with the example, and
-    Q = N(0, sigma^2) without: of P from Q, or of Q from P if `adding`. P / Q
-    grows with the output, so that the divergence is a difference of two
-    Gaussian tails beyond the output where the loss is epsilon.
-    """
-    sign = -1.0 if adding else 1.0
-    # log of exp(loss) - (1 - q); -inf where no output has such a loss.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        floor = np.log1p(-rate)
-        log_ratio = sign * epsilons + np.log(-np.expm1(floor - sign * epsilons))
-    log_ratio = np.where(sign * epsilons > floor, log_ratio, -np.inf)
-    x = sigma**2 * (log_ratio - math.log(rate)) + 0.5
-    without = special.log_ndtr(-sign * x / sigma) + log_ratio
-    taking_part = special.log_ndtr(-sign * (x - 1) / sigma) + math.log(rate)
-    deltas: np.ndarray
-    if adding:
-        deltas = np.exp(epsilons + without) - np.exp(epsilons + taking_part)
-    else:
-        deltas = np.exp(taking_part) - np.exp(without)
-        deltas[log_ratio == -np.inf] = -np.expm1(epsilons[log_ratio == -np.inf])
-    return deltas
+@functools.lru_cache(maxsize=8)  # up to 32 MB each
+def _composed_pld(rate: float, sigma: float, times: int, interval: float) -> Any:
+    return _step_pld(rate, sigma, interval).self_compose(times)
 
 
 @functools.lru_cache(maxsize=16)
-def _step_loss(
-    rate: float, sigma: float, exponent: int, adding: bool
-) -> tuple[int, np.ndarray, float]:
-    """The privacy loss distribution of one step, discretised from above.
-
-    Connect the Dots (Doroshenko et al. 2022, algorithm 1) on the grid
-    `_GRID * 2**exponent`.
-
-    Returns:
-        The index of the lowest loss, the masses from there on, and the mass at
-        infinity.
-    """
-    grid = _GRID * 2.0**exponent
-    least, most = _loss_range(rate, sigma, adding)
-    lowest = math.floor(least / grid)
-    highest = max(math.ceil(most / grid), lowest + 2)
-    deltas = _delta_of_step(rate, sigma, adding, np.arange(lowest, highest + 1) * grid)
-    deltas = np.minimum.accumulate(np.clip(deltas, 0.0, 1.0))
-    rise = np.diff(deltas)
-    masses = np.empty_like(deltas)
-    masses[0] = 1 - deltas[0] + rise[0] / math.expm1(grid)
-    masses[1:-1] = (rise[1:] - rise[:-1] * math.exp(grid)) / math.expm1(grid)
-    masses[-1] = rise[-1] / math.expm1(-grid)
-    some = np.flatnonzero(masses > 0)
-    return lowest + int(some[0]), np.maximum(masses[some[0] : some[-1] + 1], 0), float(deltas[-1])
-
-
-@functools.lru_cache(maxsize=16)
-def _spectrum(
-    buckets: tuple[tuple[float, float, int], ...], adding: bool, coarse: int
-) -> _Spectrum | None:
-    """The frequencies of mechanisms used up to 2**bucket times each.
-
-    None if they can't be told apart on any grid of bearable size.
-    """
-    exponents = [_grid_exponent(rate, sigma, coarse) for rate, sigma, _ in buckets]
-    most = np.array([2.0**bucket for _, _, bucket in buckets])
-    least = np.floor(most / 2) + 1
-    finest = min(exponents)
-    while finest <= _COARSEST:
-        exponents = [max(exponent, finest) for exponent in exponents]
-        if max(exponents) > _COARSEST:
-            return None
-        grid = _GRID * 2.0**finest
-        losses = [
-            _step_loss(rate, sigma, exponent, adding)
-            for (rate, sigma, _), exponent in zip(buckets, exponents, strict=True)
-        ]
-        strides = [2 ** (exponent - finest) for exponent in exponents]
-        first, last = _window(losses, strides, grid, least, most)
-        if last - first < _MOST_BINS:
-            break
-        finest += max(1, math.ceil(math.log2((last - first) / _MOST_BINS)))
-    else:
-        return None
-    size = fft.next_fast_len(last - first + 1, real=True)
-    logs = []
-    for (lowest, masses, _), stride in zip(losses, strides, strict=True):
-        where = (np.arange(lowest, lowest + len(masses)) * stride) % size
-        folded = fft.rfft(np.bincount(where, weights=masses, minlength=size))
-        logs.append(np.log(np.where(np.abs(folded) > 1e-300, folded, 1e-300)))
-    strength = sum(t * log.real for t, log in zip(least, logs, strict=True))
-    alive = int(np.flatnonzero(strength > _LOG_NEGLIGIBLE)[-1]) + 1
-    return _Spectrum(
-        grid=grid,
-        first=first,
-        size=size,
-        logs=np.array([log[:alive] for log in logs]),
-        log_finite=np.array([math.log1p(-infinite) for _, _, infinite in losses]),
+def _step_pld(rate: float, sigma: float, interval: float) -> Any:
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        sigma, sampling_prob=rate, value_discretization_interval=interval
     )
 
 
-def _window(
-    losses: list[tuple[int, np.ndarray, float]],
-    strides: list[int],
-    grid: float,
-    least: np.ndarray,
-    most: np.ndarray,
-) -> tuple[int, int]:
-    """Grid indices that hold all but _TAIL of the composed loss.
+def _interval(counts: _Counts) -> float:
+    """The discretisation interval of the PLDs of a ledger.
 
-    Chernoff bounds that hold for every number of steps from `least` to `most`.
+    dp_accounting's own 1e-4, doubled as often as it takes to keep the number of
+    grid points bounded: for very little noise (the losses of a step reach about
+    10 / sigma) or extremely many steps. Connect the Dots on a coarser grid is
+    still an upper bound.
     """
-    values = [
-        (lowest + np.arange(len(masses))) * (stride * grid)
-        for (lowest, masses, _), stride in zip(losses, strides, strict=True)
-    ]
-    # The whole support, for few steps.
-    low = sum(min(a * v[0], b * v[0]) for v, a, b in zip(values, least, most, strict=True))
-    high = sum(max(a * v[-1], b * v[-1]) for v, a, b in zip(values, least, most, strict=True))
-    variance = 0.0
-    for v, (_, masses, _), b in zip(values, losses, most, strict=True):
-        mean = float(masses @ v)
-        variance += float(b * (masses @ (v - mean) ** 2))
-    log_tail = math.log(2 / _TAIL)
-    best_order = math.sqrt(2 * log_tail / max(variance, 1e-300))
-    for order in best_order * 2.0 ** np.arange(-5, 2):
-        for sign in (1, -1):
-            bound = log_tail
-            for v, (_, masses, _), a, b in zip(values, losses, least, most, strict=True):
-                exponents = sign * order * v
-                peak = max(exponents[0], exponents[-1])
-                log_mgf = peak + math.log(masses @ np.exp(exponents - peak))
-                bound += max(a * log_mgf, b * log_mgf)
-            if sign > 0:
-                high = min(high, bound / order)
-            else:
-                low = max(low, -bound / order)
-    return math.floor(low / grid), max(math.ceil(high / grid), 1)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Spectrum:
-    """The low frequencies of some steps' privacy losses, on one grid.
-
-    The grid has `size` losses from `first * grid` on; `logs` are the logarithms
-    of each mechanism's discrete Fourier transform, as far as they matter, and
-    `log_finite` the logarithm of each mechanism's chance of a finite loss.
-    """
-
-    grid: float
-    first: int
-    size: int
-    logs: np.ndarray
-    log_finite: np.ndarray
-
-    def epsilon(self, times: np.ndarray, delta: float) -> float:
-        """The smallest epsilon >= 0 whose delta is at most `delta`."""
-        infinite = _TAIL + _ROUNDING * float(times.sum())
-        infinite -= math.expm1(float(times @ self.log_finite))
-        if infinite >= delta:
-            return math.inf
-        tails = self._tails(np.exp(times @ self.logs))
-        low, high = max(self.first, 0) - 1, self.first + self.size
-        # The first grid point above `low` whose delta is small enough.
-        while high - low > 1:
-            middle = (low + high) // 2
-            above, weighted = tails(middle)
-            if infinite + above - weighted <= delta:
-                high = middle
-            else:
-                low = middle
-        if high <= 0:
-            return 0.0
-        # Up to there from the point below, delta is infinite + above -
-        # weighted * exp(epsilon - high * grid).
-        above, weighted = tails(high)
-        if weighted <= 0 or infinite + above <= delta:
-            return high * self.grid
-        return max(high * self.grid + math.log((infinite + above - delta) / weighted), 0.0)
-
-    def _tails(self, power: np.ndarray) -> Callable[[int], tuple[float, float]]:
-        """For an index j: sums of p_i, and of p_i * exp((j - i) * grid), over i >= j."""
-        end = self.first + self.size
-        if len(power) > _FEW_FREQUENCIES:
-            p = np.roll(fft.irfft(power, self.size), -self.first)
-
-            def sums(j: int) -> tuple[float, float]:
-                tail = p[j - self.first :]
-                return float(tail.sum()), float(tail @ np.exp(-self.grid * np.arange(len(tail))))
-
-            return sums
-
-        # p_i = sum_k c_k exp(2 pi i k / size), so that both sums are geometric.
-        k = np.arange(len(power))
-        c = power / self.size
-        c[1:] *= 2  # the conjugate half; real parts are taken below
-        turn = 2j * np.pi * k / self.size
-        step, decaying_step = -np.expm1(turn[1:]), -np.expm1(turn - self.grid)
-        there = c * np.exp(2j * np.pi * ((k * end) % self.size) / self.size)
-
-        def geometric_sums(j: int) -> tuple[float, float]:
-            here = c * np.exp(2j * np.pi * ((k * j) % self.size) / self.size)
-            above = c[0].real * (end - j) + ((here[1:] - there[1:]) / step).sum().real
-            left = math.exp((j - end) * self.grid)
-            weighted = ((here - left * there) / decaying_step).sum().real
-            return float(above), float(weighted)
-
-        return geometric_sums
+    longest, width = 0.0, 0.0
+    for rate, sigma, times in counts:
+        top = min((0.5 + 10 * sigma) / sigma**2, 1e9)
+        length = math.log1p(rate * math.expm1(min(top, 700))) + max(top - 700, 0)
+        variance = min(rate**2 * math.expm1(min(1 / sigma**2, 700)), rate * (top + top**2))
+        # Where dp_accounting cuts off the composed losses: Chernoff bounds of
+        # 1e-15 / 2, of orders 1 / length to 20 / length.
+        spread = max(times * variance, 1e-300)
+        order = min(max(length * math.sqrt(70 / spread), 1), 20)
+        longest = max(longest, length)
+        width += min(times * length, 70 * length / order + spread * order / length)
+    points = max(longest / _MOST_STEP_POINTS, width / _MOST_POINTS)
+    return _INTERVAL * 2.0 ** max(0, math.ceil(math.log2(points / _INTERVAL)))
 
 
 # --- checking arguments -----------------------------------------------------
+
+
+def check_delta(value: Any, name: str = "delta") -> float:
+    """delta as a float in (0, 1).
+
+    Raises:
+        ValueError: If it is none; `name` is what the message calls it.
+    """
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+        if 0 < number < 1:
+            return number
+    raise ValueError(
+        f"`{name}` must be a number in (0, 1), and should be well below 1 / num_examples, "
+        f"such as 1e-5. Received: {name}={value!r} (of type {type(value).__name__})"
+    )
+
+
+def check_accountant(value: Any) -> str:
+    """The name of an accountant.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if isinstance(value, str) and value in ACCOUNTANTS:
+        return value
+    raise ValueError(f"`accountant` must be 'pld' or 'rdp'. Received: accountant={value!r}")
 
 
 def _plan(
@@ -860,20 +701,3 @@ def _number(name: str, value: Any, *, least: float = -math.inf, above: float = -
         f"`{name}` must be a finite number, {wanted}. Received: {name}={value!r} "
         f"(of type {type(value).__name__})"
     )
-
-
-def _delta(value: Any) -> float:
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        number = float(value)
-        if 0 < number < 1:
-            return number
-    raise ValueError(
-        "`delta` must be a number in (0, 1), and should be well below 1 / num_examples, "
-        f"such as 1e-5. Received: delta={value!r} (of type {type(value).__name__})"
-    )
-
-
-def _accountant(value: Any) -> str:
-    if isinstance(value, str) and value in ACCOUNTANTS:
-        return value
-    raise ValueError(f"`accountant` must be 'pld' or 'rdp'. Received: accountant={value!r}")

@@ -69,11 +69,10 @@ class PrivacyBudget(keras.callbacks.Callback):
                 "`epsilon` must be a positive, finite number, or None to only log. "
                 f"Received: epsilon={epsilon!r}"
             )
-        accounting.ledger_epsilon((), delta, accountant)  # refuses what it can't use
         self.epsilon = None if epsilon is None else float(epsilon)
-        self.delta = float(delta)
+        self.delta = accounting.check_delta(delta)
         self.stop_training = stop_training
-        self.accountant = accountant
+        self.accountant = accounting.check_accountant(accountant)
         self.verbose = verbose
         self.spent: float = 0.0
         self._started = False

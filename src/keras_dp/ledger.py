@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 SAMPLERS = ("poisson", "shuffled", "unknown", "unprotected")
@@ -126,7 +126,7 @@ class PrivacyLedger:
     def __len__(self) -> int:
         return len(self.releases)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Release]:
         return iter(self.releases)
 
     @property

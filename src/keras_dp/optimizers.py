@@ -104,7 +104,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         _check_noise_choice(noise_multiplier, target_epsilon, target_delta)
         if target_epsilon is not None:
             target_epsilon = _positive("target_epsilon", target_epsilon, "a privacy budget")
-            target_delta = check_delta(target_delta, "target_delta")
+            target_delta = accounting.check_delta(target_delta, "target_delta")
         if microbatch_size is not None:
             microbatch_size = check_batch_size(microbatch_size, "microbatch_size")
         _one_of("clipping", clipping, CLIPPINGS)
@@ -171,7 +171,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: For a delta outside (0, 1) or an unknown accountant.
         """
-        return accounting.ledger_epsilon(self.ledger, check_delta(delta), accountant)
+        return accounting.ledger_epsilon(self.ledger, accounting.check_delta(delta), accountant)
 
     @property
     def noise_multiplier(self) -> float | None:
@@ -536,20 +536,6 @@ def _spent(
 
 
 # -- checking arguments -----------------------------------------------------------------------
-
-
-def check_delta(delta: Any, argument: str = "delta") -> float:
-    """delta as a `float` in (0, 1).
-
-    Raises:
-        ValueError: If it isn't.
-    """
-    if not _is_number(delta) or not 0 < delta < 1:
-        raise ValueError(
-            f"`{argument}` must lie between 0 and 1, well below 1 / (number of examples), such as "
-            f"1e-5. Received: {argument}={delta!r}"
-        )
-    return float(delta)
 
 
 def _is_number(value: Any) -> bool:

@@ -41,10 +41,11 @@ def private_train_step(optimizer: DPOptimizer, model: keras.Model, data: Any) ->
     batch = Batch(*keras.utils.unpack_x_y_sample_weight(data))
     batch = batch.with_leaves(backend.as_tensors(batch.leaves()))
     rows = backend.row_count(batch.leaves()[0])
-    variables = _prepare(optimizer, model, batch)
+    example_loss = _prepare(optimizer, model, batch)
+    variables = example_loss.variables
 
     engine = Engine(
-        ExampleLoss(model, variables, batch),
+        example_loss,
         optimizer.clipping_strategy,
         gradients=optimizer.gradients,
         microbatch_size=optimizer.microbatch_size,
@@ -61,8 +62,8 @@ def private_train_step(optimizer: DPOptimizer, model: keras.Model, data: Any) ->
     return _metrics(model, batch, rows, real, outcome, variables)
 
 
-def _prepare(optimizer: DPOptimizer, model: keras.Model, batch: Batch) -> list[Any]:
-    """Builds what is not built yet and refuses what can't be private; the trainable variables."""
+def _prepare(optimizer: DPOptimizer, model: keras.Model, batch: Batch) -> ExampleLoss:
+    """Builds what is not built yet, and refuses what can't be private."""
     require_trainable_privately(model)
     with backend.outside_graph():
         keras_private.build_from_batch(model, batch.x, batch.y, batch.sample_weight)
@@ -77,7 +78,7 @@ def _prepare(optimizer: DPOptimizer, model: keras.Model, batch: Batch) -> list[A
         if not optimizer.built:
             optimizer.build(variables)
         _check_loss(model, batch)
-    return variables
+        return ExampleLoss(model, variables, batch)
 
 
 def _check_loss(model: keras.Model, batch: Batch) -> None:

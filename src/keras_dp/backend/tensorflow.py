@@ -449,7 +449,7 @@ def emits_broken_matmul(graph: Any) -> bool:
             return True
         if left.rank != 4 or left[1] not in (1, None):
             return False
-        return right.rank < 3 or all(size in (1, None) for size in right[:-2])
+        return right.rank < 3 or all(size == 1 for size in right[:-2])
 
     def scan(graph: Any) -> bool:
         for op in graph.get_operations():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ __all__ = ["ENGINES", "Batch", "Engine", "ExampleLoss", "Outcome"]
 ENGINES = ("auto", "vectorized", "loop")
 
 logger = logging.getLogger("keras_dp")
+_told: weakref.WeakSet[Any] = weakref.WeakSet()  # the models whose fallback was logged
 
 
 class Engine:
@@ -101,11 +103,13 @@ class Engine:
                 if name == "loop":
                     raise
                 continue
-            if name == "loop" and failure is not None:
+            model = self.example_loss.model
+            if name == "loop" and failure is not None and model not in _told:
+                _told.add(model)
                 logger.warning(
                     "The model '%s' can't be vectorized over its examples (%s); its per-example "
                     "gradients are computed one at a time instead: the same numbers, more slowly.",
-                    self.example_loss.model.name,
+                    model.name,
                     str(failure).strip().splitlines()[0][:200],
                 )
             self.name = name
