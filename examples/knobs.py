@@ -6,7 +6,7 @@ classes. One knob turns at a time:
 1. little data, many epochs: a large epsilon;
 2. ten times the data, a tenth of the epochs: a small one, at the same number of steps;
 3. more epochs at a lower learning rate: more steps, more epsilon;
-4. more noise, and an optimizer that copes with it: the smallest epsilon.
+4. more noise, and another optimizer, which the noise throws about: the smallest epsilon.
 
 The script prints the epsilon of each model as it was really trained, and draws
 the training loss of each, ordinary against private.
@@ -16,8 +16,11 @@ the training loss of each, ordinary against private.
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no notes from TensorFlow about itself
 
 import keras
 import matplotlib
@@ -83,11 +86,16 @@ def main():
         default=Path("knobs.png"),
         help="where to write the picture (default: %(default)s)",
     )
+    parser.add_argument("--epochs", type=int, help="epochs of each setting (default: its own)")
     arguments = parser.parse_args()
+    settings = SETTINGS
+    if arguments.epochs is not None:
+        settings = [dataclasses.replace(s, epochs=arguments.epochs) for s in SETTINGS]
 
+    print(f"delta = {DELTA:g}; one example added or removed\n")
     print("setting      examples  epochs  optimizer      noise   epsilon  loss: ordinary  private")
-    figure, panels = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    for setting, panel in zip(SETTINGS, panels.flat, strict=True):
+    figure, panels = plt.subplots(2, 2, figsize=(10, 7), sharey=True, layout="constrained")
+    for setting, panel in zip(settings, panels.flat, strict=True):
         data = make_data(setting.num_examples)
         _, ordinary = train(setting.optimizer(setting.learning_rate), data, setting.epochs)
         model, private = train(
@@ -112,12 +120,17 @@ def main():
 
         for name, loss in (("ordinary", ordinary), ("private", private)):
             panel.plot(range(1, len(loss) + 1), loss, label=name)
-        panel.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+        panel.set(xlabel="epoch", xlim=(0, setting.epochs), ylim=(0, None))
         panel.set_title(
-            f"{setting.title}: n = {setting.num_examples}, {optimizer}, "
-            f"σ = {setting.noise_multiplier:g}\nε = {epsilon:.3f} at δ = {DELTA:g}"
+            f"{setting.title}: ε = {epsilon:.3f}\n"
+            f"n = {setting.num_examples}, {setting.epochs} epochs, {optimizer}, "
+            f"σ = {setting.noise_multiplier:g}",
+            fontsize="medium",
         )
-        panel.legend()
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].legend(frameon=False)
+    figure.supylabel("training loss")
+    figure.suptitle(f"Ordinary and private training (ε at δ = {DELTA:g})")
 
     figure.savefig(arguments.output, dpi=120)
     print(f"\nPicture: {arguments.output}")

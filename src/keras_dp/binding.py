@@ -1,16 +1,19 @@
 """What `compile` binds to a model: the private train step, and `fit` on a Poisson sample.
 
-`install` wraps `compile` once, on the class that defines it for every Keras
-model. From then on, compiling a model with a DP optimizer puts private methods
-into the instance; compiling it with any other optimizer takes them out again.
+`install` wraps `compile`, `fit` and `train_on_batch` once, on the class that
+defines each for every Keras model, so that a class of the user's own that
+overrides them and calls `super()` is served as well. Compiling a model with a DP
+optimizer puts the private step into the instance; compiling it with any other
+optimizer takes it out again, and then the wrapped methods do what they always did.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -31,20 +34,28 @@ from .sampling import (
     split_for_validation,
 )
 
-_BOUND = ("train_step", "make_train_function", "fit", "train_on_batch")
+_BOUND = ("train_step", "make_train_function")
 _LEDGER = "_keras_dp_ledger"  # where a model keeps its ledger between two DP optimizers
 _DEFAULT_BATCH_SIZE = 32  # as Keras'
 
 
 def install() -> None:
-    """Wraps `compile` on the class that defines it, so that loading, cloning and
-    pickling a model bind as well. Does nothing the second time."""
-    owner = next(c for c in keras.Model.__mro__ if "compile" in vars(c))
-    original = vars(owner)["compile"]
-    if getattr(original, "_keras_dp", False):
-        return
+    """Wraps Keras' methods on the class that defines them, so that loading, cloning
+    and pickling a model bind as well. Does nothing the second time."""
+    for name, wrap in (
+        ("compile", _compile_of),
+        ("fit", _fit_of),
+        ("train_on_batch", _train_on_batch_of),
+    ):
+        owner = next(c for c in keras.Model.__mro__ if name in vars(c))
+        original = vars(owner)[name]
+        if not hasattr(original, "_keras_dp"):
+            wrapped = functools.wraps(original)(wrap(original))
+            wrapped._keras_dp = True  # type: ignore[attr-defined]
+            setattr(owner, name, wrapped)
 
-    @functools.wraps(original)
+
+def _compile_of(original: Callable[..., Any]) -> Callable[..., Any]:
     def compile(self: keras.Model, *args: Any, **kwargs: Any) -> None:
         arguments = inspect.signature(original).bind(self, *args, **kwargs).arguments
         chosen = arguments.get("optimizer", "rmsprop")
@@ -63,8 +74,7 @@ def install() -> None:
         elif ledger.steps:
             vars(self)[_LEDGER] = ledger
 
-    compile._keras_dp = True  # type: ignore[attr-defined]
-    owner.compile = compile
+    return compile
 
 
 def ledger_of(model: keras.Model) -> PrivacyLedger:
@@ -90,7 +100,14 @@ def _resolve(chosen: Any) -> Any:
                 "it needs to know the clipping norm and the noise. Pass an instance, such as "
                 "keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=1.0)."
             )
-    return keras.optimizers.get(chosen)
+    optimizer = keras.optimizers.get(chosen)
+    if isinstance(getattr(optimizer, "inner_optimizer", None), DPOptimizer):
+        raise ValueError(
+            f"compile(optimizer={type(optimizer).__name__}(...)): a DP optimizer can't be wrapped "
+            "by another one, which would hand it gradients that are not private. Pass the "
+            f"{type(optimizer.inner_optimizer).__name__} itself; it needs no loss scaling."
+        )
+    return optimizer
 
 
 def _check_can_bind(model: keras.Model, optimizer: DPOptimizer, arguments: dict[str, Any]) -> None:
@@ -124,8 +141,6 @@ def _bind(model: keras.Model, optimizer: DPOptimizer) -> None:
     methods: dict[str, Callable[..., Any]] = {
         "train_step": functools.partial(optimizer.train_step, model),
         "make_train_function": functools.partial(_make_train_function, model),
-        "fit": _fit_of(model, optimizer),
-        "train_on_batch": _train_on_batch_of(model, optimizer),
     }
     vars(model).update(methods)
 
@@ -153,13 +168,13 @@ def _make_train_function(model: keras.Model, force: bool = False) -> Any:
 # -- train_on_batch --------------------------------------------------------------------------
 
 
-def _train_on_batch_of(model: keras.Model, optimizer: DPOptimizer) -> Callable[..., Any]:
-    original = type(model).train_on_batch
-
-    @functools.wraps(original)
-    def train_on_batch(*args: Any, **kwargs: Any) -> Any:
-        optimizer.begin_train_on_batch()
-        return original(model, *args, **kwargs)
+def _train_on_batch_of(original: Callable[..., Any]) -> Callable[..., Any]:
+    def train_on_batch(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
+        optimizer = getattr(self, "optimizer", None)
+        if isinstance(optimizer, DPOptimizer):
+            keras_private.seed_states_of(self)  # keras.utils.set_random_seed drops one of them
+            optimizer.begin_train_on_batch()
+        return original(self, *args, **kwargs)
 
     return train_on_batch
 
@@ -167,21 +182,23 @@ def _train_on_batch_of(model: keras.Model, optimizer: DPOptimizer) -> Callable[.
 # -- fit -------------------------------------------------------------------------------------
 
 
-def _fit_of(model: keras.Model, optimizer: DPOptimizer) -> Callable[..., Any]:
-    original = type(model).fit
-
-    @functools.wraps(original)
-    def fit(*args: Any, **kwargs: Any) -> Any:
-        given = dict(inspect.signature(original).bind(model, *args, **kwargs).arguments)
-        given.pop("self", None)
-        given.update(given.pop("kwargs", {}))
-        require_trainable_privately(model)
+def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
+    def fit(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
+        optimizer = getattr(self, "optimizer", None)
+        if not isinstance(optimizer, DPOptimizer):
+            return original(self, *args, **kwargs)
+        keras_private.seed_states_of(self)  # keras.utils.set_random_seed drops one of them
+        given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
+        del given["self"]
+        require_trainable_privately(self)
         sampling, steps = _private_source(given, optimizer)
-        session = _FitSession(optimizer, sampling, steps, given.get("initial_epoch", 0))
-        given["callbacks"] = _with_callback(given.get("callbacks"), session, model)
+        session = _FitSession(
+            optimizer, sampling, steps, given.get("initial_epoch", 0), given.get("epochs", 1)
+        )
         optimizer.budget = None
         try:
-            return original(model, **given)
+            with _joined(session, given, self):
+                return original(self, **given)
         finally:
             optimizer.end_fit()
 
@@ -194,7 +211,8 @@ def _private_source(given: dict[str, Any], optimizer: DPOptimizer) -> tuple[Samp
     Returns:
         How its batches are drawn, and the steps of an epoch, where known.
     """
-    x, y, weights = given.get("x"), given.get("y"), given.get("sample_weight")
+    x: Any = given.get("x")
+    y, weights = given.get("y"), given.get("sample_weight")
     batch_size = given.get("batch_size")
     if batch_size is not None:
         batch_size = check_batch_size(batch_size)
@@ -231,7 +249,7 @@ def _private_source(given: dict[str, Any], optimizer: DPOptimizer) -> tuple[Samp
             "fit(class_weight=..., sample_weight=...): give one of them; multiply the class "
             "weights into sample_weight to use both."
         )
-    given.setdefault("validation_batch_size", batch_size)
+    given["validation_batch_size"] = given.get("validation_batch_size") or batch_size
     for name in ("y", "sample_weight", "batch_size"):
         given.pop(name, None)
     if batch_size is None:
@@ -269,6 +287,8 @@ def _foreign_source(
     if batch_size is None:
         given["x"], batch_size = _declared_batch_size(x)
     given.pop("batch_size", None)
+    if not isinstance(x, keras.utils.PyDataset):
+        given.setdefault("shuffle", False)  # means nothing here; Keras warns of its default
     kind = type(x).__name__
     optimizer.tell_once(
         "source",
@@ -329,14 +349,23 @@ def _declared_batch_size(x: Any) -> tuple[Any, int]:
     return x, rows
 
 
-def _with_callback(callbacks: Any, session: keras.callbacks.Callback, model: keras.Model) -> Any:
-    """The callbacks with ours last, so that it starts when all others have."""
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        session.set_model(model)
-        session.set_params(callbacks.params)
-        callbacks.append(session)
-        return callbacks
-    return [*tree.flatten(callbacks or []), session]
+@contextlib.contextmanager
+def _joined(
+    session: keras.callbacks.Callback, given: dict[str, Any], model: keras.Model
+) -> Iterator[None]:
+    """Our callback after the user's, so that it starts when all others have."""
+    callbacks = given.get("callbacks")
+    if not isinstance(callbacks, keras.callbacks.CallbackList):
+        given["callbacks"] = [*tree.flatten(callbacks or []), session]
+        yield
+        return
+    session.set_model(model)
+    session.set_params(callbacks.params)
+    callbacks.callbacks.append(session)
+    try:
+        yield
+    finally:
+        callbacks.callbacks.remove(session)  # the list is the user's, and may serve again
 
 
 class _FitSession(keras.callbacks.Callback):
@@ -352,16 +381,19 @@ class _FitSession(keras.callbacks.Callback):
         sampling: Sampling,
         steps_per_epoch: int | None,
         initial_epoch: int,
+        epochs: int,
     ) -> None:
         super().__init__()
         self._optimizer = optimizer
         self._sampling = sampling
         self._steps_per_epoch = steps_per_epoch
         self._initial_epoch = initial_epoch
+        self._epochs = epochs
 
     def on_train_begin(self, logs: Any = None) -> None:
         planned = None
         if self._steps_per_epoch is not None:
             first = keras_private.resumed_epoch(self.model) or self._initial_epoch
-            planned = max(self.params.get("epochs", 1) - first, 0) * self._steps_per_epoch
+            epochs = self.params.get("epochs", self._epochs)
+            planned = max(epochs - first, 0) * self._steps_per_epoch
         self._optimizer.begin_fit(self._sampling, planned)

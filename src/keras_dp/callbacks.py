@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from typing import Any
 
@@ -62,7 +63,7 @@ class PrivacyBudget(keras.callbacks.Callback):
         super().__init__()
         if epsilon is not None and (
             isinstance(epsilon, bool)
-            or not isinstance(epsilon, (int, float))
+            or not isinstance(epsilon, numbers.Real)
             or not 0 < epsilon < math.inf
         ):
             raise ValueError(
@@ -76,6 +77,7 @@ class PrivacyBudget(keras.callbacks.Callback):
         self.verbose = verbose
         self.spent: float = 0.0
         self._started = False
+        self._limited = False
         self._warned = False
 
     @property
@@ -91,6 +93,7 @@ class PrivacyBudget(keras.callbacks.Callback):
                 "Compile it with keras_dp.DPSGD(...), keras_dp.DPAdam(...) or another of them."
             )
         self._started = False
+        self._limited = False
         self._warned = False
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -102,10 +105,12 @@ class PrivacyBudget(keras.callbacks.Callback):
         if self.epsilon is None or not self.stop_training:
             return
         budget = {"epsilon": self.epsilon, "delta": self.delta, "accountant": self.accountant}
-        steps = self.params.get("steps")
-        planned = None if steps is None else steps * max(self.params["epochs"] - epoch, 0)
+        steps, epochs = self.params.get("steps"), self.params.get("epochs")
+        known = steps is not None and epochs is not None
+        planned = steps * max(epochs - epoch, 0) if known else None
         allowed = self._optimizer.limit_steps(**budget, at_most=planned)
         self._optimizer.budget = budget
+        self._limited = planned is None or allowed < planned
         if allowed == 0 and planned != 0:
             raise PrivacyBudgetExceeded(
                 f"The privacy budget is spent before training starts: {self._account()}; not one "
@@ -115,7 +120,7 @@ class PrivacyBudget(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Stops when the last allowed step has been taken."""
-        if self.epsilon is not None and self.stop_training and self._optimizer.step_limit_reached:
+        if self._limited and self._optimizer.step_limit_reached:
             self.model.stop_training = True
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -135,8 +140,9 @@ class PrivacyBudget(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Says how training ended, if the budget ended it."""
-        stopped = self.epsilon is not None and self.stop_training
-        if stopped and self._optimizer.step_limit_reached and self.verbose:
+        if self.epsilon is None or not self._limited:
+            return
+        if self.verbose and self._optimizer.step_limit_reached:
             print(
                 f"\nPrivacy budget reached: {self._account()}. {self.epsilon - self.spent:.4f} is "
                 "left, which the next step would have overspent."

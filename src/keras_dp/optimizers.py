@@ -109,7 +109,9 @@ class DPOptimizer(keras.optimizers.Optimizer):
             microbatch_size = check_batch_size(microbatch_size, "microbatch_size")
         _one_of("clipping", clipping, CLIPPINGS)
         _one_of("gradients", gradients, ENGINES)
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        if seed is not None and (
+            isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0
+        ):
             raise ValueError(f"`seed` must be None or an integer, 0 or more. Received: {seed!r}")
 
         super().__init__(learning_rate=0.0, name=name)
@@ -120,14 +122,14 @@ class DPOptimizer(keras.optimizers.Optimizer):
         self.microbatch_size = microbatch_size
         self.clipping = clipping
         self.gradients = gradients
-        self.seed = seed
+        self.seed = None if seed is None else int(seed)
         self.clipping_strategy = FlatClipping(max_grad_norm)
         self.engine: str | None = None
         self.budget: dict[str, Any] | None = None
         self.last_delta: float | None = None
 
         self._given_noise_multiplier = noise_multiplier
-        self._noise = NoiseSource(seed)
+        self._noise = NoiseSource(self.seed)
         self._releases = backend.Counter()
         self._limit = backend.Counter(_NO_LIMIT)
         self._sigma = backend.Scalar(math.nan)
@@ -232,7 +234,9 @@ class DPOptimizer(keras.optimizers.Optimizer):
             ]
             penalties = training.regularizer_gradients(list(variables))
             if penalties is not None:
-                gradients = [g + ops.cast(p, g.dtype) for g, p in zip(gradients, penalties)]
+                gradients = [
+                    g + ops.cast(p, g.dtype) for g, p in zip(gradients, penalties, strict=True)
+                ]
             self.inner_optimizer.apply(
                 [ops.cast(g, v.dtype) for g, v in zip(gradients, variables, strict=True)],
                 list(variables),
@@ -260,9 +264,10 @@ class DPOptimizer(keras.optimizers.Optimizer):
         self._in_fit = True
         self._noise.refresh()
         self._limit.set(_NO_LIMIT)
-        if self.target_epsilon is not None:
+        if self.target_epsilon is not None and planned_steps != 0:
             self._calibrate(sampling, planned_steps)
-        self._declare(sampling)
+        if self._noise_multiplier is not None:
+            self._declare(sampling)
 
     def end_fit(self) -> None:
         """Declares that batches are of unknown origin again."""
@@ -277,11 +282,14 @@ class DPOptimizer(keras.optimizers.Optimizer):
         """Declares one batch of the caller's own.
 
         Raises:
-            PrivacyError: If sigma would have to be calibrated.
+            PrivacyError: If sigma would have to be calibrated, or `fit` is running.
             PrivacyBudgetExceeded: If a budget that `fit` was given is spent.
         """
         if self._in_fit:
-            return
+            raise PrivacyError(
+                "train_on_batch was called while `fit` is running, so its step would be accounted "
+                "as one of fit's random batches, which it is not. Call it before or after `fit`."
+            )
         if self.target_epsilon is not None:
             raise PrivacyError(
                 "train_on_batch can't be held to target_epsilon: how many batches will follow is "
@@ -358,9 +366,6 @@ class DPOptimizer(keras.optimizers.Optimizer):
             clipping=self.clipping,
             seeded=False,
         )
-        if planned_steps < 1:
-            self._set_noise_multiplier(self._noise_multiplier or 1.0)
-            return
         spent = self.get_epsilon(self.target_delta)
         if spent >= self.target_epsilon * (1 - 1e-3) and spent > 0:
             raise PrivacyBudgetExceeded(
@@ -419,7 +424,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 "those weights has cost is unknown and not counted. That is right only if they "
                 "were trained on public data.",
                 PrivacyWarning,
-                stacklevel=2,
+                stacklevel=_outside_package(),
             )
 
     # -- what a Keras optimizer does --------------------------------------------------------
@@ -603,14 +608,10 @@ def _one_of(argument: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def _outside_package() -> int:
-    """The stack level of the first caller outside this package and Keras, for warnings."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("keras_dp", "keras.", "tensorflow")):
-            return level
-        frame, level = frame.f_back, level + 1
-    return 1
+    """The stack level of the caller's first frame outside this package and Keras, for warnings."""
+    modules = (f.frame.f_globals.get("__name__", "") for f in inspect.stack(context=0))
+    inside = ("keras_dp.", "keras.", "tensorflow.")
+    return next((level for level, m in enumerate(modules) if not m.startswith(inside)), 1)
 
 
 # -- named kin ---------------------------------------------------------------------------------
@@ -669,7 +670,7 @@ def _named(keras_class: type[keras.optimizers.Optimizer]) -> type[_Named]:
     own = [
         p
         for p in inspect.signature(keras_class.__init__).parameters.values()
-        if p.kind is not p.VAR_KEYWORD and p.name not in ("name", "loss_scale_factor")
+        if p.kind is not p.VAR_KEYWORD and p.name != "name"
     ]
     keywords = [p for p in private if p.kind is p.KEYWORD_ONLY]
     name = f"DP{keras_class.__name__}"

@@ -65,11 +65,16 @@ class PrivacyReport:
     warnings: tuple[str, ...]
     versions: dict[str, str]
 
+    @property
+    def private(self) -> bool:
+        """Whether training had a guarantee at all: a finite epsilon and no chosen seed."""
+        return not self.seeded and all(map(math.isfinite, self.epsilon.values()))
+
     def to_json(self) -> str:
         """The report as JSON. An infinite epsilon is `null`, with `"private": false`."""
         data = dataclasses.asdict(self)
         data["schema"] = _SCHEMA
-        data["private"] = not self.seeded and all(map(math.isfinite, self.epsilon.values()))
+        data["private"] = self.private
         data["epsilon"] = {k: v if math.isfinite(v) else None for k, v in self.epsilon.items()}
         data["adjacency"] = "add-or-remove (zero-out) one example; n public"
         data["unit_of_privacy"] = "example"
@@ -77,16 +82,19 @@ class PrivacyReport:
         return json.dumps(data, indent=2, allow_nan=False)
 
     def __str__(self) -> str:
+        promise = (
+            f"Its training is ({self.epsilon['pld']:.4f}, {self.delta:g})-differentially private "
+            f"(epsilon by privacy loss distributions; {self.epsilon['rdp']:.4f} by Renyi "
+            "differential privacy)."
+        )
         lines = [
             f"# Privacy statement of the model '{self.model}'",
             "",
-            f"Its training is ({self.epsilon['pld']:.4f}, {self.delta:g})-differentially private "
-            f"(epsilon by privacy loss distributions; {self.epsilon['rdp']:.4f} by Renyi "
-            "differential privacy).",
+            promise if self.private else "Its training is NOT private: see the doubts below.",
             "",
             "- Unit of privacy: one example, one row of the training data.",
             "- Adjacency: add or remove (zero out) one example; the number of examples is public.",
-            f"- Releases: {self.steps} steps of DP-SGD with Gaussian noise.",
+            f"- Releases: {self.steps} steps.",
             f"- Per-example gradients: {self.engine or 'not computed by this object'}.",
             f"- Precision: {self.precision}; clipping and noise in float32 at least.",
             f"- Randomness: {'a chosen seed' if self.seeded else 'operating system entropy'}.",
@@ -144,7 +152,7 @@ def privacy_report(model: keras.Model, *, delta: float | None = None) -> Privacy
     >>> report.steps
     2
     """
-    optimizer = getattr(model, "optimizer", None)
+    optimizer: Any = getattr(model, "optimizer", None)
     private = isinstance(optimizer, DPOptimizer)
     ledger = ledger_of(model)
     if not private and not ledger.steps:

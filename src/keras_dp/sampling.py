@@ -80,7 +80,7 @@ def as_array(leaf: Any, name: str = "x") -> np.ndarray:
     Floats take Keras' default float type, as they do in `Model.fit`.
 
     Raises:
-        ValueError: If it can't be indexed by row.
+        ValueError: If it can't be indexed by row, or holds neither numbers nor text.
     """
     if hasattr(leaf, "tocsr") or type(leaf).__name__ in ("SparseTensor", "RaggedTensor"):
         raise ValueError(
@@ -99,6 +99,16 @@ def as_array(leaf: Any, name: str = "x") -> np.ndarray:
         raise ValueError(
             f"`{name}` holds a single value, not an array with one row per example. "
             f"Received: {leaf!r}"
+        )
+    if array.dtype.kind == "O" and not all(isinstance(v, (str, bytes)) for v in array.flat):
+        raise ValueError(
+            f"`{name}` holds Python objects that are not all strings (dtype object). Convert it to "
+            'numbers first (`.astype("float32")`; fill what is missing), and give columns of text '
+            "and of numbers as separate inputs."
+        )
+    if array.dtype.kind in "mM":
+        raise ValueError(
+            f"`{name}` holds dates or times ({array.dtype}). Convert it to numbers first."
         )
     floatx = keras.config.floatx()
     if np.issubdtype(array.dtype, np.floating) and array.dtype != floatx:
@@ -139,7 +149,7 @@ def common_length(x: Any, y: Any = None, sample_weight: Any = None) -> int:
 
 
 def _take(array: np.ndarray, indices: np.ndarray) -> Any:
-    rows = np.take(array, indices, axis=0)
+    rows = array[indices]  # not np.take, which copies all of an array that isn't contiguous
     if rows.dtype.kind in "OUS":
         return keras.ops.convert_to_tensor(rows.astype(object), dtype="string")
     return rows

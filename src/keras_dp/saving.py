@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import keras
 
+from .keras_private import all_layers
 from .report import privacy_report
 
 
@@ -58,16 +59,16 @@ def save_inference_model(
 
 @contextlib.contextmanager
 def _uncompiled(model: keras.Model) -> Iterator[None]:
-    """Takes the optimizer, loss and metrics out of the model's sight for a while."""
-    hidden = {
-        name: vars(model).pop(name)
-        for name in ("optimizer", "_compile_loss", "_compile_metrics", "_loss_tracker", "loss")
-        if name in vars(model)
-    }
-    vars(model).update({"_compile_loss": None, "_compile_metrics": None, "_loss_tracker": None})
-    model.compiled = False
+    """Takes optimizer, loss and metrics out of sight for a while, also of models within."""
+    blank = {"compiled": False, "loss": None}
+    blank |= {"_compile_loss": None, "_compile_metrics": None, "_loss_tracker": None}
+    models = [layer for layer in all_layers(model) if isinstance(layer, keras.Model)]
+    kept = [{k: vars(m)[k] for k in (*blank, "optimizer") if k in vars(m)} for m in models]
+    for m in models:
+        vars(m).update(blank)
+        vars(m).pop("optimizer", None)
     try:
         yield
     finally:
-        model.compiled = True
-        vars(model).update(hidden)
+        for m, attributes in zip(models, kept, strict=True):
+            vars(m).update(attributes)

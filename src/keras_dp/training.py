@@ -57,9 +57,10 @@ def private_train_step(optimizer: DPOptimizer, model: keras.Model, data: Any) ->
     seeds = backend.per_example_seeds(engine.example_loss.seed_states, backend.row_count(leaves[0]))
 
     outcome = engine(padded, real, seeds)
+    penalty = _regularization(variables)  # of the weights that made the losses
     optimizer.release(outcome.sums, variables, rows=rows)
     optimizer.engine = engine.name
-    return _metrics(model, batch, rows, real, outcome, variables)
+    return _metrics(model, batch, rows, real, outcome, penalty)
 
 
 def _prepare(optimizer: DPOptimizer, model: keras.Model, batch: Batch) -> ExampleLoss:
@@ -163,14 +164,14 @@ def _metrics(
     rows: Any,
     real: Any,
     outcome: Outcome,
-    variables: list[Any],
+    penalty: Any,
 ) -> dict[str, Any]:
     """Updates the metrics with the real examples of the batch, and returns all of them."""
     dropped = {id(v) for v, _ in outcome.metric_updates}
 
     def update() -> dict[str, Any]:
         loss = backend.mean_over(outcome.losses, real)
-        loss = loss + ops.cast(_regularization(variables), loss.dtype)
+        loss = loss + ops.cast(penalty, loss.dtype)
         tracker = keras_private.loss_tracker_of(model)
         if not any(id(v) in dropped for v in tracker.variables):
             tracker.update_state(loss, sample_weight=ops.cast(rows, "float32"))
@@ -207,5 +208,3 @@ def _real_with_mask(rows: Any) -> Callable[[Any], Any]:
         return kept
 
     return cut
-
-

@@ -5,16 +5,20 @@ generators, control flow on tensors) stands in one module per framework, with
 the same functions. The rest of the package imports them from here.
 """
 
-import keras
-
 _SUPPORTED = ("tensorflow",)
+_MEND = (
+    "keras_dp runs on the TensorFlow backend of Keras. Set the environment variable "
+    'KERAS_BACKEND=tensorflow before Keras is imported (or "backend": "tensorflow" in '
+    "keras.json)."
+)
+
+try:
+    import keras
+except ImportError as error:
+    raise ImportError(f"Keras can't be imported: {error}. {_MEND}") from error
 
 if keras.backend.backend() not in _SUPPORTED:
-    raise ImportError(
-        "keras_dp runs on the TensorFlow backend of Keras, and Keras is using "
-        f"{keras.backend.backend()!r}. Set the environment variable KERAS_BACKEND=tensorflow "
-        'before Keras is imported (or "backend": "tensorflow" in keras.json).'
-    )
+    raise ImportError(f"Keras is using its {keras.backend.backend()!r} backend. {_MEND}")
 
 from .tensorflow import (  # noqa: E402
     BrokenMatmul,

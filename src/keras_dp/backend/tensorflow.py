@@ -45,7 +45,10 @@ def wait_for(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[Non
     At the end of an epoch of unknown length TensorFlow still runs the parts of
     a step that don't depend on its data; this makes a part depend on them.
     """
-    return tf.control_dependencies(list(tensors))
+    # A control edge from a function's call is lost when the call is inlined; one from an
+    # operation that reads what the function returned is not.
+    read = [tf.reduce_any(tf.math.is_nan(t)) for t in tensors]
+    return tf.control_dependencies(read)
 
 
 def row_count(tensor: Tensor) -> Tensor:
@@ -249,6 +252,23 @@ def _weighted_sum(gradients: Tensor, clip_weights: Tensor) -> Tensor:
     return tf.reduce_sum(tf.math.multiply_no_nan(gradients, c), axis=0)
 
 
+# Operations whose result has a size that depends on the values they are given.
+_VARYING_SIZES = {"DynamicPartition", "ListDiff", "RaggedRange", "StringSplit", "StringSplitV2"}
+_VARYING_SIZES |= {"Unique", "UniqueV2", "UniqueWithCounts", "Where"}
+
+
+def _require_fixed_sizes(graph: Any) -> None:
+    """Finds now what the vectorizer would otherwise fail on when the step runs.
+
+    Raises:
+        NotImplementedError: If one example's graph makes results that can't be
+            stacked over the examples.
+    """
+    for op in all_operations(graph):
+        if op.type in _VARYING_SIZES:
+            raise NotImplementedError(f"the size of the result of {op.type} depends on the data")
+
+
 EngineResult = tuple[list[Tensor], Tensor, Tensor, list[Tensor]]
 
 
@@ -285,16 +305,14 @@ def vectorized_engine(
         for copy, w in zip(copies, weights, strict=True):
             copy.set_shape([None, *w.shape])
 
-        def gradients_of(args: tuple[list[Tensor], list[Tensor]]) -> Any:
-            return _example_gradients(one, list(args[0]), list(args[1]))
-
         mapped: Any = (copies, list(leaves))
     else:
-
-        def gradients_of(args: tuple[list[Tensor], list[Tensor]]) -> Any:
-            return _example_gradients(one, weights, list(args[1]))
-
         mapped = ([], list(leaves))
+
+    def gradients_of(args: tuple[list[Tensor], list[Tensor]]) -> Any:
+        result = _example_gradients(one, list(args[0]) or weights, list(args[1]))
+        _require_fixed_sizes(tf.compat.v1.get_default_graph())
+        return result
 
     with _quiet_tensorflow():
         gradients, losses, extra = tf.vectorized_map(gradients_of, mapped)
@@ -362,12 +380,13 @@ def chunked_sum(
     per-example gradients are in memory at a time.
     """
     rows = tf.shape(leaves[0])[0]
+    # A slice with a moving start has no static shape under XLA; an element of a stack has.
+    chunks = [tf.reshape(t, tf.concat([[-1, size], tf.shape(t)[1:]], 0)) for t in leaves]
+    for c, t in zip(chunks, leaves, strict=True):
+        c.set_shape([None, size, *t.shape[1:]])
 
     def chunk(k: Tensor) -> EngineResult:
-        cut = [t[k * size : (k + 1) * size] for t in leaves]
-        for c, t in zip(cut, leaves, strict=True):
-            c.set_shape([size, *t.shape[1:]])
-        return engine(cut)
+        return engine([c[k] for c in chunks])
 
     if tf.executing_eagerly():
         results = [chunk(tf.constant(k)) for k in range(int(rows) // size)]
@@ -420,6 +439,8 @@ def compiled_candidate(
         raise BrokenMatmul(
             "oneDNN multiplies a batch of single matrices with a shared matrix wrongly"
         )
+    if jit_compile:
+        require_xla_can_compile(concrete.graph)
 
     def run(leaves: list[Tensor]) -> EngineResult:
         sums, norms, losses, extra = concrete(leaves)
@@ -432,6 +453,22 @@ class BrokenMatmul(RuntimeError):
     """The graph holds a matrix product that this TensorFlow build gets wrong."""
 
 
+def require_xla_can_compile(graph: Any) -> None:
+    """Finds now what XLA would otherwise fail on in the middle of the first step.
+
+    Raises:
+        NotImplementedError: If the graph holds lists of lists of tensors: what
+            the vectorizer makes of the loop in a recurrent layer.
+    """
+    for op in all_operations(graph):
+        if op.type.startswith("TensorList"):
+            with contextlib.suppress(ValueError):
+                if op.get_attr("element_dtype") == tf.variant:
+                    raise NotImplementedError(
+                        "XLA can't compile the vectorized loop of a recurrent layer"
+                    )
+
+
 def emits_broken_matmul(graph: Any) -> bool:
     """Whether a graph multiplies (N, 1, m, k) with one shared (k, n) on the CPU.
 
@@ -439,7 +476,6 @@ def emits_broken_matmul(graph: Any) -> bool:
     values for that shape, or dies. Vectorizing a model over examples that have
     a batch axis of 1 makes exactly that shape out of a layer's (1, m, k) x (k, n).
     """
-    seen: set[str] = set()
 
     def broken(op: Any) -> bool:
         if op.type not in ("BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"):
@@ -451,20 +487,23 @@ def emits_broken_matmul(graph: Any) -> bool:
             return False
         return right.rank < 3 or all(size == 1 for size in right[:-2])
 
-    def scan(graph: Any) -> bool:
-        for op in graph.get_operations():
-            if broken(op):
-                return True
-            for name in ("f", "body", "cond", "then_branch", "else_branch"):
-                with contextlib.suppress(ValueError, AttributeError):
-                    called = op.get_attr(name).name
-                    if called not in seen:
-                        seen.add(called)
-                        if scan(graph._get_function(called).graph):
-                            return True
-        return False
+    return any(broken(op) for op in all_operations(graph))
 
-    return scan(graph)
+
+def all_operations(graph: Any, _seen: set[str] | None = None) -> Iterator[Any]:
+    """The operations of a graph and of every function that it calls."""
+    seen = set() if _seen is None else _seen
+    for op in graph.get_operations():
+        yield op
+        for name in ("f", "body", "cond", "then_branch", "else_branch", "branches"):
+            try:
+                called = op.get_attr(name)
+            except ValueError:
+                continue
+            for function in called if isinstance(called, list) else [called]:
+                if function.name not in seen:
+                    seen.add(function.name)
+                    yield from all_operations(graph._get_function(function.name).graph, seen)
 
 
 @contextlib.contextmanager

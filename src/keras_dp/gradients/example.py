@@ -11,6 +11,7 @@ import keras
 from keras import ops, tree
 
 from .. import keras_private
+from ..errors import PrivacyError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +109,7 @@ class ExampleLoss:
             loss = keras_private.loss_of(
                 self.model, alone.x, alone.y, outputs, alone.sample_weight, training=True
             )
+        self._refuse_foreign_state(scope, state)
         after = [scope.get_current_value(v) for v in metrics]
         touched = [k for k, (a, b) in enumerate(zip(after, before, strict=True)) if a is not b]
         self.metric_variables = [metrics[k] for k in touched]
@@ -117,7 +119,21 @@ class ExampleLoss:
         self._output_structure = outputs
         self._masked = [m is not None for m in masks]
         extra = [*flat, *(m for m in masks if m is not None)]
-        return ops.sum(loss), [*(ops.squeeze(t, 0) for t in extra), *updates]
+        return ops.sum(loss), [*(ops.reshape(t, ops.shape(t)[1:]) for t in extra), *updates]
+
+    def _refuse_foreign_state(self, scope: Any, state: list[tuple[Any, Any]]) -> None:
+        """Refuses a model that writes to state which it doesn't own.
+
+        Such a random generator would draw the same for every example and step.
+        """
+        known = {id(v) for v in (*self.model.variables, *(v for v, _ in state))}
+        if not known.issuperset(scope.state_mapping):
+            raise PrivacyError(
+                f"The model '{self.model.name}' writes to a variable that belongs to none of its "
+                "layers, most likely the state of a keras.random.SeedGenerator, which would draw "
+                "the same random numbers for every example. Make the generator an attribute of "
+                "the layer that draws from it, in the layer's `__init__`."
+            )
 
     def outcome(self, result: tuple[list[Any], Any, Any, list[Any]]) -> Outcome:
         """An engine's result with outputs, masks and metric updates told apart."""

@@ -1,0 +1,62 @@
+"""Small models and data, on which a step takes milliseconds."""
+
+from __future__ import annotations
+
+import warnings
+
+import keras
+import numpy as np
+
+import keras_dp
+
+DELTA = 1e-5
+
+
+def data(n=64, width=4, seed=0):
+    """A linear problem: x of shape (n, width) and y of shape (n, 1)."""
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(n, width)).astype("float32")
+    y = (x @ random.normal(size=(width, 1)) + 0.1).astype("float32")
+    return x, y
+
+
+def model(width=4, seed=1, hidden=3):
+    """A network with one small hidden layer; the same weights for the same seed."""
+    initializers = [keras.initializers.GlorotUniform(seed=seed + k) for k in range(2)]
+    return keras.Sequential(
+        [
+            keras.Input((width,)),
+            keras.layers.Dense(hidden, activation="tanh", kernel_initializer=initializers[0]),
+            keras.layers.Dense(1, kernel_initializer=initializers[1]),
+        ]
+    )
+
+
+def sgd(learning_rate=0.1, *, noise_multiplier=1.0, **kwargs):
+    """A DP optimizer with ordinary settings."""
+    return keras_dp.DPSGD(
+        learning_rate, max_grad_norm=1.0, noise_multiplier=noise_multiplier, **kwargs
+    )
+
+
+def compiled(optimizer=None, *, loss="mse", seed=1, **kwargs):
+    """A model that trains privately."""
+    made = model(seed=seed)
+    made.compile(optimizer or sgd(), loss=loss, **kwargs)
+    return made
+
+
+def noiseless(cls=keras_dp.DPSGD, *args, **kwargs):
+    """A DP optimizer that neither clips nor noises: it must do what its namesake does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", keras_dp.PrivacyWarning)
+        return cls(*args, max_grad_norm=1e6, noise_multiplier=0.0, **kwargs)
+
+
+def weights_of(a_model):
+    return [w.copy() for w in a_model.get_weights()]
+
+
+def same(first, second, **tolerance):
+    """Whether two lists of arrays agree."""
+    return all(np.allclose(a, b, **tolerance) for a, b in zip(first, second, strict=True))
