@@ -500,7 +500,7 @@ def test_rule_08_masks_differ_across_examples_microbatches_and_steps(layer, how)
 def test_rule_08_a_generator_that_no_layer_owns_is_refused():
     """It would give every example and every step the same mask."""
     model = private(keras.Sequential([keras.Input((3,)), ForeignSeed(), layers.Dense(1)]))
-    with pytest.raises(PrivacyError, match="SeedGenerator.*attribute of the layer"):
+    with pytest.raises(PrivacyError, match=r"SeedGenerator.*attribute of the layer"):
         fit(model)
     assert model.optimizer.ledger.steps == 0
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -504,6 +506,48 @@ def all_operations(graph: Any, _seen: set[str] | None = None) -> Iterator[Any]:
                 if function.name not in seen:
                     seen.add(function.name)
                     yield from all_operations(graph._get_function(function.name).graph, seen)
+
+
+# -- made-up examples ----------------------------------------------------------------------
+
+
+def apart(compute: Callable[[], Any]) -> Any:
+    """Runs operations at once, while this thread is tracing a graph.
+
+    In a thread of its own, because `tf.init_scope` keeps gradient tapes from recording.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(compute).result()
+
+
+def made_up_like(leaves: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """Tensors of the same types and shapes, with `rows` rows of made-up values."""
+    random = np.random.default_rng(0)
+
+    def made_up(leaf: Tensor) -> Tensor:
+        shape = [rows, *(4 if size is None else size for size in leaf.shape[1:])]
+        if leaf.dtype.is_floating:
+            return tf.constant(random.uniform(0.1, 0.9, shape), leaf.dtype)
+        if leaf.dtype == tf.string:
+            return tf.fill(shape, "made up")
+        return tf.cast(tf.constant(random.integers(0, 2, shape)), leaf.dtype)
+
+    with tf.init_scope():
+        return [made_up(leaf) for leaf in leaves]
+
+
+def first_rows(rows: int, count: int) -> Tensor:
+    """A mask, (rows,), that is true for the first `count`."""
+    return tf.range(rows) < count
+
+
+def relative_error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """How far apart two lists of tensors are; 0 where what is wanted isn't finite."""
+    a, b = (np.concatenate([np.ravel(t.numpy()).astype("f8") for t in ts]) for ts in (got, wanted))
+    if not np.all(np.isfinite(b)):
+        return 0.0
+    error = float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-12))
+    return error if np.isfinite(error) else math.inf
 
 
 @contextlib.contextmanager

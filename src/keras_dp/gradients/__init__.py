@@ -98,6 +98,8 @@ class Engine:
             whole = self._whole(self._chunk(engine, **options))
             try:
                 run = backend.compiled_candidate(whole, leaves, jit_compile=self._jit_compile)
+                if name == "vectorized":
+                    self._require_agreement(run, leaves)
             except Exception as error:
                 failure = failure or error
                 if name == "loop":
@@ -115,6 +117,37 @@ class Engine:
             self.name = name
             return run
         raise AssertionError("unreachable: the loop engine either runs or raises")
+
+    def _require_agreement(self, run: Callable[[list[Any]], Any], leaves: list[Any]) -> None:
+        """Tries a vectorized engine against the loop, on two made-up examples.
+
+        The vectorizer rewrites the whole model, on kernels that may have
+        faults of their own; a wrong norm would mean a wrong clip. No private
+        data takes part.
+
+        Raises:
+            ArithmeticError: If they differ.
+        """
+        rows = max(2, self.padding)
+        made_up = backend.made_up_like(leaves[:-1], rows)
+        loop = self._chunk(backend.loop_engine)
+
+        def error() -> float:
+            sums, norms, *_ = run([*made_up, backend.first_rows(rows, 2)])
+            first_two = [t[:2] for t in made_up]
+            try:
+                plain_sums, plain_norms, *_ = loop([*first_two, backend.first_rows(2, 2)])
+            except Exception:
+                return 0.0  # made-up values mean nothing to this model
+            return backend.relative_error([*sums, norms[:2]], [*plain_sums, plain_norms])
+
+        off = backend.apart(error)
+        rough = self.example_loss.model.compute_dtype in ("float16", "bfloat16")
+        if off > (0.1 if rough else 1e-3):
+            raise ArithmeticError(
+                f"vectorized gradients of two made-up examples are off by {off:.1%}, as they are for "
+                "a layer that draws random numbers without a keras.random.SeedGenerator"
+            )
 
     def _chunk(self, engine: Any, **options: Any) -> Callable[[list[Any]], Any]:
         def run(leaves: list[Any]) -> Any:
