@@ -61,7 +61,11 @@ def test_both_or_neither_of_noise_and_target_is_refused(noise):
         keras_dp.DPSGD(0.1, max_grad_norm=1.0, **noise)
 
 
-@pytest.mark.parametrize("inner", [None, 0.1, "nonsense", object(), keras.layers.Dense(1)], ids=str)
+@pytest.mark.parametrize(
+    "inner",
+    [None, 0.1, "nonsense", object(), keras.layers.Dense(1)],
+    ids=lambda v: type(v).__name__,
+)
 def test_an_inner_optimizer_that_is_none_is_refused(inner):
     with pytest.raises(ValueError, match="optimizer"):
         keras_dp.DPOptimizer(inner, **PRIVATE)

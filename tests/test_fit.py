@@ -371,7 +371,9 @@ def test_a_callback_list_of_the_users_own_serves_again():
     assert len(callbacks.callbacks) == 2
 
 
-@pytest.mark.parametrize("callbacks", [None, [], keras_dp.PrivacyBudget(delta=1e-5)], ids=str)
+@pytest.mark.parametrize(
+    "callbacks", [None, [], keras_dp.PrivacyBudget(delta=1e-5)], ids=lambda v: type(v).__name__
+)
 def test_callbacks_may_be_none_or_a_single_one(callbacks):
     model = tiny.compiled()
     model.fit(X, Y, batch_size=16, callbacks=callbacks, verbose=0)

@@ -293,8 +293,9 @@ def _foreign_source(
     optimizer.tell_once(
         "source",
         f"fit can't know how a {kind} draws its batches, so every step is accounted as if every "
-        "example took part in it, and epsilon grows fast. Pass arrays, of which fit draws Poisson "
-        "batches, or a keras_dp.PoissonDataset or ShuffledDataset, to be accounted as what it is.",
+        "example took part in it (once), and epsilon grows fast. Pass arrays, of which fit draws "
+        "Poisson batches, or a keras_dp.PoissonDataset or ShuffledDataset, to be accounted as "
+        "what it is.",
     )
     length = steps
     if length is None:

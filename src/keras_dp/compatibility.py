@@ -45,10 +45,10 @@ def check_model(model: keras.Model) -> list[Problem]:
     Example:
 
     >>> import keras, keras_dp
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
-    >>> problems = keras_dp.check_model(model)
+    >>> layer = keras.layers.BatchNormalization(name="normalize")
+    >>> problems = keras_dp.check_model(keras.Sequential([keras.Input((4,)), layer]))
     >>> print(problems[0].layer)
-    'batch_normalization' (BatchNormalization)
+    'normalize' (BatchNormalization)
     """
     found = []
     for layer in all_layers(model):

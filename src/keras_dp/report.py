@@ -19,7 +19,7 @@ _SCHEMA = 1
 _DRAWN = {
     "poisson": "Poisson sampling, drawn by keras_dp",
     "shuffled": "each example once per epoch, drawn by keras_dp; no amplification claimed",
-    "unknown": "the caller's own batches; every example counted in every step",
+    "unknown": "the caller's own batches; every example counted once in every step",
     "unprotected": "without protection",
 }
 

@@ -145,8 +145,8 @@ class Engine:
         rough = self.example_loss.model.compute_dtype in ("float16", "bfloat16")
         if off > (0.1 if rough else 1e-3):
             raise ArithmeticError(
-                f"vectorized gradients of two made-up examples are off by {off:.1%}, as they are for "
-                "a layer that draws random numbers without a keras.random.SeedGenerator"
+                f"vectorized gradients of two made-up examples are off by {off:.1%}, as they are "
+                "for a layer that draws random numbers without a keras.random.SeedGenerator"
             )
 
     def _chunk(self, engine: Any, **options: Any) -> Callable[[list[Any]], Any]:
