@@ -5,7 +5,9 @@ import csv
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 import tiny
+from tensorboard.backend.event_processing import event_accumulator
 
 import keras_dp
 from keras_dp import accounting
@@ -170,6 +172,15 @@ def test_epsilon_reaches_history_progress_bar_and_csv(tmp_path, capsys):
         assert [float(row["epsilon"]) for row in csv.DictReader(file)] == pytest.approx(wanted)
     assert f"epsilon: {wanted[-1]:.2f}"[:12] in capsys.readouterr().out
     assert model.optimizer.ledger.steps == 12
+
+
+def test_epsilon_reaches_tensorboard(tmp_path):
+    model = tiny.compiled()
+    callbacks = [keras_dp.PrivacyBudget(delta=DELTA), keras.callbacks.TensorBoard(tmp_path)]
+    model.fit(*tiny.data(), batch_size=16, epochs=2, callbacks=callbacks, verbose=0)
+    board = event_accumulator.EventAccumulator(str(tmp_path / "train")).Reload()
+    shown = [float(tf.make_ndarray(e.tensor_proto)) for e in board.Tensors("epoch_epsilon")]
+    assert shown == pytest.approx([cost(1.0, steps, batch_size=16) for steps in (4, 8)])
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", keras.optimizers.Adam])

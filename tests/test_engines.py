@@ -21,6 +21,7 @@ from reference import (
 )
 
 import keras_dp
+from keras_dp import backend
 from keras_dp.backend import chunked_sum
 from keras_dp.backend.tensorflow import emits_broken_matmul
 from keras_dp.clipping import FlatClipping
@@ -115,6 +116,42 @@ def test_loop_and_vectorized_engine_agree():
     assert relative_error(one.sums, other.sums) < 1e-5
     np.testing.assert_allclose(one.norms, other.norms, rtol=1e-5)
     np.testing.assert_allclose(one.outputs, other.outputs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("wrong", ["sums", "norms"])
+def test_a_vectorizer_that_computes_wrongly_is_found_out_before_it_is_used(
+    monkeypatch, caplog, wrong, jit_compile
+):
+    right = backend.vectorized_engine
+
+    def faulty(*args, **kwargs):
+        sums, norms, losses, extra = right(*args, **kwargs)
+        if wrong == "sums":
+            return [1.01 * s for s in sums], norms, losses, extra
+        return sums, 0.99 * norms, losses, extra
+
+    monkeypatch.setattr(backend, "vectorized_engine", faulty)
+    model = linear()
+    x = np.array([[3.0, 4.0], [0.3, 0.4]], "float32")
+    gradients = example_gradients(model, x, np.zeros((2, 1), "float32"))[0]
+    model.compile(noiseless_optimizer(1.0), loss=model.loss, jit_compile=jit_compile)
+    update = update_on_batch(model, x, np.zeros((2, 1), "float32"))
+    assert model.optimizer.engine == "loop"
+    assert relative_error(update, [s / 2 for s in clipped_sum(gradients, 1.0)]) < 1e-5
+    assert "two made-up examples are off by" in caplog.text
+
+
+def test_a_layer_with_random_numbers_of_its_own_is_looped_over(caplog):
+    class Jitter(layers.Layer):
+        def call(self, x):
+            return x + tf.random.normal(tf.shape(x))
+
+    model = keras.Sequential([keras.Input((2,)), Jitter(), layers.Dense(1)])
+    model.compile(noiseless_optimizer(1.0), loss="mse")
+    update_on_batch(model, np.ones((3, 2), "float32"), Y)
+    assert model.optimizer.engine == "loop"
+    assert "SeedGenerator" in caplog.text
 
 
 def test_an_error_of_the_model_itself_is_shown_and_not_swallowed_by_the_fallback():
