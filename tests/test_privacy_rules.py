@@ -735,11 +735,12 @@ def test_rule_11_training_in_mixed_precision_learns_and_stays_finite(name):
                 layers.Dense(1, dtype="float32"),
             ]
         )
-    private(model, sigma=0.5, rate=0.05)
+    private(model, sigma=0.01, rate=0.2)  # too little noise to hide that it learns
     target = X @ np.float32([[1], [-2], [0.5]])
-    history = model.fit(X, target, batch_size=12, epochs=15, verbose=0).history["loss"]
+    before = model.evaluate(X, target, verbose=0)
+    model.fit(X, target, batch_size=12, epochs=40, verbose=0)
     assert np.all(np.isfinite(weights_of(model)))
-    assert history[-1] < history[0]
+    assert model.evaluate(X, target, verbose=0) < 0.5 * before
 
 
 @pytest.mark.parametrize(
