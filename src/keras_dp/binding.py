@@ -252,8 +252,9 @@ def _private_source(given: dict[str, Any], optimizer: DPOptimizer) -> tuple[Samp
     given["validation_batch_size"] = given.get("validation_batch_size") or batch_size
     for name in ("y", "sample_weight", "batch_size"):
         given.pop(name, None)
+    x, y, weights = as_arrays(x, "x"), as_arrays(y, "y"), as_arrays(weights, "sample_weight")
     if batch_size is None:
-        n = common_length(as_arrays(x, "x"), as_arrays(y, "y"), as_arrays(weights, "sample_weight"))
+        n = common_length(x, y, weights)
         batch_size = min(-(-n // steps) if steps else _DEFAULT_BATCH_SIZE, n)
     dataset = PoissonDataset(x, y, weights, batch_size=batch_size, seed=optimizer.seed)
     return _own_dataset(given, dataset, steps)
