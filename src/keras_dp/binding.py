@@ -192,12 +192,12 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
         del given["self"]
         require_trainable_privately(self)
         sampling, steps = _private_source(given, optimizer)
-        session = _FitSession(
+        declaration = _FitDeclaration(
             optimizer, sampling, steps, given.get("initial_epoch", 0), given.get("epochs", 1)
         )
         optimizer.budget = None
         try:
-            with _joined(session, given, self):
+            with _joined(declaration, given, self):
                 return original(self, **given)
         finally:
             optimizer.end_fit()
@@ -353,24 +353,24 @@ def _declared_batch_size(x: Any) -> tuple[Any, int]:
 
 @contextlib.contextmanager
 def _joined(
-    session: keras.callbacks.Callback, given: dict[str, Any], model: keras.Model
+    declaration: keras.callbacks.Callback, given: dict[str, Any], model: keras.Model
 ) -> Iterator[None]:
     """Our callback after the user's, so that it starts when all others have."""
     callbacks = given.get("callbacks")
     if not isinstance(callbacks, keras.callbacks.CallbackList):
-        given["callbacks"] = [*tree.flatten(callbacks or []), session]
+        given["callbacks"] = [*tree.flatten(callbacks or []), declaration]
         yield
         return
-    session.set_model(model)
-    session.set_params(callbacks.params)
-    callbacks.callbacks.append(session)
+    declaration.set_model(model)
+    declaration.set_params(callbacks.params)
+    callbacks.callbacks.append(declaration)
     try:
         yield
     finally:
-        callbacks.callbacks.remove(session)  # the list is the user's, and may serve again
+        callbacks.callbacks.remove(declaration)  # the list is the user's, and may serve again
 
 
-class _FitSession(keras.callbacks.Callback):
+class _FitDeclaration(keras.callbacks.Callback):
     """Declares to the optimizer what a fit is about to do.
 
     It starts after the user's callbacks, because those may restore a backup
