@@ -15,7 +15,6 @@ from keras.src.trainers.compile_utils import CompileLoss
 from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
 
 __all__ = [
-    "CompileLoss",
     "all_layers",
     "build_from_batch",
     "can_convert_arrays",
@@ -27,7 +26,6 @@ __all__ = [
     "resumed_epoch",
     "seed_states_of",
     "set_mask",
-    "spec_of",
     "takes_training_argument",
 ]
 

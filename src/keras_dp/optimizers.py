@@ -402,10 +402,6 @@ class DPOptimizer(keras.optimizers.Optimizer):
         self._model = weakref.ref(model)
         self._book.absorb(ledger)
 
-    def absorb(self, ledger: PrivacyLedger) -> None:
-        """Adds releases that were made elsewhere (by an earlier process, say)."""
-        self._book.absorb(ledger)
-
     def save_own_variables(self, store: Any) -> None:
         """Writes the ledger; the inner optimizer writes its own state. No key, no seed."""
         store["ledger"] = np.frombuffer(self.ledger.to_json().encode(), np.uint8)

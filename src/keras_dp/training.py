@@ -167,13 +167,13 @@ def _metrics(
     penalty: Any,
 ) -> dict[str, Any]:
     """Updates the metrics with the real examples of the batch, and returns all of them."""
-    dropped = {id(v) for v, _ in outcome.metric_updates}
+    written = {id(v) for v, _ in outcome.metric_updates}
 
     def update() -> dict[str, Any]:
         loss = backend.mean_over(outcome.losses, real)
         loss = loss + ops.cast(penalty, loss.dtype)
         tracker = keras_private.loss_tracker_of(model)
-        if not any(id(v) in dropped for v in tracker.variables):
+        if not any(id(v) in written for v in tracker.variables):
             tracker.update_state(loss, sample_weight=ops.cast(rows, "float32"))
         for variable, per_example in outcome.metric_updates:
             variable.assign_add(ops.sum(backend.real_examples(per_example, rows), axis=0))

@@ -23,11 +23,6 @@ ClipFunction = Callable[[Tensor], Tensor]
 # -- control flow ------------------------------------------------------------------------
 
 
-def in_graph() -> bool:
-    """Whether operations are recorded in a graph rather than run at once."""
-    return not tf.executing_eagerly()
-
-
 def outside_graph() -> contextlib.AbstractContextManager[None]:
     """Lifts what is done inside out of any graph that is being traced."""
     return tf.init_scope()
