@@ -314,14 +314,26 @@ LONG_IN_XLA = {
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [(n, m) for n in LAYERS for m in ("graph", "xla") if m == "graph" or n not in LONG_IN_XLA],
+    [
+        (n, m)
+        for n in LAYERS
+        for m in ("graph", "eager", "xla")
+        if m != "xla" or n not in LONG_IN_XLA
+    ],
 )
 def test_norms_and_clipped_sum_are_those_of_a_loop_over_examples(name, mode):
     model, x, y = example(name)
     gradients, losses = example_gradients(model, x, y)
     norms = norms_of(gradients)
     clip_norm = float(np.median(norms))
-    outcome, _ = engine_outcome(model, x, y, max_grad_norm=clip_norm, jit_compile=mode == "xla")
+    outcome, _ = engine_outcome(
+        model,
+        x,
+        y,
+        max_grad_norm=clip_norm,
+        jit_compile=mode == "xla",
+        eagerly=mode == "eager",
+    )
     assert np.all(norms > 0)
     np.testing.assert_allclose(outcome.norms[:EXAMPLES], norms, rtol=TOLERANCE)
     np.testing.assert_allclose(outcome.losses[:EXAMPLES], losses, rtol=TOLERANCE, atol=1e-7)
