@@ -334,3 +334,22 @@ def test_ordinary_models_train_as_if_keras_dp_were_not_there():
     ]
     assert outputs[0] == outputs[1]
     assert "loss" in outputs[0]
+
+
+@pytest.mark.parametrize("replacement", [tiny.sgd, keras.optimizers.SGD])
+def test_rule_6_an_optimizer_replaced_without_compile_is_refused(replacement):
+    """Its ledger would not hold the steps, and epsilon would be too small."""
+    model = tiny.compiled()
+    model.optimizer = replacement()
+    before = tiny.weights_of(model)
+    for train in (model.fit, model.train_on_batch):
+        with pytest.raises(keras_dp.PrivacyError, match=r"replaced after `compile`.*compile\("):
+            train(*tiny.data())
+    assert tiny.same(before, model.get_weights())
+
+
+def test_rule_1_a_train_step_replaced_after_compile_is_refused():
+    model = tiny.compiled()
+    model.train_step = lambda data: {}
+    with pytest.raises(keras_dp.PrivacyError, match="train_step"):
+        model.fit(*tiny.data(), verbose=0)

@@ -145,6 +145,26 @@ def _bind(model: keras.Model, optimizer: DPOptimizer) -> None:
     vars(model).update(methods)
 
 
+def _private_optimizer(model: keras.Model) -> DPOptimizer | None:
+    """The DP optimizer that the model's step belongs to; `None` for an ordinary model.
+
+    Raises:
+        PrivacyError: If optimizer or step were replaced since `compile`, so that what the
+            step does would not be in the ledger that the user reads.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    step = vars(model).get("train_step")
+    owner = getattr(getattr(step, "func", None), "__self__", None)
+    private = optimizer if isinstance(optimizer, DPOptimizer) else None
+    if (owner if isinstance(owner, DPOptimizer) else None) is not private:
+        raise PrivacyError(
+            f"The optimizer or the train_step of the model '{model.name}' was replaced after "
+            "`compile`, so its steps would be missing from the ledger of `model.optimizer`. Call "
+            "model.compile(optimizer=...) with the optimizer that is to be used."
+        )
+    return private
+
+
 def _unbind(model: keras.Model) -> None:
     for name in _BOUND:
         vars(model).pop(name, None)
@@ -170,8 +190,8 @@ def _make_train_function(model: keras.Model, force: bool = False) -> Any:
 
 def _train_on_batch_of(original: Callable[..., Any]) -> Callable[..., Any]:
     def train_on_batch(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
-        optimizer = getattr(self, "optimizer", None)
-        if isinstance(optimizer, DPOptimizer):
+        optimizer = _private_optimizer(self)
+        if optimizer is not None:
             keras_private.seed_states_of(self)  # keras.utils.set_random_seed drops one of them
             optimizer.begin_train_on_batch()
         return original(self, *args, **kwargs)
@@ -184,8 +204,8 @@ def _train_on_batch_of(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
     def fit(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
-        optimizer = getattr(self, "optimizer", None)
-        if not isinstance(optimizer, DPOptimizer):
+        optimizer = _private_optimizer(self)
+        if optimizer is None:
             return original(self, *args, **kwargs)
         keras_private.seed_states_of(self)  # keras.utils.set_random_seed drops one of them
         given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
