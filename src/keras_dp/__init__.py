@@ -21,6 +21,7 @@ from .binding import install as _install
 from .callbacks import PrivacyBudget
 from .compatibility import Problem, check_model
 from .errors import PrivacyBudgetExceeded, PrivacyError, PrivacyWarning
+from .gradients import OuterProducts, register_rule
 from .ledger import PrivacyLedger, Release
 from .optimizers import DPSGD, DPAdagrad, DPAdam, DPAdamW, DPOptimizer, DPRMSprop
 from .report import PrivacyReport, privacy_report
@@ -36,6 +37,7 @@ __all__ = [
     "DPAdamW",
     "DPOptimizer",
     "DPRMSprop",
+    "OuterProducts",
     "PoissonDataset",
     "PrivacyBudget",
     "PrivacyBudgetExceeded",
@@ -49,6 +51,7 @@ __all__ = [
     "accounting",
     "check_model",
     "privacy_report",
+    "register_rule",
     "save_inference_model",
 ]
 

@@ -5,11 +5,14 @@ All of it stands here, so that a new version of Keras is checked in one place.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 from keras import tree
 from keras.src.backend import compute_output_spec
+from keras.src.backend.common import global_state
 from keras.src.random.seed_generator import global_seed_generator
 from keras.src.trainers.compile_utils import CompileLoss
 from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
@@ -19,13 +22,18 @@ __all__ = [
     "build_from_batch",
     "can_convert_arrays",
     "compile_loss_of",
+    "is_rematerialized",
+    "layers_with_losses",
     "loss_of",
     "loss_tracker_of",
     "mask_of",
     "output_spec_of",
+    "own_variables",
+    "owners_of",
     "resumed_epoch",
     "seed_states_of",
     "set_mask",
+    "surroundings",
     "takes_training_argument",
 ]
 
@@ -33,6 +41,47 @@ __all__ = [
 def all_layers(model: keras.Model) -> list[keras.Layer]:
     """The model and every layer in it, at any depth, each once."""
     return model._flatten_layers(include_self=True, recursive=True)
+
+
+def own_variables(layer: keras.Layer) -> list[Any]:
+    """The trainable variables that a layer has itself, not in a layer inside of it."""
+    return layer._trainable_variables
+
+
+def owners_of(model: keras.Model, variables: list[Any]) -> dict[int, keras.Layer]:
+    """The layer that has each variable itself, by the variable's id; else the model."""
+    owners = {id(v): layer for layer in all_layers(model) for v in own_variables(layer)}
+    return {id(v): owners.get(id(v), model) for v in variables}
+
+
+def is_rematerialized(layer: keras.Layer) -> bool:
+    """Whether a layer was made in a `RematScope`, which computes it anew for the gradient."""
+    return getattr(layer, "_remat_mode", None) is not None
+
+
+def layers_with_losses(model: keras.Model, scope: Any) -> list[keras.Layer]:
+    """The layers that added the losses which a stateless scope collected."""
+    found = {id(loss) for loss in scope.losses}
+    return [layer for layer in all_layers(model) if not found.isdisjoint(layer._loss_ids)]
+
+
+def surroundings() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """What a layer's `call` has around it now (autocast, training), to be put there again."""
+    names = ("autocast_scope", "current_call_ctx")
+    now = {name: global_state.get_global_attribute(name) for name in names}
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        before = {name: global_state.get_global_attribute(name) for name in names}
+        for name, value in now.items():
+            global_state.set_global_attribute(name, value)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                global_state.set_global_attribute(name, value)
+
+    return again
 
 
 def takes_training_argument(model: keras.Model) -> bool:
@@ -74,9 +123,9 @@ def build_from_batch(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> 
     model._symbolic_build(data_batch=tree.map_structure(spec_of, (x, y, sample_weight)))
 
 
-def seed_states_of(model: keras.Model) -> list[keras.Variable]:
-    """The state of every seed generator that the model's layers, or unseeded ones, draw from."""
-    states = [v for v in model.non_trainable_variables if v.name == "seed_generator_state"]
+def seed_states_of(layer: keras.Layer) -> list[keras.Variable]:
+    """The state of every seed generator that a layer (or an unseeded one in it) draws from."""
+    states = [v for v in layer.non_trainable_variables if v.name == "seed_generator_state"]
     return [*states, global_seed_generator().state]
 
 

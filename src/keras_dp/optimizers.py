@@ -59,9 +59,12 @@ class DPOptimizer(keras.optimizers.Optimizer):
         microbatch_size: How many examples are in memory at once. Bounds memory
             and changes no number. `None`: the whole batch.
         clipping: `"flat"`: one norm over all weights together.
-        gradients: How per-example gradients are computed: `"vectorized"` (all
-            at once), `"loop"` (one at a time), or `"auto"`, the fastest that
-            works for the model.
+        gradients: How per-example gradients are computed. `"ghost"`: from one
+            forward and one backward pass over the batch, by a rule for each
+            layer (`register_rule`). `"vectorized"`: by mapping the model over
+            the examples. `"loop"`: one at a time. The numbers are the same;
+            each gives way to the next where it can't serve a model, with a
+            line in the log. `"auto"` starts from the fastest, `"ghost"`.
         seed: For tests only: makes noise and batches repeatable, which voids
             the guarantee (and the privacy report says so).
         name: A name for the optimizer.

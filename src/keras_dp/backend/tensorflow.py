@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -254,16 +256,324 @@ _VARYING_SIZES = {"DynamicPartition", "ListDiff", "RaggedRange", "StringSplit", 
 _VARYING_SIZES |= {"Unique", "UniqueV2", "UniqueWithCounts", "Where"}
 
 
-def _require_fixed_sizes(graph: Any) -> None:
+def _require_fixed_sizes(graph: Any, start: int) -> None:
     """Finds now what the vectorizer would otherwise fail on when the step runs.
+
+    Looks at the operations of a graph from number `start` on.
 
     Raises:
         NotImplementedError: If one example's graph makes results that can't be
             stacked over the examples.
     """
-    for op in all_operations(graph):
+    for op in all_operations(graph, start):
         if op.type in _VARYING_SIZES:
             raise NotImplementedError(f"the size of the result of {op.type} depends on the data")
+
+
+# -- pieces of the ghost engine ------------------------------------------------------------
+
+
+def gradient_tape() -> Any:
+    """A tape that records only what follows from tensors that it is told to watch."""
+    return tf.GradientTape(watch_accessed_variables=False)
+
+
+def current_graph() -> Any:
+    """The graph that is being traced; `None` while operations run at once."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """The same values in a tensor of its own."""
+    return tf.identity(tensor)
+
+
+def no_gradient_of(variable: Any) -> Tensor:
+    """Zeros of a variable's shape, in the precision of gradients."""
+    return tf.zeros(variable.shape, at_least_float32(tf.zeros((), variable.dtype)).dtype)
+
+
+def root_of_sum(squares: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The square root of a sum of tensors of `like`'s shape, in the finest of their types."""
+    dtype = max((s.dtype for s in (*squares, like)), key=lambda d: d.size)
+    total = tf.add_n([tf.zeros_like(like, dtype), *(tf.cast(s, dtype) for s in squares)])
+    return tf.sqrt(total)
+
+
+def without_rows(bad: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors with zeros in the rows where `bad` is true; themselves if it never is."""
+    if not tensors:
+        return []
+
+    def emptied(tensor: Tensor) -> Tensor:
+        mask = tf.reshape(bad, tf.concat([tf.shape(bad), [1] * (tensor.shape.rank - 1)], 0))
+        return tf.where(mask, tf.zeros_like(tensor), tensor)
+
+    found = branch(
+        tf.reduce_any(bad),
+        lambda: [emptied(t) for t in tensors],
+        lambda: [tf.identity(t) for t in tensors],
+    )
+    for new, old in zip(found, tensors, strict=True):
+        new.set_shape(old.shape)
+    return list(found)
+
+
+def _map(function: Callable[[Any], Any], mapped: Any) -> Any:
+    """`function` of every row of the tensors in `mapped`, its results stacked."""
+    if tf.executing_eagerly():
+        rows = tf.nest.flatten(mapped)[0].shape[0]
+        results = [
+            function(tf.nest.map_structure(lambda t, i=i: t[i], mapped)) for i in range(rows)
+        ]
+        return tf.nest.map_structure(lambda *parts: tf.stack(parts), *results)
+
+    def checked(args: Any) -> Any:
+        graph = tf.compat.v1.get_default_graph()
+        before = len(graph.get_operations())
+        result = function(args)
+        _require_fixed_sizes(graph, before)
+        return result
+
+    with _quiet_tensorflow():
+        return tf.vectorized_map(checked, mapped)
+
+
+def _copies(weights: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    """A copy of the weights for every row: see `vectorized_engine(weights_per_example=True)`."""
+    copies = []
+    for w in weights:
+        copy = tf.broadcast_to(w, tf.concat([[rows], tf.shape(w)], 0))
+        copy.set_shape([None, *w.shape])
+        copies.append(copy)
+    return copies
+
+
+def map_loss(
+    one: Callable[..., tuple[Tensor, list[Tensor]]],
+    weights: list[Tensor],
+    leaves: list[Tensor],
+    predictions: list[Tensor],
+) -> tuple[Tensor, list[bool], list[Any], list[Tensor]]:
+    """Each example's loss from the model's predictions for it.
+
+    Args:
+        one: From weights, one example's leaves and predictions to a loss and more.
+        weights: Values of the weights, which a loss shouldn't need.
+        leaves: The examples' tensors, each (rows, ...).
+        predictions: What the model returned for them, each (rows, ...).
+
+    Returns:
+        Losses; whether they need each of the weights after all; the gradient of
+        each prediction, `None` where the losses don't need it; and what else `one` returned, stacked.
+    """
+    reached: list[bool] = []
+
+    def example(args: tuple[list[Tensor], list[Tensor]]) -> Any:
+        leaves, predictions = list(args[0]), list(args[1])
+        sources = [*weights, *(t for t in predictions if t.dtype.is_floating)]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(sources)
+            loss, extra = one(weights, leaves, predictions)
+        found = [
+            None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss, sources)
+        ]
+        reached[:] = [g is not None for g in found]
+        return at_least_float32(loss), [g for g in found if g is not None], extra
+
+    losses, found, extra = _map(example, (list(leaves), list(predictions)))
+    gradients = iter(found)
+    of_weights, of_predictions = reached[: len(weights)], iter(reached[len(weights) :])
+    upstream = [
+        next(gradients) if t.dtype.is_floating and next(of_predictions) else None
+        for t in predictions
+    ]
+    return losses, of_weights, upstream, extra
+
+
+def map_examples(
+    one: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
+    weights: list[Tensor],
+    leaves: list[Tensor],
+) -> list[Tensor]:
+    """`one` of the weights and of every example's tensors, its results stacked."""
+    copies = _copies(weights, tf.shape(leaves[0])[0])
+    return list(_map(lambda args: one(list(args[0]), list(args[1])), (copies, list(leaves))))
+
+
+def map_weight_gradients(
+    one: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
+    weights: list[Tensor],
+    leaves: list[Tensor],
+    upstream: list[Tensor] | None = None,
+) -> list[Any]:
+    """Per-example vector-Jacobian products with respect to weights.
+
+    Args:
+        one: From weights and one example's tensors to its outputs.
+        weights: Values of the weights.
+        leaves: The examples' tensors, each (rows, ...).
+        upstream: The gradients at the outputs, each (rows, ...); ones if not given.
+
+    Returns:
+        For each weight (rows, *shape), or `None` if the outputs don't need it.
+    """
+    reached: list[bool] = []
+
+    def example(args: Any) -> list[Tensor]:
+        weights, leaves, at_outputs = (list(part) for part in args)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(weights)
+            outputs = one(weights, leaves)
+        found = tape.gradient(outputs, weights, output_gradients=at_outputs or None)
+        reached[:] = [g is not None for g in found]
+        return [tf.convert_to_tensor(g) for g in found if g is not None]
+
+    copies = _copies(weights, tf.shape(leaves[0])[0])
+    found = iter(_map(example, (copies, list(leaves), list(upstream or []))))
+    return [next(found) if r else None for r in reached]
+
+
+def filter_gradient(
+    x: Tensor,
+    g: Tensor,
+    shape: Sequence[int],
+    strides: Any,
+    padding: str,
+    dilation: Any,
+    groups: int,
+) -> Tensor:
+    """The gradient of a convolution's filters, summed over the examples.
+
+    Args:
+        x: Inputs, (B, *space, channels).
+        g: The gradient at the outputs, (B, *space', filters).
+        shape: Of the filters, (*kernel, channels / groups, filters).
+        strides, padding, dilation, groups: Of the convolution.
+    """
+    del groups  # the shapes tell
+    filters = tf.zeros(shape, x.dtype)
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(filters)
+        outputs = keras.ops.conv(x, filters, strides, padding, "channels_last", dilation)
+    return tape.gradient(outputs, filters, output_gradients=g)
+
+
+def filter_gradients(
+    x: Tensor,
+    g: Tensor,
+    shape: Sequence[int],
+    strides: Any,
+    padding: str,
+    dilation: Any,
+    groups: int,
+) -> Tensor:
+    """Each example's gradient of a convolution's filters: (*kernel, channels, B, filters).
+
+    In one or two dimensions it is one gradient, of a convolution that has the
+    examples folded into its channels, a group of them each. Arguments as for
+    `filter_gradient`.
+    """
+    if x.shape.rank > 4 or not _folded_filter_gradients_work():
+
+        def one(weights: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+            alone = leaves[0][tf.newaxis]
+            return [
+                keras.ops.conv(alone, weights[0], strides, padding, "channels_last", dilation)[0]
+            ]
+
+        (found,) = map_weight_gradients(one, [tf.zeros(shape, x.dtype)], [x], [g])
+        rank = len(shape) + 1
+        return tf.transpose(found, (*range(1, rank - 1), 0, rank - 1))
+    if x.shape.rank == 3:
+        x, g = x[:, tf.newaxis], g[:, tf.newaxis]
+        strides, dilation = (1, *strides), (1, *dilation)
+    rows = tf.shape(x)[0]
+    kernel = shape[:-2] if len(shape) == 4 else (1, *shape[:-2])
+    found = tf.raw_ops.Conv2DBackpropFilter(
+        input=_examples_as_channels(x),
+        filter_sizes=tf.stack([*kernel, shape[-2], rows * shape[-1]]),
+        out_backprop=_examples_as_channels(g),
+        strides=[1, *strides, 1],
+        padding=padding.upper(),
+        dilations=[1, *dilation, 1],
+    )
+    return tf.reshape(found, [*shape[:-1], rows, shape[-1]])
+
+
+def _examples_as_channels(tensor: Tensor) -> Tensor:
+    """(B, H, W, C) as (1, H, W, B C)."""
+    size = tf.shape(tensor)
+    spread = tf.reshape(
+        tf.transpose(tensor, (1, 2, 0, 3)), [1, size[1], size[2], size[0] * tensor.shape[-1]]
+    )
+    spread.set_shape([1, *tensor.shape[1:3], None])
+    return spread
+
+
+@functools.cache
+def _folded_filter_gradients_work() -> bool:
+    """Whether this build has gradients of convolutions in groups: not without oneDNN."""
+
+    def attempt() -> bool:
+        random = tf.random.stateless_normal([2, 5, 5, 3], [1, 2])
+        try:
+            found = tf.raw_ops.Conv2DBackpropFilter(
+                input=_examples_as_channels(random),
+                filter_sizes=[3, 3, 3, 4],
+                out_backprop=_examples_as_channels(random[:, 1:4, 1:4, :2]),
+                strides=[1, 1, 1, 1],
+                padding="VALID",
+            )
+        except tf.errors.OpError:
+            return False
+        wanted = tf.raw_ops.Conv2DBackpropFilter(
+            input=random[:1],
+            filter_sizes=[3, 3, 3, 2],
+            out_backprop=random[:1, 1:4, 1:4, :2],
+            strides=[1, 1, 1, 1],
+            padding="VALID",
+        )
+        return bool(tf.reduce_all(tf.abs(found[..., :2] - wanted) < 1e-4))
+
+    return apart(attempt)
+
+
+def depthwise_filter_gradients(
+    x: Tensor, g: Tensor, kernel: Any, strides: Any, padding: str, dilation: Any
+) -> Tensor:
+    """Each example's gradient of a depthwise convolution's filters: (B, *kernel, C, m).
+
+    One gradient, with the examples folded into the channels.
+
+    Args:
+        x: Inputs, (B, *space, C).
+        g: The gradient at the outputs, (B, *space', C m).
+        kernel, strides, padding, dilation: Of the convolution.
+    """
+    channels, multiplier = x.shape[-1], g.shape[-1] // x.shape[-1]
+    if x.shape.rank == 3:
+        x, g = x[:, tf.newaxis], g[:, tf.newaxis]
+        # The kernel has but one row: its stride is that of the columns, as it must be.
+        full, strides, dilation = (1, *kernel), (strides[0], *strides), (1, *dilation)
+    else:
+        full = kernel
+    rows = tf.shape(x)[0]
+    filters = tf.zeros([*full, rows * channels, multiplier], x.dtype)
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(filters)
+        outputs = tf.nn.depthwise_conv2d(
+            _examples_as_channels(x), filters, (1, *strides, 1), padding.upper(), None, dilation
+        )
+    found = tape.gradient(outputs, filters, output_gradients=_examples_as_channels(g))
+    found = tf.reshape(found, [math.prod(kernel), rows, channels, multiplier])
+    return tf.reshape(tf.transpose(found, (1, 0, 2, 3)), [rows, *kernel, channels, multiplier])
+
+
+def sum_but_axis(tensor: Tensor, axis: int) -> Tensor:
+    """The sum over every axis but one."""
+    kept = axis % tensor.shape.rank
+    return tf.reduce_sum(tensor, axis=[k for k in range(tensor.shape.rank) if k != kept])
 
 
 EngineResult = tuple[list[Tensor], Tensor, Tensor, list[Tensor]]
@@ -297,22 +607,14 @@ def vectorized_engine(
     """
     weights = [tf.convert_to_tensor(v.value) for v in variables]
     if weights_per_example:
-        rows = tf.shape(leaves[0])[0]
-        copies = [tf.broadcast_to(w, tf.concat([[rows], tf.shape(w)], 0)) for w in weights]
-        for copy, w in zip(copies, weights, strict=True):
-            copy.set_shape([None, *w.shape])
-
-        mapped: Any = (copies, list(leaves))
+        mapped: Any = (_copies(weights, tf.shape(leaves[0])[0]), list(leaves))
     else:
         mapped = ([], list(leaves))
 
     def gradients_of(args: tuple[list[Tensor], list[Tensor]]) -> Any:
-        result = _example_gradients(one, list(args[0]) or weights, list(args[1]))
-        _require_fixed_sizes(tf.compat.v1.get_default_graph())
-        return result
+        return _example_gradients(one, list(args[0]) or weights, list(args[1]))
 
-    with _quiet_tensorflow():
-        gradients, losses, extra = tf.vectorized_map(gradients_of, mapped)
+    gradients, losses, extra = _map(gradients_of, mapped)
     norms = _norms(gradients)
     clip_weights = clip(norms) * tf.cast(real, norms.dtype)
     return [_weighted_sum(g, clip_weights) for g in gradients], norms, losses, extra
@@ -420,9 +722,12 @@ def chunked_sum(
 
 
 def compiled_candidate(
-    engine: Callable[[list[Tensor]], EngineResult], leaves: list[Tensor], *, jit_compile: bool
+    engine: Callable[[list[Tensor]], EngineResult],
+    leaves: list[Tensor],
+    *,
+    jit_compile: bool,
 ) -> Callable[[list[Tensor]], EngineResult]:
-    """Traces an engine by itself, so that a failed attempt leaves nothing behind.
+    """Traces an engine by itself, for any number of rows; what fails leaves nothing behind.
 
     Raises:
         BrokenMatmul: If what was traced would meet a fault of this TensorFlow build.
@@ -487,10 +792,10 @@ def emits_broken_matmul(graph: Any) -> bool:
     return any(broken(op) for op in all_operations(graph))
 
 
-def all_operations(graph: Any, _seen: set[str] | None = None) -> Iterator[Any]:
-    """The operations of a graph and of every function that it calls."""
+def all_operations(graph: Any, start: int = 0, _seen: set[str] | None = None) -> Iterator[Any]:
+    """The operations of a graph, from number `start` on, and of every function they call."""
     seen = set() if _seen is None else _seen
-    for op in graph.get_operations():
+    for op in graph.get_operations()[start:]:
         yield op
         for name in ("f", "body", "cond", "then_branch", "else_branch", "branches"):
             try:
@@ -500,7 +805,8 @@ def all_operations(graph: Any, _seen: set[str] | None = None) -> Iterator[Any]:
             for function in called if isinstance(called, list) else [called]:
                 if function.name not in seen:
                     seen.add(function.name)
-                    yield from all_operations(graph._get_function(function.name).graph, seen)
+                    called_graph = graph._get_function(function.name).graph
+                    yield from all_operations(called_graph, 0, seen)
 
 
 # -- made-up examples ----------------------------------------------------------------------
@@ -515,9 +821,9 @@ def apart(compute: Callable[[], Any]) -> Any:
         return pool.submit(compute).result()
 
 
-def made_up_like(leaves: Sequence[Tensor], rows: int) -> list[Tensor]:
+def made_up_like(leaves: Sequence[Tensor], rows: int, seed: int = 0) -> list[Tensor]:
     """Tensors of the same types and shapes, with `rows` rows of made-up values."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
 
     def made_up(leaf: Tensor) -> Tensor:
         shape = [rows, *(4 if size is None else size for size in leaf.shape[1:])]
@@ -529,6 +835,44 @@ def made_up_like(leaves: Sequence[Tensor], rows: int) -> list[Tensor]:
 
     with tf.init_scope():
         return [made_up(leaf) for leaf in leaves]
+
+
+def numbered_seeds(seeds: Tensor) -> Tensor:
+    """Seeds, (rows, 2), that differ from row to row."""
+    with tf.init_scope():
+        return seeds + tf.cast(7 * tf.range(seeds.shape[0]), seeds.dtype)[:, tf.newaxis]
+
+
+def first_row_of(one: Tensor, other: Tensor) -> Tensor:
+    """`other` with the first row of `one`."""
+    with tf.init_scope():
+        return tf.concat([one[:1], other[1:]], 0)
+
+
+def disturbed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors with some noise added, always the same."""
+    return [
+        tf.convert_to_tensor(t) + tf.random.stateless_normal(t.shape, [k, 1], 0.0, 0.05, t.dtype)
+        for k, t in enumerate(tensors)
+    ]
+
+
+def halving(rows: int) -> Tensor:
+    """1, 1/2, 1/4, ..."""
+    return tf.constant(0.5 ** np.arange(rows), tf.float32)
+
+
+def loop_gradients(
+    one: ExampleFunction, weights: list[Tensor], leaves: list[Tensor]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Plain gradients and losses of each example, not traced: (rows, ...) for each weight."""
+    gradients, losses = [], []
+    for i in range(leaves[0].shape[0]):
+        found, loss, _ = _example_gradients(one, weights, [t[i] for t in leaves])
+        gradients.append([g.numpy().astype("f8") for g in found])
+        losses.append(float(loss))
+    stacked = [np.stack(parts) for parts in zip(*gradients, strict=True)]
+    return stacked, np.array(losses)
 
 
 def first_rows(rows: int, count: int) -> Tensor:

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .. import backend
+from ..errors import PrivacyError
+from . import trial
 from .example import Batch, ExampleLoss, Outcome
+from .ghost import GhostEngine
+from .per_example import OuterProducts
+from .rules import register_rule
 
-__all__ = ["ENGINES", "Batch", "Engine", "ExampleLoss", "Outcome"]
+__all__ = [
+    "ENGINES",
+    "Batch",
+    "Engine",
+    "ExampleLoss",
+    "OuterProducts",
+    "Outcome",
+    "register_rule",
+]
 
-ENGINES = ("auto", "vectorized", "loop")
+ENGINES = ("auto", "ghost", "vectorized", "loop")
+
+Run = Callable[[list[Any]], Any]
 
 logger = logging.getLogger("keras_dp")
 _told: weakref.WeakSet[Any] = weakref.WeakSet()  # the models whose fallback was logged
@@ -21,10 +37,11 @@ _told: weakref.WeakSet[Any] = weakref.WeakSet()  # the models whose fallback was
 class Engine:
     """Clipped per-example gradient sums for one model, by the fastest way that works.
 
-    `"vectorized"` maps the whole model over its examples at once; `"loop"`
-    takes one example at a time. Where the vectorizer can't follow a model, the
-    loop takes over, and one line in the log says so. Both compute the same
-    numbers.
+    `"ghost"` takes one forward and one backward pass over the whole batch;
+    `"vectorized"` maps the whole model over its examples; `"loop"` takes one
+    example at a time. Each computes the same numbers, and each takes over, with
+    a line in the log, where the one before can't follow a model. Before the
+    first two are used they are compared with the loop on made-up examples.
 
     Formal guarantee: example i enters the sum only through c_i g_i, where g_i
     is the gradient of its own loss, computed on a batch of that example alone.
@@ -32,7 +49,7 @@ class Engine:
     Args:
         example_loss: The loss of one example.
         clip: From per-example norms to clip weights.
-        gradients: `"auto"`, `"vectorized"` or `"loop"`.
+        gradients: The engine to start from; `"auto"` is `"ghost"`.
         microbatch_size: How many examples are in memory at once, or `None`.
         jit_compile: Whether to compile with XLA.
         eagerly: Whether to run operation by operation, for debugging.
@@ -81,73 +98,97 @@ class Engine:
             self._run = self._choose(leaves)
         return self.example_loss.outcome(self._run(leaves))
 
-    def _choose(self, leaves: list[Any]) -> Callable[[list[Any]], Any]:
-        if self._eagerly:
-            self.name = "loop"
-            return self._whole(self._chunk(backend.loop_engine))
-        failure: Exception | None = None
-        for name, engine, options in (
-            ("vectorized", backend.vectorized_engine, {}),
-            ("vectorized", backend.vectorized_engine, {"weights_per_example": True}),
-            ("loop", backend.loop_engine, {}),
-        ):
-            if self._gradients == "loop" and name != "loop":
-                continue
-            if options and not isinstance(failure, backend.BrokenMatmul):
-                continue
-            whole = self._whole(self._chunk(engine, **options))
+    def _choose(self, leaves: list[Any]) -> Run:
+        """Tries the engines in order of speed, each traced by itself."""
+        failures: list[tuple[str, Exception]] = []
+        for name, build in self._candidates():
+            if failures and name == "vectorized, weights per example":
+                if not isinstance(failures[-1][1], backend.BrokenMatmul):
+                    continue
+                failures.pop()
             try:
-                run = backend.compiled_candidate(whole, leaves, jit_compile=self._jit_compile)
-                if name == "vectorized":
-                    self._require_agreement(run, leaves)
+                run = build(leaves)
+            except PrivacyError:
+                raise
             except Exception as error:
-                failure = failure or error
                 if name == "loop":
                     raise
+                failures.append((name, error))
                 continue
-            model = self.example_loss.model
-            if name == "loop" and failure is not None and model not in _told:
-                _told.add(model)
+            self.name = name.split(",")[0]
+            self._tell(failures)
+            return run
+        raise AssertionError("unreachable: the loop engine either runs or raises")
+
+    def _candidates(self) -> Iterator[tuple[str, Callable[[list[Any]], Run]]]:
+        if self._gradients in ("auto", "ghost"):
+            yield "ghost", self._build_ghost
+        if self._eagerly:
+            yield "loop", lambda _: self._whole(self._chunk(backend.loop_engine))
+            return
+        if self._gradients != "loop":
+            vectorized = backend.vectorized_engine
+            yield "vectorized", functools.partial(self._build, vectorized)
+            yield (
+                "vectorized, weights per example",
+                functools.partial(self._build, vectorized, weights_per_example=True),
+            )
+        yield "loop", functools.partial(self._build, backend.loop_engine)
+
+    def _build(self, engine: Any, leaves: list[Any], **options: Any) -> Run:
+        whole = self._whole(self._chunk(engine, **options))
+        run = backend.compiled_candidate(whole, leaves, jit_compile=self._jit_compile)
+        if engine is not backend.loop_engine:
+            trial.require_agreement(self.example_loss, run, self._clip, leaves, self.padding)
+        return run
+
+    def _build_ghost(self, leaves: list[Any]) -> Run:
+        ghost = GhostEngine(self.example_loss)
+
+        def chunk(leaves: list[Any]) -> Any:
+            *data, real = leaves
+            return ghost(data, real, self._clip)
+
+        whole = self._whole(chunk)
+        if self._eagerly:
+            if not trial.passed(ghost, leaves):
+                backend.compiled_candidate(chunk, leaves, jit_compile=False)
+                trial.require_right_gradients(ghost, leaves)
+            return whole
+        if whole is not chunk:
+            # How the model treats its batches is seen when their number of rows is open.
+            backend.compiled_candidate(chunk, leaves, jit_compile=False)
+        run = backend.compiled_candidate(whole, leaves, jit_compile=self._jit_compile)
+        trial.require_right_gradients(ghost, leaves)
+        if any(each != 1 for each in ghost.plan.rows_each.values()):
+            run = backend.compiled_candidate(whole, leaves, jit_compile=self._jit_compile)
+        if not ghost.draws_random:  # else it draws otherwise than the loop
+            trial.require_agreement(self.example_loss, run, self._clip, leaves, self.padding)
+        return run
+
+    def _tell(self, failures: list[tuple[str, Exception]]) -> None:
+        """Says once for each model why a slower engine takes its place."""
+        model = self.example_loss.model
+        if not failures or self._eagerly or model in _told:
+            return
+        _told.add(model)
+        for name, error in failures:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            if name == "ghost":
+                logger.warning(
+                    "The model '%s' is trained with slower per-example gradients, the same "
+                    "numbers, because the ghost engine can't serve it (%s). A rule for the layer "
+                    "would mend that: see keras_dp.register_rule.",
+                    model.name,
+                    reason,
+                )
+            else:
                 logger.warning(
                     "The model '%s' can't be vectorized over its examples (%s); its per-example "
                     "gradients are computed one at a time instead: the same numbers, more slowly.",
                     model.name,
-                    str(failure).strip().splitlines()[0][:200],
+                    reason,
                 )
-            self.name = name
-            return run
-        raise AssertionError("unreachable: the loop engine either runs or raises")
-
-    def _require_agreement(self, run: Callable[[list[Any]], Any], leaves: list[Any]) -> None:
-        """Tries a vectorized engine against the loop, on two made-up examples.
-
-        The vectorizer rewrites the whole model, on kernels that may have
-        faults of their own; a wrong norm would mean a wrong clip. No private
-        data takes part.
-
-        Raises:
-            ArithmeticError: If they differ.
-        """
-        rows = max(2, self.padding)
-        made_up = backend.made_up_like(leaves[:-1], rows)
-        loop = self._chunk(backend.loop_engine)
-
-        def error() -> float:
-            first_two = [t[:2] for t in made_up]
-            try:
-                plain_sums, plain_norms, *_ = loop([*first_two, backend.first_rows(2, 2)])
-            except Exception:
-                return 0.0  # made-up values mean nothing to this model
-            sums, norms, *_ = run([*made_up, backend.first_rows(rows, 2)])
-            return backend.relative_error([*sums, norms[:2]], [*plain_sums, plain_norms])
-
-        off = backend.apart(error)
-        rough = self.example_loss.model.compute_dtype in ("float16", "bfloat16")
-        if off > (0.1 if rough else 1e-3):
-            raise ArithmeticError(
-                f"vectorized gradients of two made-up examples are off by {off:.1%}, as they are "
-                "for a layer that draws random numbers without a keras.random.SeedGenerator"
-            )
 
     def _chunk(self, engine: Any, **options: Any) -> Callable[[list[Any]], Any]:
         def run(leaves: list[Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from .. import keras_private
+from .. import backend, keras_private
 from ..errors import PrivacyError
 
 
@@ -89,8 +89,25 @@ class ExampleLoss:
 
     def __call__(self, weights: list[Any], leaves: list[Any]) -> tuple[Any, list[Any]]:
         """Loss (a scalar), and outputs, masks and metric updates without a batch axis."""
-        data, seeds = leaves[: self._leaf_count], leaves[self._leaf_count :]
-        alone = self._batch.with_leaves([ops.expand_dims(t, 0) for t in data])
+        data, seeds = self.split(leaves)
+        with self.stateless(weights, seeds) as scope:
+            outputs = self.predict(data, of_one_example=True)
+            loss, updates = self.loss(scope, data, outputs)
+        extra = self.flat_with_masks(outputs)
+        return loss, [*(ops.reshape(t, ops.shape(t)[1:]) for t in extra), *updates]
+
+    def split(self, leaves: list[Any]) -> tuple[list[Any], list[Any]]:
+        """An engine's leaves as those of the batch and the seeds."""
+        return leaves[: self._leaf_count], leaves[self._leaf_count :]
+
+    def with_distinct_seeds(self, leaves: list[Any]) -> list[Any]:
+        """Leaves whose seeds are different for each example."""
+        data, seeds = self.split(leaves)
+        return [*data, *(backend.numbered_seeds(s) for s in seeds)]
+
+    @contextlib.contextmanager
+    def stateless(self, weights: list[Any], seeds: list[Any]) -> Iterator[Any]:
+        """A scope where weights and seeds have given values, and nothing written remains."""
         metrics = list(self.model.metrics_variables)
         state = [
             *zip(self.variables, weights, strict=True),
@@ -101,25 +118,64 @@ class ExampleLoss:
             without_weight_regularizers(self.variables),
             keras.StatelessScope(state_mapping=state, collect_losses=True) as scope,
         ):
-            before = [scope.get_current_value(v) for v in metrics]
-            if keras_private.takes_training_argument(self.model):
-                outputs = self.model(alone.x, training=True)
-            else:
-                outputs = self.model(alone.x)
-            loss = keras_private.loss_of(
-                self.model, alone.x, alone.y, outputs, alone.sample_weight, training=True
-            )
+            yield scope
         self._refuse_foreign_state(scope, state)
-        after = [scope.get_current_value(v) for v in metrics]
-        touched = [k for k, (a, b) in enumerate(zip(after, before, strict=True)) if a is not b]
-        self.metric_variables = [metrics[k] for k in touched]
-        updates = [after[k] for k in touched]
+
+    def predict(self, data: list[Any], *, of_one_example: bool = False) -> Any:
+        """What the model returns for the leaves of a batch (or of one example), training."""
+        x = self._batch_of(data, of_one_example=of_one_example).x
+        if keras_private.takes_training_argument(self.model):
+            return self.model(x, training=True)
+        return self.model(x)
+
+    def flat_with_masks(self, outputs: Any) -> list[Any]:
+        """The tensors of a prediction, then their Keras masks."""
         flat = tree.flatten(outputs)
         masks = [keras_private.mask_of(t) for t in flat]
         self._output_structure = outputs
         self._masked = [m is not None for m in masks]
-        extra = [*flat, *(m for m in masks if m is not None)]
-        return ops.sum(loss), [*(ops.reshape(t, ops.shape(t)[1:]) for t in extra), *updates]
+        return [*flat, *(m for m in masks if m is not None)]
+
+    def loss_of_outputs(
+        self, weights: list[Any], leaves: list[Any], flat: list[Any]
+    ) -> tuple[Any, list[Any]]:
+        """One example's loss from what the model returned for it, and metric updates.
+
+        Args:
+            weights: Values of the weights.
+            leaves: The example's tensors and seeds.
+            flat: Its part of `flat_with_masks`, without a batch axis.
+        """
+        data, seeds = self.split(leaves)
+        with self.stateless(weights, seeds) as scope:
+            outputs = self._with_masks([ops.expand_dims(t, 0) for t in flat])
+            return self.loss(scope, data, outputs)
+
+    def loss(self, scope: Any, data: list[Any], outputs: Any) -> tuple[Any, list[Any]]:
+        """One example's loss from the prediction for it, inside of a `stateless` scope."""
+        metrics = list(self.model.metrics_variables)
+        alone = self._batch_of(data, of_one_example=True)
+        before = [scope.get_current_value(v) for v in metrics]
+        loss = keras_private.loss_of(
+            self.model, alone.x, alone.y, outputs, alone.sample_weight, training=True
+        )
+        after = [scope.get_current_value(v) for v in metrics]
+        touched = [k for k, (a, b) in enumerate(zip(after, before, strict=True)) if a is not b]
+        self.metric_variables = [metrics[k] for k in touched]
+        return ops.sum(loss), [after[k] for k in touched]
+
+    def _batch_of(self, data: list[Any], *, of_one_example: bool) -> Batch:
+        return self._batch.with_leaves(
+            [ops.expand_dims(t, 0) for t in data] if of_one_example else data
+        )
+
+    def _with_masks(self, flat: list[Any]) -> Any:
+        count = len(self._masked)
+        tensors, masks = flat[:count], iter(flat[count:])
+        for tensor, masked in zip(tensors, self._masked, strict=True):
+            if masked:
+                keras_private.set_mask(tensor, next(masks))
+        return tree.pack_sequence_as(self._output_structure, tensors)
 
     def _refuse_foreign_state(self, scope: Any, state: list[tuple[Any, Any]]) -> None:
         """Refuses a model that writes to state which it doesn't own.
@@ -138,14 +194,9 @@ class ExampleLoss:
     def outcome(self, result: tuple[list[Any], Any, Any, list[Any]]) -> Outcome:
         """An engine's result with outputs, masks and metric updates told apart."""
         sums, norms, losses, extra = result
-        count = len(self._masked)
-        flat, rest = extra[:count], extra[count:]
-        remaining = iter(rest)
-        for tensor, masked in zip(flat, self._masked, strict=True):
-            if masked:
-                keras_private.set_mask(tensor, next(remaining))
-        outputs = tree.pack_sequence_as(self._output_structure, flat)
-        updates = list(zip(self.metric_variables, remaining, strict=True))
+        count = len(self._masked) + sum(self._masked)
+        outputs = self._with_masks(extra[:count])
+        updates = list(zip(self.metric_variables, extra[count:], strict=True))
         return Outcome(sums, norms, losses, outputs, updates)
 
 

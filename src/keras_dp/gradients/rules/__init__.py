@@ -1,0 +1,22 @@
+"""Rules: what the ghost engine must know about one type of layer, a file for each family."""
+
+from . import activation, attention, convolution, dense, embedding, normalization, recurrent
+from .fallback import alone, vectorized
+from .registry import NoRule, Unit, overridden, register_rule, rule_for
+
+__all__ = [
+    "NoRule",
+    "Unit",
+    "activation",
+    "alone",
+    "attention",
+    "convolution",
+    "dense",
+    "embedding",
+    "normalization",
+    "overridden",
+    "recurrent",
+    "register_rule",
+    "rule_for",
+    "vectorized",
+]

@@ -1,0 +1,286 @@
+"""Convolutions: plain, transposed, depthwise and separable, in one to three dimensions.
+
+A filter multiplies the patch of the input under it at each of T output
+positions: the gradient of W is `sum_t patch_t (x) g_t`, and that of the bias
+`sum_t g_t`. A transposed convolution is the gradient of a plain one, so the two
+factors change places. All of it is done with channels last.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any
+
+from keras import layers, ops
+
+from ... import backend
+from ..per_example import Instantiated, OuterProducts, PerExample
+from .dense import LowRank, positions_of
+from .registry import NoRule, Unit, register_rule, summed_like
+
+
+@register_rule(layers.Conv1D, layers.Conv2D, layers.Conv3D)
+def convolution(unit: Unit, inputs: Any) -> Any:
+    """With strides, dilation, groups, every padding, and LoRA."""
+    layer = unit.layer
+    lora = LowRank.of(unit, "kernel")
+    outputs = unit.call_watching_activation(inputs)
+
+    def gradients(g: Any) -> list[tuple[Any, Any]]:
+        x, g = _channels_last(layer, inputs), _channels_last(layer, g)
+        padding = layer.padding
+        if padding == "causal":
+            reach = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
+            x, padding = ops.pad(x, [[0, 0], [reach, 0], [0, 0]]), "valid"
+        shape = (*layer.kernel_size, x.shape[-1] // layer.groups)
+        settings = (layer.strides, padding, layer.dilation_rate, layer.groups)
+        found: list[tuple[Any, Any]] = []
+        if layer.use_bias:
+            found.append((layer.bias, summed_like(g, (-1,))))
+        if lora is not None:
+            through = ops.matmul(g, ops.transpose(lora.high))
+            low = Filters(x, through, (*shape, through.shape[-1]), *settings)
+            reduced = ops.conv(
+                x, lora.low, layer.strides, padding, "channels_last", layer.dilation_rate
+            )
+            high = OuterProducts(positions_of(reduced), positions_of(g))
+            found += lora.pairs(low, high)
+        if unit.trains(layer._kernel):
+            found.append((layer._kernel, Filters(x, g, (*shape, g.shape[-1]), *settings)))
+        return found
+
+    return outputs, gradients
+
+
+@register_rule(layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+def transposed_convolution(unit: Unit, inputs: Any) -> Any:
+    """The plain convolution from outputs to inputs has the same filters."""
+    layer = unit.layer
+    outputs = unit.call_watching_activation(inputs)
+    sizes = zip(
+        _channels_last(layer, inputs).shape[1:-1],
+        _channels_last(layer, outputs).shape[1:-1],
+        layer.kernel_size,
+        layer.strides,
+        layer.dilation_rate,
+        strict=True,
+    )
+    for small, large, kernel, stride, dilation in sizes:
+        if small is None or large is None:
+            raise NoRule("its inputs have a size that isn't known")
+        reach = 0 if layer.padding == "same" else dilation * (kernel - 1)
+        if small != -(-(large - reach) // stride):
+            raise NoRule("its output padding has no plain convolution to go with")
+    if max(layer.strides) > 1 and max(layer.dilation_rate) > 1:
+        raise NoRule("it has both strides and dilation")
+
+    def gradients(g: Any) -> list[tuple[Any, Any]]:
+        x, g = _channels_last(layer, inputs), _channels_last(layer, g)
+        found: list[tuple[Any, Any]] = []
+        if layer.use_bias:
+            found.append((layer.bias, summed_like(g, (-1,))))
+        shape = tuple(layer.kernel.shape)
+        filters = Filters(g, x, shape, layer.strides, layer.padding, layer.dilation_rate, 1)
+        return [*found, (layer.kernel, filters)]
+
+    return outputs, gradients
+
+
+@register_rule(layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+def depthwise_convolution(unit: Unit, inputs: Any) -> Any:
+    """Each channel has filters of its own: so few that they are written out."""
+    layer = unit.layer
+    outputs = unit.call_watching_activation(inputs)
+
+    def gradients(g: Any) -> list[tuple[Any, Any]]:
+        x, g = _channels_last(layer, inputs), _channels_last(layer, g)
+        found: list[tuple[Any, Any]] = []
+        if layer.use_bias:
+            found.append((layer.bias, summed_like(g, (-1,))))
+        return [*found, (layer.kernel, _depthwise_gradients(layer, x, g))]
+
+    return outputs, gradients
+
+
+@register_rule(layers.SeparableConv1D, layers.SeparableConv2D)
+def separable_convolution(unit: Unit, inputs: Any) -> Any:
+    """A depthwise convolution, and a product at each position with what it gives."""
+    layer = unit.layer
+    depthwise, pointwise = map(unit.value, (layer.depthwise_kernel, layer.pointwise_kernel))
+    outputs = unit.call_watching_activation(inputs)
+
+    def gradients(g: Any) -> list[tuple[Any, Any]]:
+        x, g = _channels_last(layer, inputs), _channels_last(layer, g)
+        found: list[tuple[Any, Any]] = []
+        if layer.use_bias:
+            found.append((layer.bias, summed_like(g, (-1,))))
+        between = ops.depthwise_conv(
+            x, depthwise, layer.strides, layer.padding, "channels_last", layer.dilation_rate
+        )
+        matrix = ops.reshape(pointwise, pointwise.shape[-2:])
+        kernel_shape = tuple(pointwise.shape)
+        products = OuterProducts(
+            positions_of(between),
+            positions_of(g),
+            shape=kernel_shape,
+            order=range(len(kernel_shape)),
+        )
+        upstream = ops.matmul(g, ops.transpose(matrix))
+        return [
+            *found,
+            (layer.depthwise_kernel, _depthwise_gradients(layer, x, upstream)),
+            (layer.pointwise_kernel, products),
+        ]
+
+    return outputs, gradients
+
+
+def _channels_last(layer: Any, tensor: Any) -> Any:
+    if layer.data_format == "channels_last":
+        return tensor
+    rank = len(tensor.shape)
+    return ops.transpose(tensor, (0, *range(2, rank), 1))
+
+
+def _depthwise_gradients(layer: Any, x: Any, g: Any) -> PerExample:
+    """(B, *kernel, C, m), from (B, *space, C) and (B, *space', C m)."""
+    x, g = backend.at_least_float32(x), backend.at_least_float32(g)
+    kernel, strides, dilation = layer.kernel_size, layer.strides, layer.dilation_rate
+    known, both = None not in x.shape[1:-1], max(strides) > 1 and max(dilation) > 1
+    if not both and (math.prod(kernel) <= 16 or not known):
+        return Instantiated(
+            backend.depthwise_filter_gradients(x, g, kernel, strides, layer.padding, dilation)
+        )
+    if not known:
+        raise NoRule("it has strides and dilation, and inputs of a size that isn't known")
+    # One position of the kernel at a time: what lies under it, times g.
+    channels = x.shape[-1]
+    x = _padded(x, kernel, strides, layer.padding, dilation)
+    g = ops.reshape(g, (-1, *g.shape[1:-1], channels, g.shape[-1] // channels))
+    space = tuple(range(1, len(kernel) + 1))
+    parts = [
+        ops.sum(ops.expand_dims(under, -1) * g, axis=space)
+        for under in _under_kernel(x, g.shape[1:-2], kernel, strides, dilation)
+    ]
+    return Instantiated(ops.reshape(ops.stack(parts, 1), (-1, *kernel, *parts[0].shape[1:])))
+
+
+def _padded(x: Any, kernel: Any, strides: Any, padding: str, dilation: Any) -> Any:
+    """What a convolution with "same" padding pads explicitly, the odd one at the end."""
+    if padding == "valid":
+        return x
+    widths = [[0, 0]]
+    for size, k, s, d in zip(x.shape[1:-1], kernel, strides, dilation, strict=True):
+        total = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
+        widths.append([total // 2, total - total // 2])
+    return ops.pad(x, [*widths, [0, 0]]) if any(map(any, widths)) else x
+
+
+def _under_kernel(
+    x: Any, out: Any, kernel: Any, strides: Any, dilation: Any, copies: int = 1
+) -> Any:
+    """For each position in the kernel, the inputs under it at every output position.
+
+    `copies` repeats the spatial axes, for a product of all pairs of inputs.
+    """
+    for position in itertools.product(*map(range, kernel)):
+        cut = tuple(
+            slice(p * d, p * d + (n - 1) * s + 1, s)
+            for p, d, n, s in zip(position, dilation, out, strides, strict=True)
+        )
+        yield x[(slice(None), *cut * copies)]
+
+
+class Filters(PerExample):
+    """Gradients of a convolution's filters, `G_i = sum_t patch_t (x) g_t`.
+
+    Written out, by one convolution that has the examples among its channels,
+    where that is not much larger than input and output. Else the norm is
+    `sum_ts <patch_t, patch_s> <g_t, g_s>`, with products of patches added up
+    from products of single pixels, so that no patch is ever unfolded.
+
+    Args:
+        x: Shape (B, *space, channels).
+        g: Shape (B, *space', filters).
+        shape: The filters' (*kernel, channels / groups, filters).
+        *settings: Strides, padding ("valid" or "same"), dilation and groups.
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        g: Any,
+        shape: tuple[int, ...],
+        *settings: Any,
+    ) -> None:
+        self.x, self.g, self.shape = x, g, shape
+        self.settings = settings
+
+    def _exact(self) -> tuple[Any, Any]:
+        return backend.at_least_float32(self.x), backend.at_least_float32(self.g)
+
+    @functools.cached_property
+    def _written_out(self) -> Any:
+        """(..., B, filters): the order in which they are computed."""
+        return backend.filter_gradients(*self._exact(), self.shape, *self.settings)
+
+    def squared_norms(self) -> Any:
+        if self._gram_is_smaller():
+            return self._gram()
+        return backend.sum_but_axis(ops.square(self._written_out), -2)
+
+    def _gram_is_smaller(self) -> bool:
+        if None in (*self.x.shape[1:], *self.g.shape[1:]):
+            return False
+        *_, groups = self.settings
+        pixels, positions = math.prod(self.x.shape[1:-1]), math.prod(self.g.shape[1:-1])
+        factors = pixels * self.x.shape[-1] + positions * self.g.shape[-1]
+        pairs = groups * (pixels**2 + positions**2)
+        return math.prod(self.shape) > max(4 * factors, pairs)
+
+    def _gram(self) -> Any:
+        strides, padding, dilation, groups = self.settings
+        x, g = self._exact()
+        kernel = self.shape[:-2]
+        x = _padded(x, kernel, strides, padding, dilation)
+        space, out = x.shape[1:-1], g.shape[1:-1]
+
+        def pairs(t: Any, sizes: Any) -> Any:
+            """Inner products of all pairs of positions, in each group: (B groups, *sizes twice)."""
+            t = ops.reshape(t, (-1, math.prod(sizes), groups, t.shape[-1] // groups))
+            t = ops.reshape(ops.swapaxes(t, 1, 2), (-1, math.prod(sizes), t.shape[-1]))
+            return ops.reshape(ops.matmul(t, ops.swapaxes(t, 1, 2)), (-1, *sizes, *sizes))
+
+        under = _under_kernel(pairs(x, space), out, kernel, strides, dilation, copies=2)
+        total = functools.reduce(ops.add, under) * pairs(g, out)
+        total = ops.reshape(total, (-1, groups * math.prod(out) ** 2))
+        return ops.maximum(ops.sum(total, axis=1), 0.0)
+
+    def weighted_sum(self, clip_weights: Any) -> Any:
+        if "_written_out" in self.__dict__:
+            written = self._written_out
+            c = ops.reshape(ops.cast(clip_weights, written.dtype), (-1, 1))
+            return ops.reshape(ops.sum(written * c, axis=-2), self.shape)
+        x, g = self._exact()
+        c = ops.reshape(ops.cast(clip_weights, g.dtype), (-1, *(1 for _ in g.shape[1:])))
+        return backend.filter_gradient(x, g * c, self.shape, *self.settings)
+
+    def instantiate(self) -> Any:
+        written = self._written_out
+        order = (len(written.shape) - 2, *range(len(written.shape) - 2), len(written.shape) - 1)
+        return ops.transpose(written, order)
+
+    def tensors(self) -> list[Any]:
+        if "_written_out" in self.__dict__:
+            return [ops.moveaxis(self._written_out, -2, 0)]
+        return [self.x, self.g]
+
+    def with_tensors(self, tensors: list[Any]) -> PerExample:
+        if len(tensors) == 1:
+            return Instantiated(tensors[0])
+        return Filters(tensors[0], tensors[1], self.shape, *self.settings)
+
+    def folded(self, rows_each: int) -> PerExample:
+        return self if rows_each == 1 else Instantiated(self.instantiate()).folded(rows_each)

@@ -1,0 +1,65 @@
+"""LayerNormalization, GroupNormalization and RMSNormalization.
+
+`z = x^ * gamma + beta`, x^ the normalized input: the gradient of gamma is
+`sum_t x^_t g_t` and that of beta `sum_t g_t`, over all positions that they were
+broadcast along. The layer itself is run with gamma = 1 and beta = 0 for x^.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keras import layers, ops
+
+from .registry import Unit, register_rule, summed_like
+
+
+@register_rule(layers.LayerNormalization, layers.GroupNormalization)
+def normalization(unit: Unit, inputs: Any) -> Any:
+    """With a gamma, a beta, or both."""
+    return _scale_and_shift(
+        unit, inputs, getattr(unit.layer, "gamma", None), getattr(unit.layer, "beta", None)
+    )
+
+
+if hasattr(layers, "RMSNormalization"):
+
+    @register_rule(layers.RMSNormalization)
+    def rms_normalization(unit: Unit, inputs: Any) -> Any:
+        """With a scale alone."""
+        return _scale_and_shift(unit, inputs, unit.layer.scale, None)
+
+
+def _scale_and_shift(unit: Unit, inputs: Any, gamma: Any, beta: Any) -> Any:
+    rank = len(inputs.shape)
+    axis = unit.layer.axis
+    axes = {a % rank for a in (axis if isinstance(axis, (list, tuple)) else [axis])}
+    values = [None if w is None else unit.value(w) for w in (gamma, beta)]
+    neutral = [
+        (w, like(w.shape, w.dtype))
+        for w, like in ((gamma, ops.ones), (beta, ops.zeros))
+        if w is not None
+    ]
+    with unit.replaced(neutral):
+        normalized = unit.call(inputs)
+
+    def spread(value: Any) -> Any:
+        shape = [inputs.shape[a] if a in axes else 1 for a in range(rank)]
+        return ops.cast(ops.reshape(value, shape), normalized.dtype)
+
+    outputs = normalized
+    if values[0] is not None:
+        outputs = outputs * spread(values[0])
+    if values[1] is not None:
+        outputs = outputs + spread(values[1])
+    unit.watch(outputs)
+
+    def gradients(g: Any) -> list[tuple[Any, Any]]:
+        found = []
+        for weight, product in ((gamma, normalized * g), (beta, g)):
+            if weight is not None:
+                total = summed_like(product, tuple(axes))
+                found.append((weight, ops.reshape(total, (-1, *weight.shape))))
+        return found
+
+    return outputs, gradients

@@ -1,0 +1,205 @@
+"""What a rule is, and which layer has which."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+from keras import ops
+
+from ..per_example import PerExample
+
+__all__ = ["NoRule", "Rule", "Unit", "register_rule", "rule_for"]
+
+# The gradients of what a rule watched, in the order of watching, to pairs of a
+# weight and its per-example gradients.
+Gradients = Callable[..., list[tuple[Any, "PerExample | Any"]]]
+Rule = Callable[..., tuple[Any, Gradients]]
+
+_rules: dict[type, Rule] = {}
+
+
+class NoRule(Exception):
+    """A rule that finds it can't serve a layer with these settings raises it."""
+
+
+class Unit:
+    """One call of one layer, as a rule sees it.
+
+    Args:
+        layer: The layer.
+        variables: Its trainable weights: those that the rule must answer for.
+        call: The layer's own `call`.
+        scope: The stateless scope that the model is running in.
+        on_watch: Told of every tensor that is watched.
+    """
+
+    def __init__(
+        self,
+        layer: keras.Layer,
+        variables: list[Any],
+        call: Callable[..., Any],
+        scope: Any,
+        on_watch: Callable[[Any], None],
+    ) -> None:
+        self.layer = layer
+        self.variables = variables
+        self.call = call
+        self.watched: list[Any] = []
+        self.scope = scope
+        self._on_watch = on_watch
+
+    def watch(self, tensor: Any) -> Any:
+        """Asks for the gradient of the loss with respect to `tensor`, of shape (B, ...)."""
+        self._on_watch(tensor)
+        self.watched.append(tensor)
+        return tensor
+
+    def call_watching_activation(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the layer, and watches what goes into its `activation`.
+
+        That is the output itself where the layer has no activation.
+        """
+        activation = self.layer.activation
+        if activation is None or activation is keras.activations.linear:
+            return self.watch(self.call(*args, **kwargs))
+        with overridden(self.layer, activation=lambda z: activation(self.watch(z))):
+            return self.call(*args, **kwargs)
+
+    def value(self, variable: Any) -> Any:
+        """A weight's value while the layer runs; `gradients` must not ask for it later."""
+        return ops.convert_to_tensor(variable.value)
+
+    def trains(self, variable: Any) -> bool:
+        """Whether `variable` is one that the rule must answer for."""
+        return any(variable is v for v in self.variables)
+
+    @contextlib.contextmanager
+    def replaced(self, pairs: list[tuple[Any, Any]]) -> Iterator[None]:
+        """Gives weights other values for a while: pairs of a weight and a tensor."""
+        saved = {id(v): self.scope.state_mapping.get(id(v)) for v, _ in pairs}
+        self.scope.state_mapping.update((id(v), t) for v, t in pairs)
+        try:
+            yield
+        finally:
+            for key, value in saved.items():
+                if value is None:
+                    self.scope.state_mapping.pop(key)
+                else:
+                    self.scope.state_mapping[key] = value
+
+
+@contextlib.contextmanager
+def overridden(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Hides attributes of an object behind others for a while.
+
+    They go into the instance's own dictionary, past Keras' tracking of
+    attributes, and what was there before comes back.
+    """
+    absent = object()
+    saved = {name: owner.__dict__.get(name, absent) for name in attributes}
+    owner.__dict__.update(attributes)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is absent:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = value
+
+
+def register_rule(*layer_classes: type) -> Callable[[Rule], Rule]:
+    """Teaches the ghost engine a layer: how to get each example's gradient of its weights.
+
+    A rule is called in place of the layer's `call`, with a `Unit` and the
+    arguments of that call. It runs the layer (`unit.call`), asks for the gradient
+    of what the weights act on (`unit.watch`), and returns the outputs and a
+    function. That function gets the gradients it asked for, each of shape
+    (B, ...) with one row for each example's own loss, and returns pairs of a
+    weight and its per-example gradients: a tensor of shape (B, *weight.shape),
+    or, where that would be large, `keras_dp.OuterProducts` of two factors.
+
+    A layer without a rule trains all the same: the gradient of that layer alone
+    is vectorized over the examples, which takes more time and memory. Rules are
+    looked up by a layer's exact class, so a subclass needs one of its own.
+    Before an engine is used its gradients of two made-up examples are compared
+    with plain ones, so a wrong rule raises `PrivacyError` instead of training.
+
+    Args:
+        *layer_classes: Subclasses of `keras.Layer`, at least one.
+
+    Returns:
+        A decorator that registers the rule and returns it.
+
+    Raises:
+        ValueError: If a class isn't a layer, or has a rule already.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_dp
+
+
+    class Scale(keras.Layer):
+        \"\"\"y[b, t, k] = x[b, t, k] * scale[k].\"\"\"
+
+        def build(self, shape):
+            self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+
+        def call(self, x):
+            return x * self.scale
+
+
+    @keras_dp.register_rule(Scale)
+    def scale_rule(unit, x):
+        \"\"\"The gradient of scale[k] is the sum over t of x[t, k] g[t, k].\"\"\"
+        outputs = unit.watch(unit.call(x))
+
+        def gradients(g):  # dL_b / d outputs, (B, T, K)
+            return [(unit.layer.scale, keras.ops.sum(x * g, axis=1))]
+
+        return outputs, gradients
+    ```
+    """
+    if not layer_classes:
+        raise ValueError(
+            "register_rule needs the layer class that the rule is for: "
+            "@keras_dp.register_rule(MyLayer)."
+        )
+    for cls in layer_classes:
+        if not (isinstance(cls, type) and issubclass(cls, keras.Layer)):
+            raise ValueError(
+                "register_rule takes subclasses of keras.Layer, as in "
+                f"@keras_dp.register_rule(MyLayer). Received: {cls!r}"
+            )
+        if cls in _rules:
+            raise ValueError(
+                f"The layer class {cls.__module__}.{cls.__qualname__} has a rule already "
+                f"({_rules[cls].__module__}.{_rules[cls].__qualname__}). To do otherwise in one "
+                "model, subclass the layer and register a rule for the subclass."
+            )
+
+    def register(rule: Rule) -> Rule:
+        if not callable(rule):
+            raise ValueError(f"A rule is a function. Received: {rule!r}")
+        _rules.update((cls, rule) for cls in layer_classes)
+        return rule
+
+    return register
+
+
+def rule_for(layer: keras.Layer) -> Rule | None:
+    """The rule for a layer's exact class, if there is one."""
+    return _rules.get(type(layer))
+
+
+def summed_like(gradient: Any, axes: tuple[int, ...]) -> Any:
+    """Sums (B, ...) over every axis but the examples' and `axes`: of a bias, for instance."""
+    rank = len(gradient.shape)
+    kept = {0, *(a % rank for a in axes)}
+    others = tuple(k for k in range(rank) if k not in kept)
+    return ops.sum(gradient, axis=others) if others else gradient
