@@ -42,7 +42,14 @@ def test_a_wrong_number_in_a_comment_is_found():
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/architecture.md"]
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/guide.md",
+        "docs/architecture.md",
+        "docs/benchmarks.md",
+    ],
 )
 def test_every_link_to_a_file_or_heading_leads_somewhere(document):
     path = ROOT / document

@@ -60,10 +60,8 @@ from .tensorflow import (  # noqa: E402
     root_of_sum,
     row_count,
     shared_gradient,
-    sum_but_axis,
     vectorized_engine,
     wait_for,
-    without_rows,
 )
 
 __all__ = [
@@ -106,8 +104,6 @@ __all__ = [
     "root_of_sum",
     "row_count",
     "shared_gradient",
-    "sum_but_axis",
     "vectorized_engine",
     "wait_for",
-    "without_rows",
 ]

@@ -300,25 +300,6 @@ def root_of_sum(squares: Sequence[Tensor], like: Tensor) -> Tensor:
     return tf.sqrt(total)
 
 
-def without_rows(bad: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors with zeros in the rows where `bad` is true; themselves if it never is."""
-    if not tensors:
-        return []
-
-    def emptied(tensor: Tensor) -> Tensor:
-        mask = tf.reshape(bad, tf.concat([tf.shape(bad), [1] * (tensor.shape.rank - 1)], 0))
-        return tf.where(mask, tf.zeros_like(tensor), tensor)
-
-    found = branch(
-        tf.reduce_any(bad),
-        lambda: [emptied(t) for t in tensors],
-        lambda: [tf.identity(t) for t in tensors],
-    )
-    for new, old in zip(found, tensors, strict=True):
-        new.set_shape(old.shape)
-    return list(found)
-
-
 def _map(function: Callable[[Any], Any], mapped: Any) -> Any:
     """`function` of every row of the tensors in `mapped`, its results stacked."""
     if tf.executing_eagerly():
@@ -365,7 +346,8 @@ def map_loss(
 
     Returns:
         Losses; whether they need each of the weights after all; the gradient of
-        each prediction, `None` where the losses don't need it; and what else `one` returned, stacked.
+        each prediction, `None` where the losses don't need it; and what
+        else `one` returned, stacked.
     """
     reached: list[bool] = []
 
@@ -568,12 +550,6 @@ def depthwise_filter_gradients(
     found = tape.gradient(outputs, filters, output_gradients=_examples_as_channels(g))
     found = tf.reshape(found, [math.prod(kernel), rows, channels, multiplier])
     return tf.reshape(tf.transpose(found, (1, 0, 2, 3)), [rows, *kernel, channels, multiplier])
-
-
-def sum_but_axis(tensor: Tensor, axis: int) -> Tensor:
-    """The sum over every axis but one."""
-    kept = axis % tensor.shape.rank
-    return tf.reduce_sum(tensor, axis=[k for k in range(tensor.shape.rank) if k != kept])
 
 
 EngineResult = tuple[list[Tensor], Tensor, Tensor, list[Tensor]]

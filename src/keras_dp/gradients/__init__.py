@@ -21,8 +21,8 @@ __all__ = [
     "Batch",
     "Engine",
     "ExampleLoss",
-    "OuterProducts",
     "Outcome",
+    "OuterProducts",
     "register_rule",
 ]
 

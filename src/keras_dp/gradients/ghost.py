@@ -121,7 +121,13 @@ class GhostEngine:
         clip_weights = clip(norms) * ops.cast(real, norms.dtype)
         # 0 times what isn't finite isn't 0: empty those examples first.
         bad = ops.logical_not(ops.isfinite(norms))
-        cleaned = iter(backend.without_rows(bad, [t for g in found for t in g.tensors()]))
+        cleaned = iter(
+            backend.branch(
+                ops.any(bad),
+                lambda: [t for g in found for t in g.emptied(bad)],
+                lambda: [backend.copy_of(t) for g in found for t in g.tensors()],
+            )
+        )
         finite = iter([g.with_tensors([next(cleaned) for _ in g.tensors()]) for g in found])
         sums = [
             backend.no_gradient_of(v) if g is None else next(finite).weighted_sum(clip_weights)

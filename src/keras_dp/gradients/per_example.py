@@ -46,6 +46,10 @@ class PerExample(abc.ABC):
     def with_tensors(self, tensors: list[Any]) -> PerExample:
         """The same form of other tensors, of the same shapes."""
 
+    def emptied(self, bad: Any) -> list[Any]:
+        """Its tensors with zeros for the examples where `bad`, (B,), is true."""
+        return [ops.where(_column(bad, t), ops.zeros_like(t), t) for t in self.tensors()]
+
     @abc.abstractmethod
     def folded(self, rows_each: int) -> PerExample:
         """Adds up every `rows_each` consecutive rows, which belong to one example."""
@@ -104,6 +108,14 @@ class OuterProducts(PerExample):
         shape: The shape of [d, p] or [K, d, p] with its axes taken apart, if
             the weight's differs.
         order: Then the order in which the weight has these axes.
+
+    Example:
+
+    >>> import numpy as np, keras_dp
+    >>> a, g = np.ones((2, 5, 3), "float32"), np.ones((2, 5, 4), "float32")
+    >>> gradients = keras_dp.OuterProducts(a, g)  # two examples' of a (3, 4) matrix
+    >>> [float(square) for square in gradients.squared_norms()]  # each 5 in 12 places
+    [300.0, 300.0]
     """
 
     def __init__(
@@ -163,7 +175,7 @@ class OuterProducts(PerExample):
         if "_products" in self.__dict__:
             return self._arranged(Instantiated(self._products).weighted_sum(clip_weights))
         left, right = self._exact()
-        right = right * _column(clip_weights, right)
+        right = right * _column(ops.cast(clip_weights, right.dtype), right)
         d, p = left.shape[-1], right.shape[-1]
         if len(left.shape) == 4:
             blocks = left.shape[1]
@@ -216,8 +228,8 @@ class Rows(PerExample):
     """Gradients of a table that reach one row per position: an embedding's.
 
     `G_i[v] = sum over the positions t with id_it = v of right_it`, so
-    `||G_i||^2 = sum_ts [id_t = id_s] <right_t, right_s>`: the positions of each
-    example are added up by row first.
+    `||G_i||^2 = sum_ts [id_t = id_s] <right_t, right_s>`. For long examples the
+    positions that took the same row are found by sorting.
 
     Args:
         ids: Shape (B, T), integers: which row each position took.
@@ -232,13 +244,18 @@ class Rows(PerExample):
 
     def squared_norms(self) -> Any:
         right = backend.at_least_float32(self.right)
-        if right.shape[1] == 1:
+        length, width = right.shape[1:]
+        if length == 1:
             return ops.sum(ops.square(_flat(right)), axis=1)
+        if length is not None and length <= 2 * width:
+            same = ops.equal(ops.expand_dims(self.ids, 1), ops.expand_dims(self.ids, 2))
+            merged = ops.matmul(ops.cast(same, right.dtype), right)
+            return ops.maximum(ops.sum(_flat(merged * right), axis=1), 0.0)
         return ops.sum(ops.square(_merged_rows(self.ids, right)), axis=1)
 
     def weighted_sum(self, clip_weights: Any) -> Any:
         right = backend.at_least_float32(self.right)
-        right = right * _column(clip_weights, right)
+        right = right * _column(ops.cast(clip_weights, right.dtype), right)
         width = right.shape[-1]
         return ops.segment_sum(
             ops.reshape(right, (-1, width)), ops.reshape(self.ids, (-1,)), self.rows
@@ -373,9 +390,8 @@ def _flat(tensor: Any) -> Any:
 
 
 def _column(clip_weights: Any, like: Any) -> Any:
-    """c as (B, 1, ...), to be multiplied with `like`."""
-    c = ops.cast(clip_weights, like.dtype)
-    return ops.reshape(c, (-1, *(1 for _ in like.shape[1:])))
+    """(B,) as (B, 1, ...), to go with the examples of `like`."""
+    return ops.reshape(clip_weights, (-1, *(1 for _ in like.shape[1:])))
 
 
 def _row(clip_weights: Any, like: Any) -> Any:

@@ -229,7 +229,11 @@ class Filters(PerExample):
     def squared_norms(self) -> Any:
         if self._gram_is_smaller():
             return self._gram()
-        return backend.sum_but_axis(ops.square(self._written_out), -2)
+        numbers = math.prod(self.shape[:-1])
+        squares = ops.square(ops.reshape(self._written_out, (numbers, -1)))
+        # A product, because TensorFlow is slow to sum over any axis but the last.
+        total = ops.matmul(ops.ones((1, numbers), squares.dtype), squares)
+        return ops.sum(ops.reshape(total, (-1, self.shape[-1])), axis=1)
 
     def _gram_is_smaller(self) -> bool:
         if None in (*self.x.shape[1:], *self.g.shape[1:]):
@@ -260,9 +264,11 @@ class Filters(PerExample):
 
     def weighted_sum(self, clip_weights: Any) -> Any:
         if "_written_out" in self.__dict__:
-            written = self._written_out
-            c = ops.reshape(ops.cast(clip_weights, written.dtype), (-1, 1))
-            return ops.reshape(ops.sum(written * c, axis=-2), self.shape)
+            numbers = math.prod(self.shape[:-1])
+            written = ops.reshape(self._written_out, (numbers, -1, self.shape[-1]))
+            c = ops.cast(clip_weights, written.dtype)
+            c = ops.broadcast_to(c, (numbers, 1, ops.shape(c)[0]))
+            return ops.reshape(ops.matmul(c, written), self.shape)
         x, g = self._exact()
         c = ops.reshape(ops.cast(clip_weights, g.dtype), (-1, *(1 for _ in g.shape[1:])))
         return backend.filter_gradient(x, g * c, self.shape, *self.settings)
@@ -274,12 +280,20 @@ class Filters(PerExample):
 
     def tensors(self) -> list[Any]:
         if "_written_out" in self.__dict__:
-            return [ops.moveaxis(self._written_out, -2, 0)]
+            return [self._written_out]
         return [self.x, self.g]
+
+    def emptied(self, bad: Any) -> list[Any]:
+        if "_written_out" not in self.__dict__:
+            return super().emptied(bad)
+        written = self._written_out
+        return [ops.where(ops.expand_dims(bad, -1), ops.zeros_like(written), written)]
 
     def with_tensors(self, tensors: list[Any]) -> PerExample:
         if len(tensors) == 1:
-            return Instantiated(tensors[0])
+            other = Filters(self.x, self.g, self.shape, *self.settings)
+            other.__dict__["_written_out"] = tensors[0]
+            return other
         return Filters(tensors[0], tensors[1], self.shape, *self.settings)
 
     def folded(self, rows_each: int) -> PerExample:

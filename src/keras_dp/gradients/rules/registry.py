@@ -139,31 +139,21 @@ def register_rule(*layer_classes: type) -> Callable[[Rule], Rule]:
 
     Example:
 
-    ```python
-    import keras
-    import keras_dp
-
-
-    class Scale(keras.Layer):
-        \"\"\"y[b, t, k] = x[b, t, k] * scale[k].\"\"\"
-
-        def build(self, shape):
-            self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
-
-        def call(self, x):
-            return x * self.scale
-
-
-    @keras_dp.register_rule(Scale)
-    def scale_rule(unit, x):
-        \"\"\"The gradient of scale[k] is the sum over t of x[t, k] g[t, k].\"\"\"
-        outputs = unit.watch(unit.call(x))
-
-        def gradients(g):  # dL_b / d outputs, (B, T, K)
-            return [(unit.layer.scale, keras.ops.sum(x * g, axis=1))]
-
-        return outputs, gradients
-    ```
+    >>> import keras, keras_dp
+    >>> class Scale(keras.Layer):  # y[b, t, k] = x[b, t, k] * scale[k]
+    ...     def build(self, shape):
+    ...         self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+    ...
+    ...     def call(self, x):
+    ...         return x * self.scale
+    >>> @keras_dp.register_rule(Scale)
+    ... def scale_rule(unit, x):
+    ...     outputs = unit.watch(unit.call(x))
+    ...
+    ...     def gradients(g):  # the loss' gradient at the outputs, (B, T, K)
+    ...         return [(unit.layer.scale, keras.ops.sum(x * g, axis=1))]
+    ...
+    ...     return outputs, gradients
     """
     if not layer_classes:
         raise ValueError(

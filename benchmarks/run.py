@@ -1,0 +1,223 @@
+"""How much a private training step costs, in time and memory, next to an ordinary one.
+
+    python benchmarks/run.py [--models mlp,cnn] [--rounds 15] [--xla] [--growth]
+        [--json results.json] [--picture docs/benchmarks.png]
+
+For each model of `zoo.py`, in one process, these take turns: an ordinary step;
+the draw of the noise alone (one Gaussian for each trained weight); a private
+step by each engine. `--xla` adds the steps with `jit_compile=True`. A model
+takes under a minute on two cores.
+
+Printed are, as tables in Markdown:
+
+- `ms`: the median;
+- `× ordinary`: the step divided by the ordinary step;
+- `r`: the step divided by (ordinary step + noise draw). No private step can do
+  without either of the two, so 1 is the aim. Both ratios are taken
+  in each round, and their medians shown, so that they hold on a machine whose
+  speed drifts. With XLA the ordinary step is compiled too;
+- `compile s`: the first call less a later one, in seconds;
+- `peak MiB`: what a step needs beyond what is held between steps, from a fresh
+  process for each (see `measure.py`).
+
+`--growth` doubles the batch, the length, the width and the vocabulary, and
+shows how time and memory follow. On a GPU the same commands measure the GPU.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from picture import draw
+from tables import (
+    RETURN_MEMORY,
+    mebibytes,
+    median_ratio,
+    number,
+    print_about,
+    print_head,
+    print_row,
+    run_measure,
+)
+
+XLA = ", XLA"
+COLUMNS = ("model", "variant", "ms", "× ordinary", "r", "compile s", "peak MiB", "note")
+GROWTH = (  # what doubles, in which model, from where
+    ("batch", "cnn", 128),
+    ("length", "transformer", 64),
+    ("width", "mlp", 256),
+    ("vocabulary", "text", 10_000),
+)
+DOUBLINGS = 4
+
+
+def main():
+    options = arguments()
+    about = run_measure({"do": "about"})
+    if "error" in about:
+        raise SystemExit(about["error"])
+    names = list(about["models"]) if options.models is None else options.models.split(",")
+    unknown = [name for name in names if name not in about["models"]]
+    if unknown:
+        raise SystemExit(
+            f"No such model: {', '.join(unknown)}. Models: {', '.join(about['models'])}"
+        )
+    print_about(about)
+    private = options.engines.split(",")
+    results = {"about": about, "models": {}, "growth": []}
+    if not options.only_growth:
+        results["models"] = measure_models(names, private, options)
+        print_summary(results["models"])
+    if options.growth or options.only_growth:
+        results["growth"] = measure_growth(names, private[0], options)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if options.picture:
+        draw(results, options.picture)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", help="names from zoo.py, with commas; all by default")
+    parser.add_argument("--engines", default="ghost,vectorized", help="private engines to measure")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--xla", action="store_true", help="also with jit_compile=True")
+    parser.add_argument("--growth", action="store_true", help="also while sizes double")
+    parser.add_argument("--only-growth", action="store_true", help="nothing else than that")
+    parser.add_argument("--no-memory", action="store_true", help="spares a process for each")
+    parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--picture", type=Path, help="draw r by model into this file")
+    return parser.parse_args()
+
+
+# -- models ----------------------------------------------------------------------------------
+
+
+def measure_models(names, private, options):
+    """Measures and prints model after model; returns the figures by model and variant."""
+    variants = ["ordinary", "noise", *private]
+    if options.xla:
+        variants += [v + XLA for v in ("ordinary", *private)]
+    print_head(*COLUMNS)
+    found = {}
+    for name in names:
+        found[name] = measure_model(name, variants, options)
+        for variant, figures in found[name].items():
+            print_figures(name, variant, figures)
+    return found
+
+
+def measure_model(name, variants, options, sizes=None):
+    """The figures of each variant of one model."""
+    request = {"model": name, "sizes": sizes or {}}
+    times = run_measure({"do": "time", "variants": variants, "rounds": options.rounds, **request})
+    if "error" in times:  # not even the process lived
+        return {variant: {"note": times["error"]} for variant in variants}
+    figures = {variant: figures_of(variant, times) for variant in variants}
+    for variant in variants:
+        if not options.no_memory and variant != "noise" and "error" not in times[variant]:
+            memory = run_measure({"do": "memory", "variants": [variant], **request}, RETURN_MEMORY)
+            figures[variant]["bytes"] = memory.get("bytes")
+            if "error" in memory:
+                figures[variant]["note"] += f" memory: {memory['error']}"
+    return figures
+
+
+def figures_of(variant, times):
+    """What is printed of a variant, from the rounds of all of them."""
+    own = times[variant]
+    if "error" in own:
+        return {"note": own["error"]}
+    figures = {
+        "rounds_ms": own["ms"],
+        "ms": statistics.median(own["ms"]),
+        "compile_s": own["compile_s"],
+        "parameters": own["parameters"],
+        "engine": own["engine"],
+        "note": note_of(variant, own["engine"]),
+    }
+    base = times["ordinary" + (XLA if variant.endswith(XLA) else "")]
+    noise = times["noise"]
+    if "error" not in base and not variant.startswith("ordinary"):
+        figures["to_ordinary"] = median_ratio(own["ms"], base["ms"])
+        if variant != "noise" and "error" not in noise:
+            figures["r"] = median_ratio(own["ms"], base["ms"], noise["ms"])
+    return figures
+
+
+def note_of(variant, engine):
+    """Says so if another engine ran than the variant asked for."""
+    asked = variant.removesuffix(XLA)
+    if asked in ("ordinary", "noise", "auto") or engine == asked:
+        return ""
+    return f"not what was asked for: {engine} ran."
+
+
+def print_figures(name, variant, figures):
+    print_row(
+        name,
+        variant,
+        number(figures.get("ms")),
+        number(figures.get("to_ordinary")),
+        number(figures.get("r")),
+        number(figures.get("compile_s"), 2),
+        mebibytes(figures.get("bytes")),
+        figures["note"],
+    )
+
+
+def print_summary(models):
+    """r of all models."""
+    variants = list(dict.fromkeys(v for found in models.values() for v in found))
+    private = [v for v in variants if not v.startswith(("ordinary", "noise"))]
+    print_head("r", *private)
+    for name, found in models.items():
+        print_row(name, *(number(found[v].get("r")) for v in private))
+
+
+# -- growth ----------------------------------------------------------------------------------
+
+
+def measure_growth(names, engine, options):
+    """Measures and prints how an ordinary and a private step grow with each size."""
+    columns = ("what doubles", "model", "ordinary ms", f"{engine} ms", "r")
+    print_head(*columns, "ordinary MiB", f"{engine} MiB", "note")
+    found = []
+    for keyword, name, start in GROWTH:
+        if name not in names:
+            continue
+        before = None
+        for size in (start * 2**k for k in range(DOUBLINGS)):
+            figures = measure_model(name, ["ordinary", "noise", engine], options, {keyword: size})
+            print_growth(keyword, size, name, figures, before)
+            found.append({"what": keyword, "size": size, "model": name, "figures": figures})
+            before = figures
+    return found
+
+
+def print_growth(keyword, size, name, figures, before):
+    """A row, with the growth since the row before in parentheses."""
+
+    def cell(variant, key, show):
+        value = figures[variant].get(key)
+        last = before[variant].get(key) if before else None
+        return show(value) + (f" (×{value / last:.1f})" if value and last else "")
+
+    engine = list(figures)[-1]
+    print_row(
+        f"{keyword} {size:,}",
+        name,
+        cell("ordinary", "ms", number),
+        cell(engine, "ms", number),
+        number(figures[engine].get("r")),
+        cell("ordinary", "bytes", mebibytes),
+        cell(engine, "bytes", mebibytes),
+        " ".join(dict.fromkeys(f["note"] for f in figures.values() if f["note"])),
+    )
+
+
+if __name__ == "__main__":
+    main()
