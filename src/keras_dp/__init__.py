@@ -19,7 +19,7 @@ from . import accounting
 from . import backend as _backend  # noqa: F401 - first: says which backends of Keras will do
 from .binding import install as _install
 from .callbacks import PrivacyBudget
-from .compatibility import Problem, check_model
+from .compatibility import Problem, check_model, fix_model
 from .errors import PrivacyBudgetExceeded, PrivacyError, PrivacyWarning
 from .gradients import OuterProducts, register_rule
 from .ledger import PrivacyLedger, Release
@@ -50,6 +50,7 @@ __all__ = [
     "ShuffledDataset",
     "accounting",
     "check_model",
+    "fix_model",
     "privacy_report",
     "register_rule",
     "save_inference_model",

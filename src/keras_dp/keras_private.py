@@ -28,11 +28,14 @@ __all__ = [
     "loss_tracker_of",
     "mask_of",
     "output_spec_of",
+    "own_state_of",
     "own_variables",
     "owners_of",
+    "replace_sublayers",
     "resumed_epoch",
     "seed_states_of",
     "set_mask",
+    "sublayers_of",
     "surroundings",
     "takes_training_argument",
 ]
@@ -46,6 +49,32 @@ def all_layers(model: keras.Model) -> list[keras.Layer]:
 def own_variables(layer: keras.Layer) -> list[Any]:
     """The trainable variables that a layer has itself, not in a layer inside of it."""
     return layer._trainable_variables
+
+
+def own_state_of(layer: keras.Layer) -> list[Any]:
+    """All variables that a layer has itself, not in a layer inside of it."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def sublayers_of(layer: keras.Layer) -> list[tuple[str, Any]]:
+    """The attributes of a layer that are or hold layers, by name."""
+    inside = {id(x) for x in layer._flatten_layers(include_self=False, recursive=False)}
+
+    def holds(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return any(map(holds, value))
+        if isinstance(value, dict):
+            return any(map(holds, value.values()))
+        return id(value) in inside
+
+    return [(k, v) for k, v in vars(layer).items() if not k.startswith("_") and holds(v)]
+
+
+def replace_sublayers(layer: keras.Layer, name: str, value: Any) -> None:
+    """Sets an attribute that holds layers, and forgets those that it held before."""
+    for old in tree.flatten(getattr(layer, name)):
+        layer._tracker.untrack(old)
+    setattr(layer, name, value)
 
 
 def owners_of(model: keras.Model, variables: list[Any]) -> dict[int, keras.Layer]:
