@@ -63,6 +63,7 @@ def audit(gradients):
         model.fit(x, np.zeros(len(x)), batch_size=len(x), epochs=STEPS, verbose=0)
         if run == 0:
             assert optimizer.get_epsilon(DELTA) == pytest.approx(EPSILON, abs=1e-3)
+        assert optimizer.engine == gradients
         scores = -np.ravel(model.get_weights()[0]) * len(x) / C
         members.append(scores[taken])
         others.append(scores[~taken])
@@ -73,7 +74,7 @@ def test_the_audit_knows_the_gaussian_mechanism():
     assert gaussian_epsilon(1.0) == pytest.approx(4.377178, abs=1e-5)
 
 
-@pytest.mark.parametrize("gradients", ["vectorized", "loop"])
+@pytest.mark.parametrize("gradients", ["ghost", "vectorized", "loop"])
 def test_the_weights_leak_what_the_accountant_says_and_no_more(gradients):
     members, others = audit(gradients)
     assert 3.3 < lower_bound(members, others) <= EPSILON
@@ -103,7 +104,7 @@ def _unclipped():
 )
 def test_the_audit_finds_wrong_training_out(mutant, leaks, monkeypatch):
     monkeypatch.setattr(*mutant())
-    bound = lower_bound(*audit("vectorized"))
+    bound = lower_bound(*audit("ghost"))
     assert bound > EPSILON if leaks == "more" else bound < 3.3
 
 
@@ -178,7 +179,7 @@ def changes_of(model, x, y, weights, left_out):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("gradients", ["vectorized", "loop"])
+@pytest.mark.parametrize("gradients", ["ghost", "vectorized", "loop"])
 def test_one_example_changes_the_clipped_sum_by_at_most_c(case, gradients):
     build, x, y, weights = CASES[case]
     model = build()
@@ -186,12 +187,14 @@ def test_one_example_changes_the_clipped_sum_by_at_most_c(case, gradients):
     changes = changes_of(model, x, y, weights, left_out=(0, 2, 5))
     assert max(changes.values()) <= C * (1 + 1e-4)
     assert max(changes.values()) > 0.99 * C  # the bound is reached
+    assert model.optimizer.engine == gradients
     if "row" in case:  # whose gradient is not finite: it took no part
         assert changes[2] == pytest.approx(0, abs=1e-5)
 
 
-def test_the_neighbour_check_sees_a_missing_clip(monkeypatch):
+@pytest.mark.parametrize("gradients", ["ghost", "vectorized"])
+def test_the_neighbour_check_sees_a_missing_clip(gradients, monkeypatch):
     monkeypatch.setattr(*_unclipped())
     model = dense_model()
-    model.compile(noiseless_optimizer(C), loss="mse")
+    model.compile(noiseless_optimizer(C, gradients), loss="mse")
     assert max(changes_of(model, X, Y, None, range(ROWS)).values()) > 2 * C

@@ -52,6 +52,7 @@ def attention():
 
 TOKENS = np.array([[1, 2, 0], [3, 0, 0], [4, 1, 2]], "int32")
 Y = np.array([[1.0], [0.0], [-1.0]], "float32")
+ALL = ("ghost", "vectorized", "loop")
 
 
 # -- which engine runs ---------------------------------------------------------------------
@@ -60,13 +61,13 @@ Y = np.array([[1.0], [0.0], [-1.0]], "float32")
 def test_where_the_vectorizer_fails_the_loop_takes_over_with_one_line_in_the_log(caplog):
     model = masked_recurrence()
     caplog.set_level(logging.DEBUG, logger="keras_dp")
-    model.compile(noiseless_optimizer(0.5), loss="mse")
+    model.compile(noiseless_optimizer(0.5, "vectorized"), loss="mse")
     update_on_batch(model, TOKENS, Y)
     update_on_batch(model, TOKENS, Y)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", keras_dp.PrivacyWarning)
         model.fit(TOKENS, Y, batch_size=2, verbose=0)
-    model.compile(noiseless_optimizer(0.5), loss="mse")
+    model.compile(noiseless_optimizer(0.5, "vectorized"), loss="mse")
     update_on_batch(model, TOKENS, Y)
     assert model.optimizer.engine == "loop"
     (record,) = [r for r in caplog.records if r.name == "keras_dp"]
@@ -84,38 +85,53 @@ def test_asking_for_the_loop_says_nothing(caplog):
     assert not [r for r in caplog.records if r.name == "keras_dp"]
 
 
-@pytest.mark.parametrize("gradients", ["auto", "vectorized"])
-def test_a_model_that_vectorizes_is_vectorized_silently(gradients, caplog):
+@pytest.mark.parametrize(
+    ("gradients", "engine"), [("auto", "ghost"), ("ghost", "ghost"), ("vectorized", "vectorized")]
+)
+def test_a_model_that_the_engine_can_serve_is_served_silently(gradients, engine, caplog):
     model = attention()
     model.compile("sgd", loss="mse")
     x = np.random.default_rng(0).normal(size=(3, 6, 4)).astype("float32")
     y = np.random.default_rng(1).normal(size=(3, 6, 1)).astype("float32")
     _, name = engine_outcome(model, x, y, max_grad_norm=1.0, gradients=gradients)
-    assert name == "vectorized"
+    assert name == engine
     assert not [r for r in caplog.records if r.name == "keras_dp"]
 
 
-def test_recurrence_that_xla_cannot_compile_vectorized_is_looped_over_there():
+@pytest.mark.parametrize(("gradients", "engine"), [("ghost", "ghost"), ("vectorized", "loop")])
+def test_recurrence_that_xla_cannot_compile_vectorized_is_looped_over_there(gradients, engine):
     model = keras.Sequential([keras.Input((3, 2)), layers.SimpleRNN(2), layers.Dense(1)])
     model.compile("sgd", loss="mse")
     x = np.random.default_rng(0).normal(size=(3, 3, 2)).astype("float32")
-    gradients, _ = example_gradients(model, x, Y)
-    outcome, name = engine_outcome(model, x, Y, max_grad_norm=0.7, jit_compile=True)
-    assert name == "loop"
-    assert relative_error(outcome.sums, clipped_sum(gradients, 0.7)) < 1e-5
+    wanted, _ = example_gradients(model, x, Y)
+    outcome, name = engine_outcome(
+        model, x, Y, max_grad_norm=0.7, gradients=gradients, jit_compile=True
+    )
+    assert name == engine
+    assert relative_error(outcome.sums, clipped_sum(wanted, 0.7)) < 1e-5
 
 
-def test_loop_and_vectorized_engine_agree():
-    model = attention()
+@pytest.mark.parametrize("build", [attention, masked_recurrence])
+def test_every_engine_gives_the_same(build):
+    model = build()
     model.compile("sgd", loss="mse")
-    x = np.random.default_rng(0).normal(size=(3, 6, 4)).astype("float32")
-    y = np.random.default_rng(1).normal(size=(3, 6, 1)).astype("float32")
-    one, name = engine_outcome(model, x, y, max_grad_norm=1.0, gradients="vectorized")
-    other, other_name = engine_outcome(model, x, y, max_grad_norm=1.0, gradients="loop")
-    assert (name, other_name) == ("vectorized", "loop")
-    assert relative_error(one.sums, other.sums) < 1e-5
-    np.testing.assert_allclose(one.norms, other.norms, rtol=1e-5)
-    np.testing.assert_allclose(one.outputs, other.outputs, rtol=1e-4, atol=1e-6)
+    x, y = TOKENS, Y
+    if build is attention:
+        x = np.random.default_rng(0).normal(size=(3, 6, 4)).astype("float32")
+        y = np.random.default_rng(1).normal(size=(3, 6, 1)).astype("float32")
+    outcomes = {}
+    for gradients in ALL:
+        outcomes[gradients], name = engine_outcome(
+            model, x, y, max_grad_norm=0.5, gradients=gradients
+        )
+        unable = build is masked_recurrence and gradients == "vectorized"
+        assert name == ("loop" if unable else gradients)
+    one = outcomes.pop("loop")
+    for other in outcomes.values():
+        assert relative_error(other.sums, one.sums) < 1e-5
+        np.testing.assert_allclose(other.norms, one.norms, rtol=1e-5)
+        np.testing.assert_allclose(other.losses, one.losses, rtol=1e-5)
+        np.testing.assert_allclose(other.outputs, one.outputs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
@@ -135,7 +151,8 @@ def test_a_vectorizer_that_computes_wrongly_is_found_out_before_it_is_used(
     model = linear()
     x = np.array([[3.0, 4.0], [0.3, 0.4]], "float32")
     gradients = example_gradients(model, x, np.zeros((2, 1), "float32"))[0]
-    model.compile(noiseless_optimizer(1.0), loss=model.loss, jit_compile=jit_compile)
+    optimizer = noiseless_optimizer(1.0, "vectorized")
+    model.compile(optimizer, loss=model.loss, jit_compile=jit_compile)
     update = update_on_batch(model, x, np.zeros((2, 1), "float32"))
     assert model.optimizer.engine == "loop"
     assert relative_error(update, [s / 2 for s in clipped_sum(gradients, 1.0)]) < 1e-5
@@ -148,13 +165,14 @@ def test_a_layer_with_random_numbers_of_its_own_is_looped_over(caplog):
             return x + tf.random.normal(tf.shape(x))
 
     model = keras.Sequential([keras.Input((2,)), Jitter(), layers.Dense(1)])
-    model.compile(noiseless_optimizer(1.0), loss="mse")
+    model.compile(noiseless_optimizer(1.0, "vectorized"), loss="mse")
     update_on_batch(model, np.ones((3, 2), "float32"), Y)
     assert model.optimizer.engine == "loop"
     assert "SeedGenerator" in caplog.text
 
 
-def test_an_error_of_the_model_itself_is_shown_and_not_swallowed_by_the_fallback():
+@pytest.mark.parametrize("gradients", ALL)
+def test_an_error_of_the_model_itself_is_shown_and_not_swallowed_by_the_fallback(gradients):
     class Broken(layers.Layer):
         def build(self, shape):
             self.w = self.add_weight(shape=())
@@ -168,7 +186,7 @@ def test_an_error_of_the_model_itself_is_shown_and_not_swallowed_by_the_fallback
             return shape
 
     model = keras.Sequential([keras.Input((2,)), Broken()])
-    model.compile(noiseless_optimizer(1.0), loss="mse")
+    model.compile(noiseless_optimizer(1.0, gradients), loss="mse")
     with pytest.raises(RuntimeError, match="the user's own mistake"):
         update_on_batch(model, np.ones((2, 2)), np.ones((2, 2)))
 
@@ -224,15 +242,18 @@ def test_the_broken_product_is_found_inside_a_loop():
 # -- clipping, at its edges ------------------------------------------------------------------
 
 
-def test_an_example_with_a_huge_gradient_counts_as_c():
+@pytest.mark.parametrize("gradients", ALL)
+def test_an_example_with_a_huge_gradient_counts_as_c(gradients):
     x = np.array([[3e15, 4e15], [0.3, 0.4]], "float32")
-    outcome, _ = engine_outcome(linear(), x, np.zeros((2, 1)), max_grad_norm=1.0)
+    outcome, _ = engine_outcome(
+        linear(), x, np.zeros((2, 1)), max_grad_norm=1.0, gradients=gradients
+    )
     np.testing.assert_allclose(outcome.norms, [5e15, 0.5], rtol=1e-5)
     np.testing.assert_allclose(outcome.sums[0][:, 0], [0.9, 1.2], rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])  # the square of the last is inf
-@pytest.mark.parametrize("gradients", ["vectorized", "loop"])
+@pytest.mark.parametrize("gradients", ALL)
 def test_privacy_rule_5_an_example_with_a_non_finite_norm_adds_nothing(bad, gradients):
     x = np.array([[0.3, 0.4], [bad, 1.0], [6.0, 8.0]], "float32")
     outcome, _ = engine_outcome(
@@ -241,8 +262,11 @@ def test_privacy_rule_5_an_example_with_a_non_finite_norm_adds_nothing(bad, grad
     np.testing.assert_allclose(outcome.sums[0][:, 0], [0.9, 1.2], rtol=1e-5)
 
 
-def test_examples_with_a_gradient_of_zero_add_zero():
-    outcome, _ = engine_outcome(linear(), np.zeros((2, 2)), np.zeros((2, 1)), max_grad_norm=1.0)
+@pytest.mark.parametrize("gradients", ALL)
+def test_examples_with_a_gradient_of_zero_add_zero(gradients):
+    outcome, _ = engine_outcome(
+        linear(), np.zeros((2, 2)), np.zeros((2, 1)), max_grad_norm=1.0, gradients=gradients
+    )
     np.testing.assert_array_equal(outcome.sums[0], np.zeros((2, 1)))
     np.testing.assert_array_equal(outcome.norms, [0, 0])
 
@@ -258,7 +282,7 @@ def test_clip_weights_never_let_more_than_c_through():
 # -- padding and chunks ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gradients", ["vectorized", "loop"])
+@pytest.mark.parametrize("gradients", ALL)
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 def test_padding_adds_nothing(gradients, microbatch_size):
     model = keras.Sequential([keras.Input((2,)), layers.Dense(2, "tanh"), layers.Dense(1)])
@@ -308,24 +332,36 @@ def test_a_chunked_sum_adds_sums_and_joins_the_rest_in_order(in_graph):
 # -- through compile -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}, {"jit_compile": True}])
-def test_privacy_rule_4_an_empty_batch_is_a_step_that_moves_nothing_without_noise(mode):
+@pytest.mark.parametrize(
+    ("gradients", "mode"),
+    [
+        ("ghost", {}),
+        ("ghost", {"run_eagerly": True}),
+        ("ghost", {"jit_compile": True}),
+        ("vectorized", {}),
+        ("loop", {}),
+        ("loop", {"run_eagerly": True}),
+    ],
+)
+def test_privacy_rule_4_an_empty_batch_is_a_step_that_moves_nothing_without_noise(gradients, mode):
     x = keras.Input((4, 4, 1))
     h = layers.MaxPooling2D()(layers.Conv2D(2, 2)(x))
     model = keras.Model(x, layers.Dense(1)(layers.Flatten()(h)))
-    model.compile(noiseless_optimizer(1.0), loss="mse", metrics=["mae"], **mode)
+    model.compile(noiseless_optimizer(1.0, gradients), loss="mse", metrics=["mae"], **mode)
     update = update_on_batch(model, np.ones((2, 4, 4, 1)), np.ones((2, 1)))
     assert any(np.any(u != 0) for u in update)
     update = update_on_batch(model, np.ones((0, 4, 4, 1)), np.ones((0, 1)))
     assert all(np.all(u == 0) for u in update)
     assert model.optimizer.ledger.steps == 2
+    assert model.optimizer.engine == gradients
 
 
-def test_weights_that_the_loss_does_not_reach_stay_as_they_are():
+@pytest.mark.parametrize("gradients", ALL)
+def test_weights_that_the_loss_does_not_reach_stay_as_they_are(gradients):
     x = keras.Input((2,))
     used, unused = layers.Dense(1, name="used"), layers.Dense(1, name="unused")
     model = keras.Model(x, {"a": used(x), "b": unused(x)})
-    model.compile(noiseless_optimizer(1.0), loss={"a": "mse"})
+    model.compile(noiseless_optimizer(1.0, gradients), loss={"a": "mse"})
     update = update_on_batch(model, np.ones((2, 2)), {"a": np.ones((2, 1)) * 5})
     updates = zip(model.trainable_variables, update, strict=True)
     moved = {v.path.split("/")[-2] for v, u in updates if u.any()}

@@ -66,6 +66,65 @@ class Case:
     xla: bool = True
 
 
+class TokensAndPositions(layers.Layer):
+    """Embeds tokens, and a range of positions that has no axis of examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = layers.Embedding(7, 4)
+        self.positions = layers.Embedding(4, 4)
+
+    def build(self, input_shape):
+        self.tokens.build(input_shape)
+        self.positions.build(input_shape)
+
+    def call(self, x):
+        return self.tokens(x) + self.positions(ops.arange(x.shape[-1]))
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape, 4)
+
+
+def with_positions():
+    x = keras.Input((4,), dtype="int32")
+    h = TokensAndPositions()(x)
+    h = layers.LayerNormalization()(h + layers.MultiHeadAttention(2, 2)(h, h))
+    return keras.Model(x, layers.Dense(3)(layers.GlobalAveragePooling1D()(h)))
+
+
+def windows():
+    """Attention inside of windows: each example is three rows of what the layers there see."""
+    x = keras.Input((6, 2))
+    h = ops.reshape(layers.Dense(4)(x), (-1, 2, 4))
+    h = layers.LayerNormalization()(h + layers.MultiHeadAttention(2, 2)(h, h))
+    h = ops.reshape(layers.Dense(4, "tanh")(h), (-1, 6, 4))
+    return keras.Model(x, layers.Dense(2)(layers.Flatten()(h)))
+
+
+class Windows(layers.Layer):
+    """The same within one layer of the user's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = layers.MultiHeadAttention(2, 2)
+        self.dense = layers.Dense(4, "tanh")
+
+    def build(self, input_shape):
+        self.attention.build((None, 2, 4), (None, 2, 4))
+        self.dense.build((None, 2, 4))
+
+    def call(self, x):
+        h = ops.reshape(x, (-1, 2, x.shape[-1]))
+        return ops.reshape(self.dense(h + self.attention(h, h)), (-1, *x.shape[1:]))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+def windows_in_a_layer():
+    return keras.Sequential([keras.Input((2, 3, 4)), Windows(), layers.Flatten(), layers.Dense(2)])
+
+
 def mlp():
     return keras.Sequential(
         [keras.Input((4,)), layers.Dense(5, "tanh"), layers.Dense(3, "softmax")]
@@ -315,6 +374,11 @@ CASES = {
     "tied embedding": Case(
         language_model, tokens(), labels(4, classes=7), None, TAGS, loss_couples=True
     ),
+    "embedded positions": Case(
+        with_positions, tokens(), labels(), WEIGHTS, {"loss": CE(from_logits=True)}
+    ),
+    "windows": Case(windows, normal(6, 2), normal(2)),
+    "windows in a layer": Case(windows_in_a_layer, normal(2, 3, 4), normal(2)),
     "strings looked up": Case(
         from_strings, tf.constant([["red", "blue"], ["green", "?"]] * 2), normal(2), xla=False
     ),
@@ -416,9 +480,24 @@ MODES = {"graph": {}, "eager": {"run_eagerly": True}, "xla": {"jit_compile": Tru
 )
 def test_update_loss_and_metrics_are_those_of_a_loop_over_examples(name, mode):
     case, want = CASES[name], expected(name)
-    model = compiled(case, noiseless_optimizer(want.max_grad_norm), **MODES[mode])
+    model = compiled(case, noiseless_optimizer(want.max_grad_norm, "ghost"), **MODES[mode])
     logs, update = trained(case, model)
     check(case, want, model, logs, update)
+    assert model.optimizer.engine == "ghost"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_vectorized_engine_makes_the_same_update(name):
+    case, want = CASES[name], expected(name)
+    model = compiled(case, noiseless_optimizer(want.max_grad_norm, "vectorized"))
+    check(case, want, model, *trained(case, model))
+
+
+def test_the_ghost_engine_is_the_default():
+    case = CASES["residual convolutions"]
+    model = compiled(case, noiseless_optimizer(1.0))
+    trained(case, model)
+    assert model.optimizer.engine == "ghost"
 
 
 @pytest.mark.parametrize(
@@ -433,12 +512,63 @@ def test_microbatches_change_no_number(microbatch_size, mode):
     check(case, want, model, *trained(case, model))
 
 
+@pytest.mark.parametrize("mode", ["graph", "xla"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "residual convolutions",
+        "transformer, masked loss per token",
+        "embedded positions",
+        "windows",
+    ],
+)
+def test_microbatches_change_no_number_of_the_ghost_engine(name, mode):
+    case, want = CASES[name], expected(name)
+    optimizer = noiseless_optimizer(want.max_grad_norm, "ghost", microbatch_size=3)
+    model = compiled(case, optimizer, **MODES[mode])
+    check(case, want, model, *trained(case, model))
+    assert model.optimizer.engine == "ghost"
+
+
 def test_microbatches_change_no_number_where_a_loop_takes_over():
     name = "masked bidirectional RNN"
     case, want = CASES[name], expected(name)
-    model = compiled(case, noiseless_optimizer(want.max_grad_norm, microbatch_size=3))
+    optimizer = noiseless_optimizer(want.max_grad_norm, "vectorized", microbatch_size=3)
+    model = compiled(case, optimizer)
     check(case, want, model, *trained(case, model))
     assert model.optimizer.engine == "loop"
+
+
+def with_dropout(rate=0.4):
+    x = keras.Input((4, 3))
+    h = layers.Dropout(rate)(layers.Dense(4)(x))
+    h = h + layers.MultiHeadAttention(2, 2, dropout=rate)(h, h)
+    h = layers.LSTM(3, dropout=rate)(layers.Dropout(rate)(h))
+    return keras.Model(x, layers.Dense(2)(h))
+
+
+DROPPING = Case(with_dropout, normal(4, 3), normal(2))
+
+
+def test_a_model_with_dropout_trains_with_the_ghost_engine():
+    model = compiled(DROPPING, noiseless_optimizer(1.0, "ghost"))
+    history = model.fit(DROPPING.x, DROPPING.y, batch_size=N, epochs=2, verbose=0)
+    assert model.optimizer.engine == "ghost"
+    assert np.all(np.isfinite(history.history["loss"]))
+
+
+def test_dropout_of_one_example_is_that_of_a_loop_with_the_same_seeds():
+    one = dataclasses.replace(DROPPING, x=DROPPING.x[:1], y=DROPPING.y[:1])
+    updates = {}
+    for engine in ("ghost", "loop"):
+        model = compiled(one, noiseless_optimizer(100.0, engine))
+        updates[engine] = [trained(one, model)[1] for _ in range(2)]
+        assert model.optimizer.engine == engine
+    for got, wanted in zip(updates["ghost"], updates["loop"], strict=True):
+        assert relative_error(got, wanted) < TOLERANCE
+    silent = dataclasses.replace(one, make=lambda: with_dropout(0.0))
+    _, update = trained(silent, compiled(silent, noiseless_optimizer(100.0, "loop")))
+    assert relative_error(update, updates["loop"][0]) > 0.01
 
 
 @pytest.mark.parametrize(

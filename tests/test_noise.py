@@ -12,10 +12,11 @@ import zipfile
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from scipy import stats
 
 import keras_dp
-from keras_dp.noise import NoiseSource
+from keras_dp.noise import NoiseSource, SecureNoiseSource
 
 C, SIGMA = 0.3, 1.7
 ROWS, BATCH = 8, 4  # two steps per epoch, q = 1/2, expected batch size 4
@@ -341,3 +342,243 @@ def test_unseeded_noise_is_not_marked():
     one_epoch(model)
     assert [r.seeded for r in model.optimizer.ledger] == [False]
     assert not keras_dp.privacy_report(model, delta=1e-5).seeded
+
+
+# -- secure mode ---------------
+
+
+SECURE_MODES = {
+    "graph": {},
+    "eager": MODES["eager"],
+    "xla": MODES["xla"],
+    "microbatches in one execution": MODES["microbatches in one execution"],
+}
+
+
+def secure_model(optimizer=None, **compile_arguments):
+    return noise_model({"secure_mode": True, **(optimizer or {})}, **compile_arguments)
+
+
+def secure_noise(count, stddev=1.0, onto=0.0, dtype="float32"):
+    """Sums of `onto`, noised by `SecureNoiseSource`."""
+    sums = keras.ops.full((count,), onto, dtype)
+    return np.ravel(SecureNoiseSource().add_to([sums], stddev)[0]).astype("f8")
+
+
+@pytest.mark.parametrize("mode", SECURE_MODES)
+def test_secure_noise_is_gaussian_of_sigma_c_once_per_step(mode):
+    (noise,) = noise_of(secure_model(**SECURE_MODES[mode]), one_epoch)
+    wanted = SIGMA * np.sqrt(2)
+    assert is_gaussian(noise, wanted)
+    assert not is_gaussian(noise, 2 / 3 * wanted)
+    assert not is_gaussian(noise, 3 / 2 * wanted)
+
+
+@pytest.mark.parametrize("policy", ["float64", "mixed_float16"])
+def test_secure_noise_under_other_dtype_policies(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = secure_model()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    (noise,) = noise_of(model, one_epoch)
+    assert is_gaussian(noise, SIGMA * np.sqrt(2))
+
+
+@pytest.mark.parametrize("stddev", [1e-30, 0.7, 1e30])
+def test_secure_noise_has_the_size_that_was_asked_for_and_its_shape_far_out(stddev):
+    noise = secure_noise(10**6, stddev) / stddev
+    assert is_gaussian(noise, 1.0)
+    assert not is_gaussian(noise, 2 / 3)
+    assert not is_gaussian(noise, 3 / 2)
+    # 63.3 numbers beyond 4 are expected; fewer than 27 or more than 109 once in 2 million times.
+    assert 27 <= np.sum(np.abs(noise) > 4) <= 109
+
+
+def test_secure_noise_of_no_size_is_none():
+    assert np.all(secure_noise(5, 0.0, onto=1 / 3) == np.float32(1 / 3))
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        lambda original, count: original(count) * 2,  # four draws, not scaled back
+        lambda original, count: original(count) / 2,  # their mean
+        lambda original, count: np.abs(original(count)),  # the side left out
+        lambda original, count: np.full(count, original(1)),  # one for all
+    ],
+)
+def test_the_check_rejects_wrong_secure_noise(mutant, monkeypatch):
+    original = keras_dp.noise._gaussians
+    monkeypatch.setattr(keras_dp.noise, "_gaussians", lambda count: mutant(original, count))
+    assert not is_gaussian(secure_noise(8000), 1.0)
+
+
+def test_secure_noise_of_variables_steps_and_fits_is_unrelated_whatever_the_seeds():
+    model = secure_model()
+    start = model.get_weights()
+    found = []
+    for train in (one_batch, one_batch, one_epoch, one_epoch):
+        keras.utils.set_random_seed(5)
+        model.set_weights(start)
+        found += noise_of(model, train)
+    sums = [keras.ops.zeros(SHAPE), keras.ops.zeros(SHAPE)]
+    for _ in range(2):
+        keras.utils.set_random_seed(5)
+        found += [np.ravel(n) for n in SecureNoiseSource().add_to(sums, 1.0)]
+    assert len(found) == 8
+    assert all(unrelated(a, b) for i, a in enumerate(found) for b in found[:i])
+
+
+IN_A_FORK = """
+import os
+import keras
+from keras_dp.noise import SecureNoiseSource
+source = SecureNoiseSource()
+def show():
+    noise = source.add_to([keras.ops.zeros((500,))], 1.0)[0]
+    print(" ".join(repr(float(v)) for v in keras.ops.convert_to_numpy(noise)), flush=True)
+show()
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
+show()
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_secure_noise_of_a_process_and_its_fork_is_unrelated():
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_FORK], capture_output=True, text=True, check=True
+    )
+    before, child, parent = (
+        np.array(line.split(), float) for line in done.stdout.splitlines()[-3:]
+    )
+    assert is_gaussian(child, 1.0)
+    assert unrelated(before, child) and unrelated(child, parent) and unrelated(before, parent)
+
+
+def test_secure_noise_takes_four_words_from_the_operating_system_for_each_number(monkeypatch):
+    sizes = []
+    entropy = os.urandom
+
+    def recorded(size):
+        sizes.append(size)
+        return entropy(size)
+
+    monkeypatch.setattr(os, "urandom", recorded)
+    secure_noise(10000)
+    assert sum(sizes) == 10000 * 4 * 8
+
+
+@pytest.mark.parametrize("mode", ["graph", "eager"])
+def test_without_entropy_secure_mode_stops_and_trains_nothing(mode, monkeypatch):
+    model = secure_model(**SECURE_MODES[mode])
+    start = model.get_weights()
+
+    def none(size):
+        raise NotImplementedError("no entropy today")
+
+    monkeypatch.setattr(os, "urandom", none)
+    with pytest.raises(Exception, match="no entropy today"):
+        one_batch(model)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(model.get_weights()[0], start[0])
+
+
+def test_a_whole_step_inside_xla_stops_with_an_error_that_names_the_cause():
+    model = secure_model()
+    one_batch(model)
+    start = model.get_weights()
+    whole = tf.function(lambda: model.train_step(DATA), jit_compile=True, autograph=False)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="runs_in_python_not_in_XLA"):
+        whole()
+    np.testing.assert_array_equal(model.get_weights()[0], start[0])
+
+
+# What an attack on floating-point numbers looks at: which of them can come out at all.
+
+
+@pytest.mark.parametrize("stddev", [SIGMA * C, 1.0, 40.0])
+def test_which_numbers_come_out_of_secure_mode_does_not_depend_on_the_sum(stddev):
+    grid = 2.0 ** (np.floor(np.log2(stddev)) - 20)
+    for onto in (0.0, 1.0, 1 / 3, -1e-3, 1e-12):
+        for dtype in ("float32", "float64"):
+            noised = secure_noise(20000, stddev, onto, dtype)
+            assert np.all(noised % grid == 0)
+            # All of the grid is met evenly where float32 doesn't round once more.
+            near = noised[np.abs(noised) < stddev] / grid
+            counts = np.bincount((near % 64).astype(int), minlength=64)
+            assert stats.chisquare(counts).pvalue > 1e-8
+
+
+def test_which_numbers_come_out_of_ordinary_noise_tells_the_sum():
+    """The attack: near 0, a sum of 1 leaves only multiples of 2^-24, a sum of 0 all numbers."""
+
+    def on_the_grid(onto):
+        sums = keras.ops.full((20000,), onto, "float32")
+        noised = np.ravel(NoiseSource().add_to([sums], 1.0)[0]).astype("f8")
+        return np.mean(noised[np.abs(noised) < 0.1] % 2.0**-24 == 0)
+
+    assert on_the_grid(1.0) == 1.0
+    assert on_the_grid(0.0) < 0.9
+
+
+def test_secure_gaussians_fill_the_low_bits_of_double_precision():
+    """Before they are rounded to the grid; numbers made in float32 would leave them empty."""
+
+    def filled(draws):
+        low = np.bincount((draws.view(np.uint64) & 255).astype(int), minlength=256)
+        return low.min() > 0 and low.max() < 0.1 * len(draws)
+
+    draws = keras_dp.noise._gaussians(50000)
+    assert len(np.unique(draws)) == len(draws)
+    assert filled(draws)
+    assert not filled(draws.astype("float32").astype("float64"))
+
+
+def test_secure_mode_is_saved_and_nothing_of_its_noise(tmp_path):
+    model = secure_model()
+    found = noise_of(model, one_epoch)
+    assert vars(model.optimizer._noise) == {}
+    path = tmp_path / "model.keras"
+    model.save(path)
+    for _ in range(2):
+        loaded = keras.saving.load_model(path, custom_objects={"no_gradient": no_gradient})
+        assert loaded.optimizer.secure_mode is True
+        assert type(loaded.optimizer._noise) is SecureNoiseSource
+        found += noise_of(loaded, one_epoch)
+    found += noise_of(model, one_epoch)
+    assert all(unrelated(a, b) for i, a in enumerate(found) for b in found[:i])
+
+
+@pytest.mark.parametrize("kin", ["DPSGD", "DPAdam", "DPAdamW", "DPAdagrad", "DPRMSprop"])
+def test_every_optimizer_takes_secure_mode_and_keeps_it_when_copied(kin):
+    cls = getattr(keras_dp, kin)
+    for secure in (True, False):
+        optimizer = cls(0.1, max_grad_norm=C, noise_multiplier=SIGMA, secure_mode=secure)
+        again = cls.from_config(optimizer.get_config())
+        assert optimizer.secure_mode is again.secure_mode is secure
+        assert type(again._noise) is (SecureNoiseSource if secure else NoiseSource)
+
+
+def test_secure_mode_and_a_seed_contradict_each_other():
+    with pytest.raises(ValueError, match="secure_mode=True, seed=0"):
+        secure_model({"seed": 0})
+
+
+@pytest.mark.parametrize("wrong", [1, None, "yes"])
+def test_secure_mode_is_true_or_false(wrong):
+    with pytest.raises(ValueError, match="`secure_mode` must be True or False"):
+        noise_model({"secure_mode": wrong})
+
+
+def test_the_source_of_randomness_is_told_in_words():
+    def words(**settings):
+        return noise_model(settings).optimizer.random_source
+
+    assert words() == "Philox, keyed by the operating system"
+    assert words(seed=3) == "a chosen seed"
+    assert words(secure_mode=True).startswith("cryptographic: the operating system's generator")
+    assert "floating-point" in words(secure_mode=True)

@@ -29,6 +29,7 @@ pytestmark = [
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(24, 3)).astype("float32")
 Y = RANDOM.normal(size=(24, 1)).astype("float32")
+ENGINES = ("ghost", "vectorized", "loop")
 
 
 def dense(units=1, **kwargs):
@@ -157,8 +158,9 @@ def test_rule_02_batches_of_the_callers_own_are_divided_by_what_is_declared():
 @pytest.mark.parametrize(
     "how",
     [
-        {},
         {"microbatch_size": 3},
+        {"gradients": "ghost"},
+        {"gradients": "vectorized"},
         {"gradients": "loop"},
         {"compiled": {"steps_per_execution": 4}},
         {"compiled": {"jit_compile": True}, "microbatch_size": 4},
@@ -240,7 +242,7 @@ def test_rule_04_the_end_of_an_epoch_of_unknown_length_adds_no_release(unused, d
 # -- 5. a non-finite per-example gradient contributes zero ---------------
 
 
-@pytest.mark.parametrize("gradients", ["vectorized", "loop"])
+@pytest.mark.parametrize("gradients", ENGINES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 def test_rule_05_a_non_finite_example_contributes_nothing(bad, gradients):
     model = dense(2)
@@ -439,6 +441,13 @@ class Echo(keras.metrics.Metric):
         pass
 
 
+class OwnNoise(layers.Layer):
+    """Draws numbers without an axis for the examples."""
+
+    def call(self, x, training=False):
+        return x * keras.random.normal(ops.shape(x)[1:])
+
+
 FOREIGN = keras.random.SeedGenerator(5)
 
 
@@ -460,8 +469,12 @@ LAYERS = {
     "GaussianNoise": lambda: layers.GaussianNoise(1.0),
     "unseeded keras.random": OwnDropout,
     "own generator": OwnSeed,
+    "drawn without a batch axis": OwnNoise,
+    "Dropout with a mask for the batch": lambda: layers.Dropout(0.5, noise_shape=(1, WIDTH)),
 }
 HOW = {
+    "ghost": {"gradients": "ghost"},
+    "ghost microbatches": {"gradients": "ghost", "microbatch_size": 2},
     "vectorized": {"gradients": "vectorized"},
     "loop": {"gradients": "loop"},
     "microbatches": {"gradients": "vectorized", "microbatch_size": 2},
@@ -485,7 +498,8 @@ def masks_of(layer, steps=2, rows=4, **how):
 
 @pytest.mark.parametrize(
     ("layer", "how"),
-    [(layer, "vectorized") for layer in LAYERS]
+    [(layer, how) for layer in LAYERS for how in ("ghost", "vectorized")]
+    + [("Dropout", "ghost microbatches")]
     + [("Dropout", "loop"), ("unseeded keras.random", "loop"), ("own generator", "loop")]
     + [("Dropout", "microbatches"), ("unseeded keras.random", "microbatches")]
     + [("Dropout", "eager")],
@@ -572,6 +586,17 @@ class Mixer(layers.Layer):
         return x - 0.5 * ops.mean(x, axis=0, keepdims=True)
 
 
+@pytest.mark.parametrize("gradients", ["auto", "ghost"])
+def test_rule_09_a_layer_that_mixes_examples_is_refused_where_all_of_them_run_at_once(gradients):
+    model = keras.Sequential([keras.Input((3,)), Mixer(name="mixer"), layers.Dense(1)])
+    private(model, gradients=gradients)
+    before = weights_of(model)
+    with pytest.raises(PrivacyError, match=r"/mixer'.*mixes the examples.*'vectorized'"):
+        fit(model)
+    assert model.optimizer.ledger.steps == 0
+    np.testing.assert_array_equal(weights_of(model), before)
+
+
 @pytest.mark.parametrize("gradients", ["vectorized", "loop"])
 def test_rule_09_a_layer_that_mixes_examples_finds_each_alone(gradients):
     model = keras.Sequential([keras.Input((3,)), Mixer(), layers.Dense(1)])
@@ -583,12 +608,11 @@ def test_rule_09_a_layer_that_mixes_examples_finds_each_alone(gradients):
     assert relative_error(found, wanted) < 1e-5
 
 
-def test_rule_09_the_weight_of_one_example_leaves_the_others_alone():
-    model = dense()
-    one = private_clipped_sum(
-        model, X[:4], Y[:4], np.float32([1, 1, 1, 0]), loss="mse", max_grad_norm=1e6
-    )
-    three = private_clipped_sum(model, X[:3], Y[:3], loss="mse", max_grad_norm=1e6)
+@pytest.mark.parametrize("gradients", ENGINES)
+def test_rule_09_the_weight_of_one_example_leaves_the_others_alone(gradients):
+    model, how = dense(), {"loss": "mse", "max_grad_norm": 1e6, "gradients": gradients}
+    one = private_clipped_sum(model, X[:4], Y[:4], np.float32([1, 1, 1, 0]), **how)
+    three = private_clipped_sum(model, X[:3], Y[:3], **how)
     assert relative_error(one, three) < 1e-5
 
 
@@ -682,7 +706,7 @@ def policy(name):
 
 
 @pytest.mark.parametrize("name", ["mixed_float16", "mixed_bfloat16", "float64"])
-@pytest.mark.parametrize("gradients", ["vectorized", "loop"])
+@pytest.mark.parametrize("gradients", ENGINES)
 def test_rule_11_clipping_sees_unscaled_gradients_in_float32(name, gradients, monkeypatch):
     from keras_dp.clipping import FlatClipping
 
@@ -715,11 +739,12 @@ def test_rule_11_clipping_sees_unscaled_gradients_in_float32(name, gradients, mo
     assert not isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
 
 
-def test_rule_11_a_sum_in_half_precision_would_be_seen():
+@pytest.mark.parametrize("gradients", ["ghost", "vectorized"])
+def test_rule_11_a_sum_in_half_precision_would_be_seen(gradients):
     """4096 examples of 1 add up exactly in float32, and to 2048 in float16."""
     with policy("mixed_float16"):
         model = dense(use_bias=False)
-    noiseless(model, loss=lambda y, p: ops.sum(p, axis=-1), microbatch_size=64)
+    noiseless(model, loss=lambda y, p: ops.sum(p, axis=-1), microbatch_size=64, gradients=gradients)
     x = np.tile(np.float32([[1, 0, 0]]), (4096, 1))
     (update,) = update_on_batch(model, x, x)
     assert update[0, 0] * 4096 == pytest.approx(4096, rel=1e-4)
@@ -758,10 +783,11 @@ def test_rule_11_loss_scaling_is_refused(inner):
 # -- 12. regularizers without data outside the clip, losses on data inside ---------------
 
 
-def test_rule_12_weight_regularizers_act_outside_the_clip():
+@pytest.mark.parametrize("gradients", ENGINES)
+def test_rule_12_weight_regularizers_act_outside_the_clip(gradients):
     model = dense(use_bias=False, kernel_regularizer=keras.regularizers.L2(10.0))
     weights = model.get_weights()[0]
-    noiseless(model, clip=1e-3)
+    noiseless(model, clip=1e-3, gradients=gradients)
     (update,) = update_on_batch(model, X[:4], Y[:4])
     assert relative_error([update], [20.0 * weights]) < 1e-2  # 2 l w, though C is tiny
 
@@ -781,11 +807,14 @@ class Penalty(layers.Layer):
     ids=["activity regularizer", "add_loss"],
 )
 @pytest.mark.parametrize("clip", [0.1, 1e6])
-def test_rule_12_losses_on_data_act_inside_the_clip(build, clip):
+@pytest.mark.parametrize("gradients", ENGINES)
+def test_rule_12_losses_on_data_act_inside_the_clip(build, clip, gradients):
     model = build()
     model.compile(loss="mse")
     wanted = clipped_sum(example_gradients(model, X[:4], Y[:4])[0], clip)
-    found = private_clipped_sum(model, X[:4], Y[:4], loss="mse", max_grad_norm=clip)
+    found = private_clipped_sum(
+        model, X[:4], Y[:4], loss="mse", max_grad_norm=clip, gradients=gradients
+    )
     assert relative_error(found, wanted) < 1e-5
     plain = dense()
     plain.set_weights(model.get_weights())
@@ -795,7 +824,8 @@ def test_rule_12_losses_on_data_act_inside_the_clip(build, clip):
         assert relative_error(found, clipped_sum(without, clip)) > 0.05  # dropping them would show
 
 
-def test_rule_12_reused_layers_and_tied_weights_count_every_path():
+@pytest.mark.parametrize("gradients", ENGINES)
+def test_rule_12_reused_layers_and_tied_weights_count_every_path(gradients):
     tokens = keras.Input((5,), dtype="int32")
     embedding = layers.ReversibleEmbedding(7, 4) if hasattr(layers, "ReversibleEmbedding") else None
     shared = layers.Dense(4, activation="tanh")
@@ -809,7 +839,7 @@ def test_rule_12_reused_layers_and_tied_weights_count_every_path():
     ids = RANDOM.integers(0, 7, (4, 5))
     model.compile(loss=loss)
     wanted = clipped_sum(example_gradients(model, ids, ids)[0], 0.2)
-    found = private_clipped_sum(model, ids, ids, loss=loss, max_grad_norm=0.2)
+    found = private_clipped_sum(model, ids, ids, loss=loss, max_grad_norm=0.2, gradients=gradients)
     assert relative_error(found, wanted) < 1e-5
 
 
@@ -879,13 +909,16 @@ def test_rule_14_xla_graph_eager_and_every_engine_give_the_same_numbers(build):
         {},
         {"jit_compile": True},
         {"run_eagerly": True},
+        {"gradients": "vectorized"},
         {"gradients": "loop"},
         {"microbatch_size": 3},
+        {"microbatch_size": 3, "gradients": "vectorized"},
         {"microbatch_size": 2, "gradients": "loop"},
         {"microbatch_size": 3, "jit_compile": True},
     ):
         found = private_clipped_sum(model, X[:7], Y[:7], loss="mse", max_grad_norm=0.5, **how)
         assert relative_error(found, wanted) < 1e-5, how
+        assert model.optimizer.engine == how.get("gradients", "ghost"), how
 
 
 def test_rule_14_a_whole_seeded_fit_ends_alike_in_every_mode():

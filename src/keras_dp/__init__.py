@@ -15,8 +15,11 @@ model.fit(
 
 from importlib.metadata import version as _version
 
-from . import accounting
-from . import backend as _backend  # noqa: F401 - first: says which backends of Keras will do
+from . import backend as _backend  # noqa: F401 - says which backends of Keras will do
+
+# isort: split
+from . import accounting, auditing
+from .auditing import AuditResult
 from .binding import install as _install
 from .callbacks import PrivacyBudget
 from .compatibility import Problem, check_model, fix_model
@@ -32,6 +35,7 @@ __version__ = _version("keras-dp")
 
 __all__ = [
     "DPSGD",
+    "AuditResult",
     "DPAdagrad",
     "DPAdam",
     "DPAdamW",
@@ -49,6 +53,7 @@ __all__ = [
     "Release",
     "ShuffledDataset",
     "accounting",
+    "auditing",
     "check_model",
     "fix_model",
     "privacy_report",

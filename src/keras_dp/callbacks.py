@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
+import time
 import warnings
 from typing import Any
 
 import keras
 
-from . import accounting
-from .errors import PrivacyBudgetExceeded, PrivacyWarning
+from . import accounting, journal
+from .errors import PrivacyBudgetExceeded, PrivacyError, PrivacyWarning
+from .ledger import PrivacyLedger, Release
+
+_MOST_AHEAD = 1000  # steps that the journal may be ahead of training (or one execution's)
 
 
 class PrivacyBudget(keras.callbacks.Callback):
@@ -25,6 +30,17 @@ class PrivacyBudget(keras.callbacks.Callback):
     Everything that the model's training has cost before counts too.
     Adjacency: add-or-remove (zero-out) one example, n public.
 
+    A checkpoint knows nothing of the steps after it. With `ledger_path`, a
+    journal on disk does: whatever was executed before a crash counts after it,
+    whether a backup, a checkpoint or nothing at all was restored. Give every
+    start of one training the same path. Steps are reserved there before they
+    run, in blocks of about a second's steps, at first of one and never of more
+    than 1000 (or `steps_per_execution`). After a crash the whole last block
+    counts, so epsilon may then be too large by that many steps, never too
+    small; training that ends, or that was interrupted and goes on with the same
+    optimizer, counts exactly. Steps outside of such a `fit` are written down when
+    the next one starts.
+
     Args:
         epsilon: The budget; `None` only logs.
         delta: The delta that belongs to epsilon, in (0, 1); keyword only.
@@ -32,12 +48,17 @@ class PrivacyBudget(keras.callbacks.Callback):
             when it has been.
         accountant: `"pld"` or `"rdp"`.
         verbose: 0 keeps the message at the stop from being printed.
+        ledger_path: A file for the journal, in a folder that exists; made when
+            needed. It holds no data and no seed. `None` keeps none.
 
     Raises:
         ValueError: For arguments that make no sense, and, when training
-            starts, for a model without a DP optimizer.
+            starts, for a model without a DP optimizer, or a file at
+            `ledger_path` that is no journal or can't be written.
         PrivacyBudgetExceeded: When training starts with the budget spent: no
             step is taken.
+        PrivacyError: If the journal can't be written any more while training
+            (a full disk): no step runs that isn't written down.
 
     Example:
 
@@ -49,6 +70,19 @@ class PrivacyBudget(keras.callbacks.Callback):
     >>> history = model.fit(*data, batch_size=50, epochs=20, callbacks=[budget], verbose=0)
     >>> 0.9 < history.history["epsilon"][-1] <= 1.0
     True
+
+    With a journal, a second start from nothing still counts the first:
+
+    >>> import os, tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "privacy.jsonl")
+    >>> def start():
+    ...     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    ...     model.compile(keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=2.0), loss="mse")
+    ...     budget = keras_dp.PrivacyBudget(delta=1e-5, ledger_path=path)
+    ...     model.fit(*data, batch_size=50, callbacks=[budget], verbose=0)
+    ...     return model.optimizer.ledger.steps
+    >>> start(), start()
+    (20, 40)
     """
 
     def __init__(
@@ -59,6 +93,7 @@ class PrivacyBudget(keras.callbacks.Callback):
         stop_training: bool = True,
         accountant: str = "pld",
         verbose: int = 1,
+        ledger_path: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
         if epsilon is not None and (
@@ -79,6 +114,7 @@ class PrivacyBudget(keras.callbacks.Callback):
         self._started = False
         self._limited = False
         self._warned = False
+        self._journal = None if ledger_path is None else _Reservations(ledger_path)
 
     @property
     def _optimizer(self) -> Any:
@@ -95,6 +131,8 @@ class PrivacyBudget(keras.callbacks.Callback):
         self._started = False
         self._limited = False
         self._warned = False
+        if self._journal is not None:
+            self._journal.recover(self._optimizer)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Before the first epoch: finds how many steps the budget allows."""
@@ -102,6 +140,8 @@ class PrivacyBudget(keras.callbacks.Callback):
             return
         self._started = True
         self._optimizer.last_delta = self.delta
+        if self._journal is not None:
+            self._journal.complete(self._optimizer)
         if self.epsilon is None or not self.stop_training:
             return
         budget = {"epsilon": self.epsilon, "delta": self.delta, "accountant": self.accountant}
@@ -111,12 +151,19 @@ class PrivacyBudget(keras.callbacks.Callback):
         allowed = self._optimizer.limit_steps(**budget, at_most=planned)
         self._optimizer.budget = budget
         self._limited = planned is None or allowed < planned
+        if self._journal is not None:
+            self._journal.cap(self._optimizer, allowed)
         if allowed == 0 and planned != 0:
             raise PrivacyBudgetExceeded(
                 f"The privacy budget is spent before training starts: {self._account()}; not one "
                 "more step fits. No step was taken. Raise `epsilon` if you may, or keep the model "
                 "as it is."
             )
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Has the steps to come written down before they run."""
+        if self._journal is not None:
+            self._journal.reserve(self._optimizer, int(self.model.steps_per_execution))
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Stops when the last allowed step has been taken."""
@@ -139,7 +186,9 @@ class PrivacyBudget(keras.callbacks.Callback):
             )
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Says how training ended, if the budget ended it."""
+        """Says how training ended, if the budget ended it; writes down how many steps it took."""
+        if self._journal is not None:
+            self._journal.settle(self._optimizer)
         if self.epsilon is None or not self._limited:
             return
         if self.verbose and self._optimizer.step_limit_reached:
@@ -155,3 +204,100 @@ class PrivacyBudget(keras.callbacks.Callback):
             f"{steps} steps have cost epsilon = {spent:.4f} of {self.epsilon:g} at delta = "
             f"{self.delta:g} (one example added or removed)"
         )
+
+
+class _Reservations:
+    """Keeps a journal ahead of an optimizer's steps.
+
+    Args:
+        path: The journal's.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._journal = journal.Journal(path)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._most = 0  # no more steps than this can have run when the batch that begins is over
+        self._reserved = 0
+        self._cap: int | None = None
+        self._block = 1
+        self._written: tuple[float, int] | None = None
+
+    def recover(self, optimizer: Any) -> None:
+        """Adds to the optimizer's ledger what the journal knows, before training starts.
+
+        Of the runs that this very optimizer made, the true count is known:
+        where a fit ended by an exception, it takes the reservation's place.
+        """
+        self._restart()
+        known = self._journal.read()
+        own = [r for r in optimizer.own_runs if r.steps != _steps_of(r, known)]
+        for release in own:
+            self._journal.append("exact", release)
+        optimizer.absorb(self._journal.read() if own else known)
+        if os.path.exists(self._journal.path):
+            optimizer.ledger_problems = tuple(journal.read(self._journal.path)[1])
+
+    def complete(self, optimizer: Any) -> None:
+        """Adds to the journal what only the optimizer's ledger knows.
+
+        By now other callbacks have restored a checkpoint. What it knows of a run was in the
+        journal before the checkpoint was made, unless lines were lost since.
+        """
+        known = self._journal.read()
+        for release in optimizer.ledger:
+            written = _steps_of(release, known)
+            if written is not None and written < release.steps:
+                journal.tell(
+                    self._journal.path,
+                    f"it has {written} steps of a run of which the model's own ledger has "
+                    f"{release.steps}, so its last lines were lost, or steps were taken without "
+                    "`ledger_path`",
+                )
+            if written is None or written < release.steps:
+                self._journal.append("exact", release)
+
+    def cap(self, optimizer: Any, allowed: int) -> None:
+        """No more steps than `allowed` can run: the optimizer itself stops there."""
+        self._cap = optimizer.run.steps + allowed
+
+    def reserve(self, optimizer: Any, steps: int) -> None:
+        """Writes ahead of the next `steps` steps, if that was not done."""
+        self._most += steps
+        if self._most <= self._reserved:
+            return
+        run, now = optimizer.run, time.monotonic()
+        self._most = run.steps + steps
+        if self._written is not None:  # at most doubled, since the first steps say little
+            then, taken = self._written
+            rate = (run.steps - taken) / max(now - then, 1e-3)
+            self._block = max(1, min(2 * self._block, math.ceil(rate), _MOST_AHEAD))
+        # A thousandth of the steps so far keeps the journal of a long training short.
+        ahead = max(steps, self._block, min(run.steps // 1000, _MOST_AHEAD))
+        wanted = run.steps + ahead if self._cap is None else min(run.steps + ahead, self._cap)
+        if wanted > self._reserved:
+            self._journal.append("reserved", run.with_steps(wanted))
+            self._reserved = wanted
+        self._written = (now, run.steps)
+
+    def settle(self, optimizer: Any) -> None:
+        """Writes down how many steps the run has taken."""
+        if not self._reserved:
+            return
+        try:
+            self._journal.append("exact", optimizer.run)
+        except (PrivacyError, ValueError) as error:
+            # The reservation stands, which is safe; what was trained must not be lost for it.
+            warnings.warn(
+                f"How many steps training took could not be written down, so its last block "
+                f"counts as a whole from the next start on. {error}",
+                PrivacyWarning,
+                stacklevel=2,
+            )
+
+
+def _steps_of(release: Release, ledger: PrivacyLedger) -> int | None:
+    """How many steps of a release's run a ledger knows; `None` if it knows nothing of it."""
+    run = (release.id, release.mechanism)
+    return next((r.steps for r in ledger if (r.id, r.mechanism) == run), None)

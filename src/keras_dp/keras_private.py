@@ -22,7 +22,6 @@ __all__ = [
     "build_from_batch",
     "can_convert_arrays",
     "compile_loss_of",
-    "is_rematerialized",
     "layers_with_losses",
     "loss_of",
     "loss_tracker_of",
@@ -38,6 +37,7 @@ __all__ = [
     "sublayers_of",
     "surroundings",
     "takes_training_argument",
+    "without_rematerialization",
 ]
 
 
@@ -83,9 +83,18 @@ def owners_of(model: keras.Model, variables: list[Any]) -> dict[int, keras.Layer
     return {id(v): owners.get(id(v), model) for v in variables}
 
 
-def is_rematerialized(layer: keras.Layer) -> bool:
-    """Whether a layer was made in a `RematScope`, which computes it anew for the gradient."""
-    return getattr(layer, "_remat_mode", None) is not None
+@contextlib.contextmanager
+def without_rematerialization(model: keras.Model) -> Iterator[None]:
+    """Runs layers made in a `RematScope` as ordinary ones for a while."""
+    layers = [x for x in all_layers(model) if getattr(x, "_remat_mode", None) is not None]
+    modes = [vars(layer)["_remat_mode"] for layer in layers]
+    for layer in layers:
+        vars(layer)["_remat_mode"] = None
+    try:
+        yield
+    finally:
+        for layer, mode in zip(layers, modes, strict=True):
+            vars(layer)["_remat_mode"] = mode
 
 
 def layers_with_losses(model: keras.Model, scope: Any) -> list[keras.Layer]:

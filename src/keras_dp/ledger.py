@@ -211,6 +211,11 @@ class LedgerBook:
         return None if self._run is None else self._run_now
 
     @property
+    def own_runs(self) -> list[Release]:
+        """The runs that were made here, and not taken over from elsewhere."""
+        return [r for r in self.ledger if r.id in self._own]
+
+    @property
     def _run_now(self) -> Release:
         assert self._run is not None
         return self._run.with_steps(self._run.steps + self._count() - self._run_began)

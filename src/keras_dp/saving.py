@@ -20,7 +20,8 @@ def save_inference_model(
 
     The file holds architecture and weights, no optimizer and no ledger, and
     loads where keras_dp is not installed. Beside it, `<name>.privacy.json` and
-    `<name>.privacy.md` state what was spent, for machines and for people.
+    `<name>.privacy.md` state what was spent, for machines and for people; both
+    can be read without keras_dp (`docs/privacy-report.md`).
 
     Args:
         model: A model that was trained with a DP optimizer.
@@ -51,10 +52,11 @@ def save_inference_model(
             "SavedModel use model.export(path)."
         )
     report = privacy_report(model, delta=delta)
+    texts = {".privacy.json": report.to_json(), ".privacy.md": str(report)}
     with _uncompiled(model):
         model.save(file)
-    file.with_suffix(".privacy.json").write_text(report.to_json() + "\n", encoding="utf-8")
-    file.with_suffix(".privacy.md").write_text(str(report) + "\n", encoding="utf-8")
+    for ending, text in texts.items():
+        file.with_suffix(ending).write_text(text + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def private_train_step(optimizer: DPOptimizer, model: keras.Model, data: Any) ->
 
     outcome = engine(padded, real, seeds)
     penalty = _regularization(variables)  # of the weights that made the losses
-    optimizer.release(outcome.sums, variables, rows=rows)
+    optimizer.release(outcome.sums, variables, rows=rows, norms=outcome.norms, real=real)
     optimizer.engine = engine.name
     return _metrics(model, batch, rows, real, outcome, penalty)
 

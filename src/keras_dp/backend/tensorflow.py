@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -85,9 +86,16 @@ class Scalar:
         with tf.init_scope():
             self._variable = tf.Variable(value, dtype=tf.float64, trainable=False)
 
+    def read(self) -> float:
+        return float(self._variable.numpy())
+
     def set(self, value: float) -> None:
         with tf.init_scope():
             self._variable.assign(value)
+
+    def assign(self, value: Tensor) -> None:
+        """Sets it when the step runs."""
+        self._variable.assign(value)
 
     @property
     def tensor(self) -> Tensor:
@@ -117,6 +125,24 @@ class NoiseGenerator:
     def normal(self, shape: Sequence[int], dtype: Any, stddev: Tensor) -> Tensor:
         stddev = tf.cast(stddev, dtype)
         return self._generator.normal(tf.TensorShape(shape), dtype=dtype) * stddev
+
+
+def call_numpy(
+    function: Callable[..., list[np.ndarray]], inputs: Sequence[Any], like: Sequence[Tensor]
+) -> list[Tensor]:
+    """What `function` makes of arrays, every time the step runs; types and shapes as `like`.
+
+    It runs in Python, on the CPU. XLA has no such operation and stops with an
+    error that names it, so that what is done inside can't be left out.
+    """
+    dtypes = [t.dtype for t in like]
+    found = tf.numpy_function(
+        function, list(inputs), dtypes, name="keras_dp_runs_in_python_not_in_XLA"
+    )
+    results = tf.nest.flatten(found)  # one result alone comes without a list
+    for result, tensor in zip(results, like, strict=True):
+        result.set_shape(tensor.shape)
+    return results
 
 
 def per_example_seeds(states: Sequence[Any], rows: Tensor) -> list[Tensor]:
@@ -286,6 +312,11 @@ def current_graph() -> Any:
 def copy_of(tensor: Tensor) -> Tensor:
     """The same values in a tensor of its own."""
     return tf.identity(tensor)
+
+
+def dense(gradient: Any) -> Tensor:
+    """A gradient as a tensor, also where it is that of a lookup."""
+    return tf.convert_to_tensor(gradient)
 
 
 def no_gradient_of(variable: Any) -> Tensor:
@@ -467,6 +498,7 @@ def filter_gradients(
         (found,) = map_weight_gradients(one, [tf.zeros(shape, x.dtype)], [x], [g])
         rank = len(shape) + 1
         return tf.transpose(found, (*range(1, rank - 1), 0, rank - 1))
+    x, g, scale = _of_like_size(x, g)
     if x.shape.rank == 3:
         x, g = x[:, tf.newaxis], g[:, tf.newaxis]
         strides, dilation = (1, *strides), (1, *dilation)
@@ -480,7 +512,29 @@ def filter_gradients(
         padding=padding.upper(),
         dilations=[1, *dilation, 1],
     )
-    return tf.reshape(found, [*shape[:-1], rows, shape[-1]])
+    found = tf.reshape(found, [*shape[:-1], rows, shape[-1]])
+    return found if scale is None else found * scale[:, tf.newaxis]
+
+
+def _of_like_size(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Any]:
+    """For XLA: every example of x and g scaled to 1 at most, and what scales their product back.
+
+    XLA may compute a convolution in groups as one over all channels, with zeros
+    between the groups. Then 0 times a number that isn't finite would spoil every
+    other example. One that isn't finite, or might overflow, becomes zeros here,
+    and its product not a number.
+    """
+    if not getattr(_tracing, "for_xla", False):
+        return x, g, None
+    sizes = [tf.reduce_max(tf.abs(t), axis=tuple(range(1, t.shape.rank))) for t in (x, g)]
+    scale = sizes[0] * sizes[1]
+    fine = tf.math.is_finite(scale)
+    scaled = []
+    for t, size in zip((x, g), sizes, strict=True):
+        column = [-1, *(1 for _ in t.shape[1:])]
+        divided = tf.math.divide_no_nan(t, tf.reshape(size, column))
+        scaled.append(tf.where(tf.reshape(fine, column), divided, tf.zeros_like(t)))
+    return scaled[0], scaled[1], tf.where(fine, scale, tf.fill(tf.shape(scale), math.nan))
 
 
 def _examples_as_channels(tensor: Tensor) -> Tensor:
@@ -534,6 +588,7 @@ def depthwise_filter_gradients(
         kernel, strides, padding, dilation: Of the convolution.
     """
     channels, multiplier = x.shape[-1], g.shape[-1] // x.shape[-1]
+    x, g, scale = _of_like_size(x, g)
     if x.shape.rank == 3:
         x, g = x[:, tf.newaxis], g[:, tf.newaxis]
         # The kernel has but one row: its stride is that of the columns, as it must be.
@@ -549,7 +604,10 @@ def depthwise_filter_gradients(
         )
     found = tape.gradient(outputs, filters, output_gradients=_examples_as_channels(g))
     found = tf.reshape(found, [math.prod(kernel), rows, channels, multiplier])
-    return tf.reshape(tf.transpose(found, (1, 0, 2, 3)), [rows, *kernel, channels, multiplier])
+    found = tf.transpose(found, (1, 0, 2, 3))
+    if scale is not None:
+        found = found * tf.reshape(scale, [-1, 1, 1, 1])
+    return tf.reshape(found, [rows, *kernel, channels, multiplier])
 
 
 EngineResult = tuple[list[Tensor], Tensor, Tensor, list[Tensor]]
@@ -694,6 +752,9 @@ def chunked_sum(
     return totals, norms, losses, extra
 
 
+_tracing = threading.local()  # `for_xla`: whether what is being traced is for XLA
+
+
 # -- compiling an engine -------------------------------------------------------------------
 
 
@@ -710,9 +771,13 @@ def compiled_candidate(
         Exception: Whatever tracing the model raised.
     """
     function = tf.function(engine, autograph=False, jit_compile=jit_compile or None)
-    concrete = function.get_concrete_function(
-        [tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in leaves]
-    )
+    _tracing.for_xla = jit_compile
+    try:
+        concrete = function.get_concrete_function(
+            [tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in leaves]
+        )
+    finally:
+        _tracing.for_xla = False
     if not jit_compile and emits_broken_matmul(concrete.graph):
         raise BrokenMatmul(
             "oneDNN multiplies a batch of single matrices with a shared matrix wrongly"
@@ -797,13 +862,30 @@ def apart(compute: Callable[[], Any]) -> Any:
         return pool.submit(compute).result()
 
 
-def made_up_like(leaves: Sequence[Tensor], rows: int, seed: int = 0) -> list[Tensor]:
-    """Tensors of the same types and shapes, with `rows` rows of made-up values."""
+def made_up_like(
+    leaves: Sequence[Tensor],
+    rows: int,
+    *,
+    size: int = 4,
+    spread: str = "uniform",
+    seed: int = 0,
+) -> list[Tensor]:
+    """Tensors of the same types and shapes, with `rows` rows of made-up values.
+
+    Args:
+        leaves: Like these.
+        rows: How many.
+        size: What stands in for sizes that aren't known.
+        spread: `"uniform"`, in (0.1, 0.9), or `"normal"`.
+        seed: Decides the values.
+    """
     random = np.random.default_rng(seed)
 
     def made_up(leaf: Tensor) -> Tensor:
-        shape = [rows, *(4 if size is None else size for size in leaf.shape[1:])]
+        shape = [rows, *(size if n is None else n for n in leaf.shape[1:])]
         if leaf.dtype.is_floating:
+            if spread == "normal":
+                return tf.constant(random.normal(size=shape), leaf.dtype)
             return tf.constant(random.uniform(0.1, 0.9, shape), leaf.dtype)
         if leaf.dtype == tf.string:
             return tf.fill(shape, "made up")
@@ -813,16 +895,21 @@ def made_up_like(leaves: Sequence[Tensor], rows: int, seed: int = 0) -> list[Ten
         return [made_up(leaf) for leaf in leaves]
 
 
-def numbered_seeds(seeds: Tensor) -> Tensor:
-    """Seeds, (rows, 2), that differ from row to row."""
+def numbered_seeds(seeds: Tensor, number: int = 0) -> Tensor:
+    """Seeds, (rows, 2), that differ from row to row, and for each `number`."""
     with tf.init_scope():
-        return seeds + tf.cast(7 * tf.range(seeds.shape[0]), seeds.dtype)[:, tf.newaxis]
+        steps = 7 * tf.range(seeds.shape[0]) + 1009 * number
+        return seeds[:1] + tf.cast(steps, seeds.dtype)[:, tf.newaxis]
 
 
-def first_row_of(one: Tensor, other: Tensor) -> Tensor:
-    """`other` with the first row of `one`."""
-    with tf.init_scope():
-        return tf.concat([one[:1], other[1:]], 0)
+def with_row_of(one: Tensor, other: Tensor, row: int) -> Tensor:
+    """`other` with one row of `one`."""
+    return tf.concat([other[:row], one[row : row + 1], other[row + 1 :]], 0)
+
+
+def repeat_first_row(tensor: Tensor) -> Tensor:
+    """As many rows, each the first."""
+    return tf.repeat(tensor[:1], tensor.shape[0], axis=0)
 
 
 def disturbed(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -150,17 +150,19 @@ class Engine:
             return ghost(data, real, self._clip)
 
         whole = self._whole(chunk)
-        if self._eagerly:
-            if not trial.passed(ghost, leaves):
-                backend.compiled_candidate(chunk, leaves, jit_compile=False)
-                trial.require_right_gradients(ghost, leaves)
+        if self._eagerly and trial.passed(ghost, leaves):
             return whole
-        if whole is not chunk:
-            # How the model treats its batches is seen when their number of rows is open.
-            backend.compiled_candidate(chunk, leaves, jit_compile=False)
-        run = backend.compiled_candidate(whole, leaves, jit_compile=self._jit_compile)
-        trial.require_right_gradients(ghost, leaves)
-        if any(each != 1 for each in ghost.plan.rows_each.values()):
+        # How the model treats its batches is seen when their number of rows is open.
+        while True:
+            handled = ghost.plan.handled
+            ghost.plan.forget_calls()
+            run = backend.compiled_candidate(chunk, leaves, jit_compile=self._jit_compile)
+            trial.require_right_gradients(ghost, leaves)
+            if ghost.plan.handled == handled:
+                break
+        if self._eagerly:
+            return whole
+        if whole is not chunk or any(each != 1 for each in ghost.plan.rows_each.values()):
             run = backend.compiled_candidate(whole, leaves, jit_compile=self._jit_compile)
         if not ghost.draws_random:  # else it draws otherwise than the loop
             trial.require_agreement(self.example_loss, run, self._clip, leaves, self.padding)

@@ -100,10 +100,10 @@ class ExampleLoss:
         """An engine's leaves as those of the batch and the seeds."""
         return leaves[: self._leaf_count], leaves[self._leaf_count :]
 
-    def with_distinct_seeds(self, leaves: list[Any]) -> list[Any]:
-        """Leaves whose seeds are different for each example."""
+    def with_distinct_seeds(self, leaves: list[Any], number: int = 0) -> list[Any]:
+        """Leaves whose seeds are different for each example, and for each `number`."""
         data, seeds = self.split(leaves)
-        return [*data, *(backend.numbered_seeds(s) for s in seeds)]
+        return [*data, *(backend.numbered_seeds(s, number) for s in seeds)]
 
     @contextlib.contextmanager
     def stateless(self, weights: list[Any], seeds: list[Any]) -> Iterator[Any]:
@@ -124,9 +124,11 @@ class ExampleLoss:
     def predict(self, data: list[Any], *, of_one_example: bool = False) -> Any:
         """What the model returns for the leaves of a batch (or of one example), training."""
         x = self._batch_of(data, of_one_example=of_one_example).x
-        if keras_private.takes_training_argument(self.model):
-            return self.model(x, training=True)
-        return self.model(x)
+        # TensorFlow finds no gradient through what is computed anew for it.
+        with keras_private.without_rematerialization(self.model):
+            if keras_private.takes_training_argument(self.model):
+                return self.model(x, training=True)
+            return self.model(x)
 
     def flat_with_masks(self, outputs: Any) -> list[Any]:
         """The tensors of a prediction, then their Keras masks."""

@@ -75,6 +75,16 @@ class Plan:
     shared: set[int] | None = None
     rows_each: dict[int, int] = dataclasses.field(default_factory=dict)
 
+    @property
+    def handled(self) -> int:
+        """How many layers are handled apart: it only grows."""
+        return len(self.units) + len(self.alone)
+
+    def forget_calls(self) -> None:
+        """Forgets what goes by the number of a call, because other layers are called now."""
+        self.shared = None
+        self.rows_each = {}
+
 
 @dataclasses.dataclass(frozen=True)
 class _Record:
@@ -139,14 +149,15 @@ class GhostEngine:
         self,
         leaves: list[Any],
         weights: list[Any] | None = None,
-        observe: Callable[[keras.Layer, Any], None] | None = None,
+        observe: Callable[[keras.Layer, Any, bool], None] | None = None,
     ) -> tuple[list[PerExample | None], Any, list[Any]]:
         """The per-example gradients of each weight (`None` where no loss reaches it).
 
         Args:
             leaves: The examples' tensors and seeds, each (rows, ...).
             weights: Other values for the weights than their own.
-            observe: Told of every layer that has run, and its outputs.
+            observe: Told of every layer that has run, its outputs, and whether it
+                drew random numbers itself.
 
         Returns:
             The gradients, the losses, (rows,), and what else comes back for each example.
@@ -166,21 +177,34 @@ class GhostEngine:
                 known.add(id(found.layer))
 
     def first_to_mix(
-        self, batch: list[Any], other: list[Any], weights: list[Any]
+        self, batch: list[Any], other: list[Any], weights: list[Any], row: int
     ) -> keras.Layer | None:
-        """The first layer to tell apart two batches (not traced) whose first example is one."""
+        """The first layer to tell apart two batches (not traced) that share one example."""
         runs: list[list[tuple[keras.Layer, Any]]] = [[], []]
         for leaves, run in zip((batch, other), runs, strict=True):
 
-            def observe(layer: keras.Layer, outputs: Any, run: Any = run) -> None:
-                first = [ops.convert_to_numpy(t)[0] for t in tensors_in(outputs) if t.shape]
-                run.append((layer, first))
+            def observe(layer: keras.Layer, outputs: Any, _: bool, run: Any = run) -> None:
+                arrays = [ops.convert_to_numpy(t) for t in tensors_in(outputs) if t.shape]
+                run.append((layer, [a[row] for a in arrays if len(a) > row]))
 
             self.per_example(leaves, weights, observe)
         for (layer, one), (_, two) in zip(*runs, strict=True):
-            if any(not np.allclose(a, b, rtol=1e-3) for a, b in zip(one, two, strict=True)):
+            pairs = zip(one, two, strict=True)
+            if any(not np.allclose(a, b, rtol=1e-3) for a, b in pairs if a.dtype.kind == "f"):
                 return layer
         return None
+
+    def drawing_alike(self, equal: list[Any], weights: list[Any]) -> set[int]:
+        """Layers, by id, that draw random numbers and yet treat equal examples alike."""
+        found: set[int] = set()
+
+        def observe(layer: keras.Layer, outputs: Any, drew: bool) -> None:
+            arrays = [ops.convert_to_numpy(t) for t in tensors_in(outputs) if t.shape]
+            if drew and all(np.array_equal(a, np.broadcast_to(a[:1], a.shape)) for a in arrays):
+                found.add(id(layer))
+
+        self.per_example(equal, weights, observe)
+        return found
 
     def _attempt(
         self, leaves: list[Any], weights: list[Any], observe: Any
@@ -299,7 +323,7 @@ class _Capture:
         tape: Any,
         weights: list[Any],
         leaves: list[Any],
-        observe: Callable[[keras.Layer, Any], None] | None,
+        observe: Callable[[keras.Layer, Any, bool], None] | None,
     ) -> None:
         self.records: list[_Record] = []
         self.penalties: list[Any] = []
@@ -321,6 +345,7 @@ class _Capture:
         self._containers: list[tuple[keras.Layer, Any]] = []
         self._inside: Unit | None = None
         self._calls = 0
+        self._drawn: set[int] = set()  # seed generators that layers inside drew from
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
@@ -351,8 +376,8 @@ class _Capture:
                 if regularizer is not None:
                     self._fail(NotPossible(f"{named(layer)} has an activity regularizer"))
                 return original(*args, **kwargs)
-            if keras_private.is_rematerialized(layer):
-                self._fail(NotPossible(f"{named(layer)} is rematerialized (RematScope)"))
+            before, within = self._seeds_now(), self._drawn
+            self._drawn = set()
             if variables or alone:
                 outputs = self._unit_call(layer, variables, original, args, kwargs)
             else:
@@ -361,8 +386,14 @@ class _Capture:
                 self._containers.pop()
             if regularizer is not None:
                 self._penalize(regularizer, outputs)
+            drawn = {
+                k
+                for k, (a, b) in enumerate(zip(before, self._seeds_now(), strict=True))
+                if a is not b
+            }
             if self._observe is not None:
-                self._observe(layer, outputs)
+                self._observe(layer, outputs, bool(drawn - self._drawn))
+            self._drawn = within | drawn
             return outputs
 
         return call
@@ -405,6 +436,13 @@ class _Capture:
                 return rule(unit, *args, **kwargs)
             except NoRule:
                 unit.watched.clear()
+            except (_Apart, NotPossible):
+                raise
+            except Exception as error:
+                reason = str(error).strip().partition("\n")[0]
+                self._fail(
+                    NotPossible(f"{named(layer)}: its rule raised {type(error).__name__}: {reason}")
+                )
         before = self._seeds_now()
         outputs, gradients = vectorized(unit, self._rows, args, kwargs)
         if any(a is not b for a, b in zip(before, self._seeds_now(), strict=True)):
@@ -494,7 +532,7 @@ class _Capture:
             if all(g is None for g in upstream):
                 continue  # the loss doesn't depend on this call
             upstream = [
-                ops.zeros_like(t) if g is None else ops.convert_to_tensor(g)
+                ops.zeros_like(t) if g is None else backend.dense(g)
                 for g, t in zip(upstream, record.unit.watched, strict=True)
             ]
             try:

@@ -15,12 +15,16 @@ import numpy as np
 
 from .. import backend
 from ..errors import PrivacyError
+from ..keras_private import all_layers
 from .example import ExampleLoss
 from .ghost import GhostEngine, NotPossible, named
 
 __all__ = ["passed", "require_agreement", "require_right_gradients"]
 
-_ROWS = 3  # more than one, and unlike the 4 that stands in for a size that isn't known
+_ROWS = 5  # unlike the sizes that stand in for those that aren't known
+_COMPARED = 3  # of these, for comparing with plain gradients
+# What examples are made up: the size where none is known, and the spread of values.
+_KINDS = ((4, "uniform"), (32, "uniform"), (32, "normal"))
 _passed: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
@@ -62,38 +66,78 @@ def require_right_gradients(ghost: GhostEngine, leaves: list[Any]) -> None:
     """Tries the ghost engine's gradients of every weight, and that examples don't mix.
 
     The weights are disturbed, because at initial zeros a fault may not show.
+    Where something is found that changes how the model must be handled
+    (`ghost.plan.handled`), it returns early, to be called again.
 
     Raises:
         PrivacyError: If they are wrong; names the layer.
-        NotPossible: If the engine can't serve the model.
+        NotPossible: If the engine can't serve the model, or can't be tried on it.
     """
-    loss = ghost.example_loss
-    made_up, others = (backend.made_up_like(leaves[:-1], _ROWS, seed) for seed in (0, 1))
-    made_up = loss.with_distinct_seeds(made_up)
-    others = [
-        backend.first_row_of(a, b)
-        for a, b in zip(made_up, loss.with_distinct_seeds(others), strict=True)
-    ]
 
     def compare() -> None:
+        loss = ghost.example_loss
         weights = backend.disturbed([v.value for v in loss.variables])
-        try:
-            plain, plain_losses = backend.loop_gradients(loss, weights, made_up)
-        except Exception:
-            return  # made-up values mean nothing to this model
-        if not all(np.all(np.isfinite(g)) for g in plain):
+        made_up, others, plain, plain_losses = _made_up(loss, weights, leaves)
+        handled = ghost.plan.handled
+        ghost.per_example(made_up, weights)
+        if ghost.plan.handled != handled or _share_draws(ghost, made_up, weights):
             return
-        together = _Shares(ghost, made_up, weights)
-        mixed = _Shares(ghost, others, weights)
-        _require_apart(ghost, together, mixed, (made_up, others, weights))
+        # One draw may shuffle a batch and leave the first example where it was.
+        for seed in range(3 if ghost.draws_random else 1):
+            one, two = (loss.with_distinct_seeds(t, seed) for t in (made_up, others))
+            _require_apart(ghost, one, two, weights)
+        few = [t[:_COMPARED] for t in made_up]
         if ghost.draws_random:
             # The engines draw alike only for one example at a time.
-            alone = [_Shares(ghost, [t[i : i + 1] for t in made_up], weights) for i in range(_ROWS)]
-            together = _Shares.stacked(alone)
-        _require_equal(ghost, together, plain, plain_losses)
+            alone = [[t[i : i + 1] for t in few] for i in range(_COMPARED)]
+            found = _Shares.stacked([_Shares(ghost, one, weights) for one in alone])
+        else:
+            found = _Shares(ghost, few, weights)
+        _require_equal(ghost, found, plain, plain_losses)
+        _passed[loss.model] = (_key(loss, leaves), ghost.plan)
 
     backend.apart(compare)
-    _passed[loss.model] = (_key(loss, leaves), ghost.plan)
+
+
+def _made_up(
+    loss: ExampleLoss, weights: list[Any], leaves: list[Any]
+) -> tuple[list[Any], list[Any], list[np.ndarray], np.ndarray]:
+    """Two batches that the model can be run on, and plain gradients of a few of the first."""
+    reason = "they aren't finite"
+    for size, spread in _KINDS:
+        made_up, others = (
+            backend.made_up_like(leaves[:-1], _ROWS, size=size, spread=spread, seed=seed)
+            for seed in (0, 1)
+        )
+        made_up = loss.with_distinct_seeds(made_up)
+        try:
+            gradients, losses = backend.loop_gradients(
+                loss, weights, [t[:_COMPARED] for t in made_up]
+            )
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0][:200]
+            continue
+        if all(np.all(np.isfinite(g)) for g in gradients):
+            return made_up, others, gradients, losses
+    raise NotPossible(f"it can't be tried on made-up examples: {reason}")
+
+
+def _share_draws(ghost: GhostEngine, made_up: list[Any], weights: list[Any]) -> bool:
+    """Finds layers that draw random numbers once for a whole batch, to be run alone.
+
+    Run on equal examples, what they return is equal, too.
+    """
+    if not ghost.draws_random:
+        return False
+    equal = [backend.repeat_first_row(t) for t in made_up]
+    loss = ghost.example_loss
+    found: set[int] | None = None
+    for seed in (0, 1):
+        alike = ghost.drawing_alike(loss.with_distinct_seeds(equal, seed), weights)
+        found = alike if found is None else found & alike
+    new = (found or set()) - ghost.plan.alone
+    ghost.plan.alone |= new
+    return bool(new)
 
 
 def passed(ghost: GhostEngine, leaves: list[Any]) -> bool:
@@ -146,25 +190,39 @@ class _Shares:
 
 
 def _tolerance(loss: ExampleLoss) -> float:
-    return 0.1 if loss.model.compute_dtype in ("float16", "bfloat16") else 1e-3
+    rough = any(x.compute_dtype in ("float16", "bfloat16") for x in all_layers(loss.model))
+    return 0.1 if rough else 1e-3
 
 
-def _require_apart(ghost: GhostEngine, one: _Shares, other: _Shares, tried: Any) -> None:
-    """The first example must get the same gradient whatever the others are."""
-    first, again = (np.array([n[0] for n in s.norms]) for s in (one, other))
-    off = float(np.linalg.norm(first - again)) / max(float(np.linalg.norm(first)), 1e-6)
-    loss, loss_again = float(one.losses[0]), float(other.losses[0])
-    if max(off, abs(loss - loss_again) / max(abs(loss), 1e-6)) <= _tolerance(ghost.example_loss):
-        return
-    made_up, others, weights = tried
-    culprit = ghost.first_to_mix(made_up, others, weights)
-    where = "The model" if culprit is None else named(culprit).capitalize()
-    raise PrivacyError(
-        f"{where} mixes the examples of a batch: what it makes of one example depends on the "
-        "others, so one example's gradient can't be clipped by itself. Let it treat each example "
-        "alone (no mean or other statistics over axis 0), or compile with "
-        "gradients='vectorized', which runs the model on one example at a time."
-    )
+def _require_apart(
+    ghost: GhostEngine, batch: list[Any], others: list[Any], weights: list[Any]
+) -> None:
+    """The first and the last example must get the same gradient whatever the others are."""
+    loss = ghost.example_loss
+    one = _Shares(ghost, batch, weights)
+    for row in (0, _ROWS - 1):
+        other = [backend.with_row_of(a, b, row) for a, b in zip(batch, others, strict=True)]
+        two = _Shares(ghost, other, weights)
+        first, again = (np.array([n[row] for n in s.norms]) for s in (one, two))
+        scale = max(float(np.linalg.norm(first)), 1e-6)
+        off = float(np.linalg.norm(first - again)) / scale
+        of_loss = abs(float(one.losses[row] - two.losses[row]))
+        if max(off, of_loss / max(abs(float(one.losses[row])), 1e-6)) <= _tolerance(loss):
+            continue
+        # Dropout may hide from one row of a layer's outputs what shows in the gradients.
+        culprit = None
+        for seed in range(8 if ghost.draws_random else 1):
+            a, b = (loss.with_distinct_seeds(t, seed) for t in (batch, other))
+            culprit = culprit or ghost.first_to_mix(a, b, weights, row)
+        if culprit is None:
+            worst = int(np.argmax(np.abs(first - again)))
+            culprit = ghost.owners[id(loss.variables[worst])]
+        raise PrivacyError(
+            f"The {named(culprit)} mixes the examples of a batch: what it makes of one example "
+            "depends on the others, so one example's gradient can't be clipped by itself. Let it "
+            "treat each example alone (no mean or other statistics over axis 0), or compile with "
+            "gradients='vectorized', which runs the model on one example at a time."
+        )
 
 
 def _require_equal(

@@ -12,7 +12,7 @@ from typing import Any
 from keras import layers
 
 from .fallback import vectorized_function
-from .registry import Unit, overridden, register_rule
+from .registry import Unit, register_rule
 
 
 @register_rule(layers.Attention, layers.AdditiveAttention)
@@ -27,6 +27,5 @@ def attention(unit: Unit, inputs: Any, **kwargs: Any) -> Any:
         of_scores.append(gradients)
         return scores
 
-    with overridden(layer, _calculate_scores=calculate_scores):
-        outputs = unit.call(inputs, **kwargs)
+    outputs = unit.call_with({"_calculate_scores": calculate_scores}, inputs, **kwargs)
     return outputs, of_scores[0]

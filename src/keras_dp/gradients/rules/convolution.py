@@ -26,6 +26,8 @@ def convolution(unit: Unit, inputs: Any) -> Any:
     """With strides, dilation, groups, every padding, and LoRA."""
     layer = unit.layer
     lora = LowRank.of(unit, "kernel")
+    if lora is not None and layer.groups > 1:
+        raise NoRule("it has LoRA and groups")
     outputs = unit.call_watching_activation(inputs)
 
     def gradients(g: Any) -> list[tuple[Any, Any]]:

@@ -172,22 +172,36 @@ class Product:
         if rank in self.x + self.kernel + self.z:
             rank = next(c for c in "abcdefghijklmnopqstuvwxyz" if c not in self.x + self.z)
         kernel = self.kernel[:-1] + rank
+        sizes = _sizes((self.x, x), (self.z, g), (kernel, low), (rank + last, high))
+
+        def product(equation: str, a: Any, b: Any) -> Any:
+            # An einsum may forget the sizes that are known.
+            made = ops.einsum(equation, a, b)
+            return ops.reshape(made, [sizes[c] for c in equation.partition("->")[2]])
+
         if last in self.outer:
             z = self.z.replace(last, rank)
-            first = Product(self.x, kernel, z).gradient(
-                x, ops.einsum(f"{self.z},{rank}{last}->{z}", g, high)
-            )
-            through = ops.einsum(f"{self.x},{kernel}->{z}", x, low)
+            upstream = product(f"{self.z},{rank}{last}->{z}", g, high)
+            through = product(f"{self.x},{kernel}->{z}", x, low)
+            first = Product(self.x, kernel, z).gradient(x, upstream)
             return first, Product(z, rank + last, self.z).gradient(through, g)
         if last in self.inner:
             reduced = self.x.replace(last, rank)
-            first = Product(reduced, kernel, self.z).gradient(
-                ops.einsum(f"{self.x},{rank}{last}->{reduced}", x, high), g
-            )
-            back = ops.einsum(f"{self.z},{kernel}->{reduced}", g, low)
-            second = Product(reduced, rank + last, self.x).gradient(back, x)
-            return first, second
+            inputs = product(f"{self.x},{rank}{last}->{reduced}", x, high)
+            back = product(f"{self.z},{kernel}->{reduced}", g, low)
+            first = Product(reduced, kernel, self.z).gradient(inputs, g)
+            return first, Product(reduced, rank + last, self.x).gradient(back, x)
         raise NoRule("LoRA acts on a letter of its equation that is in input and output")
+
+
+def _sizes(*named: tuple[str, Any]) -> dict[str, Any]:
+    """The size of each letter: a number where it is known, else a scalar tensor."""
+    found: dict[str, Any] = {}
+    for letters, tensor in named:
+        for letter, size, dynamic in zip(letters, tensor.shape, ops.shape(tensor), strict=True):
+            if size is not None or letter not in found:
+                found[letter] = dynamic if size is None else size
+    return found
 
 
 def _arranged(tensor: Any, letters: str, blocks: str, positions: str, inner: str) -> Any:

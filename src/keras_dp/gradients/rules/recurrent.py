@@ -21,7 +21,7 @@ from typing import Any
 from keras import layers, ops
 
 from ..per_example import OuterProducts
-from .registry import NoRule, Unit, overridden, register_rule
+from .registry import NoRule, Unit, double_of, register_rule
 
 
 @register_rule(layers.SimpleRNN, layers.LSTM, layers.GRU, layers.RNN)
@@ -37,24 +37,29 @@ def recurrent(
     kind = _KINDS.get(type(layer.cell))
     if kind is None:
         raise NoRule("its cell has no rule")
-    cell = kind(unit, sequences, training)
+    double = double_of(layer.cell)
+    cell = kind(unit, double, sequences, training)
+    double.__dict__["call"] = cell.step
     states: list[Any] = []
 
     def inner_loop(
         sequences: Any, initial_state: Any, mask: Any, training: bool = False
     ) -> tuple[Any, Any, Any]:
-        with overridden(layer, return_sequences=True):
-            last, every, final = layers.RNN.inner_loop(
-                layer, sequences, initial_state, mask, training
-            )
+        last, every, final = layers.RNN.inner_loop(
+            double_of(layer, cell=double, return_sequences=True),
+            sequences,
+            initial_state,
+            mask,
+            training,
+        )
         first = initial_state[0] if isinstance(initial_state, (list, tuple)) else initial_state
         states[:] = [first, every]
         return last, every, final
 
     arguments = {"initial_state": initial_state, "mask": mask, "training": training}
     unit.watch(cell.projected)
-    with overridden(layer, inner_loop=inner_loop), overridden(layer.cell, call=cell.step):
-        outputs = unit.call(cell.projected, **arguments)
+    attributes = {"cell": double, "inner_loop": inner_loop}
+    outputs = unit.call_with(attributes, cell.projected, **arguments)
     first, every = states
     previous = _states_before(first, every, mask, backwards=layer.go_backwards)
 
@@ -95,15 +100,16 @@ class _Cell:
 
     Args:
         unit: The call of the layer around the cell.
+        cell: The cell, or a double of it.
         sequences: Its inputs, (B, T, d).
         training: Whether dropout is on.
     """
 
     gates = 1
 
-    def __init__(self, unit: Unit, sequences: Any, training: bool) -> None:
+    def __init__(self, unit: Unit, cell: Any, sequences: Any, training: bool) -> None:
         self.unit = unit
-        self.cell = cell = unit.layer.cell
+        self.cell = cell
         self.kernel = unit.value(cell.kernel)
         self.recurrent_kernel = unit.value(cell.recurrent_kernel)
         self.bias = None if cell.bias is None else unit.value(cell.bias)

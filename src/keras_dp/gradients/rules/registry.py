@@ -65,8 +65,19 @@ class Unit:
         activation = self.layer.activation
         if activation is None or activation is keras.activations.linear:
             return self.watch(self.call(*args, **kwargs))
-        with overridden(self.layer, activation=lambda z: activation(self.watch(z))):
-            return self.call(*args, **kwargs)
+        watching = {"activation": lambda z: activation(self.watch(z))}
+        return self.call_with(watching, *args, **kwargs)
+
+    def call_with(self, attributes: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls the layer as if it had other attributes.
+
+        A double of the layer has them, so that no other thread sees any of it.
+        """
+        function = getattr(self.call, "__func__", None)
+        if function is None or self.call.__self__ is not self.layer:  # type: ignore[attr-defined]
+            with overridden(self.layer, **attributes):
+                return self.call(*args, **kwargs)
+        return function(double_of(self.layer, **attributes), *args, **kwargs)
 
     def value(self, variable: Any) -> Any:
         """A weight's value while the layer runs; `gradients` must not ask for it later."""
@@ -89,6 +100,14 @@ class Unit:
                     self.scope.state_mapping.pop(key)
                 else:
                     self.scope.state_mapping[key] = value
+
+
+def double_of(owner: Any, **attributes: Any) -> Any:
+    """A shallow copy of an object, some of its attributes other ones."""
+    double = object.__new__(type(owner))
+    double.__dict__.update(owner.__dict__)
+    double.__dict__.update(attributes)
+    return double
 
 
 @contextlib.contextmanager

@@ -1,0 +1,215 @@
+"""The tests' own test: the package broken on purpose, one small thing at a time.
+
+Every check of `checks.py` must pass on the package as it is, and every mutant
+must fail the check that is there to notice it, or be refused by the package
+itself. False alarms: as `checks.py` says of each.
+"""
+
+import dataclasses
+
+import checks
+import keras
+import numpy as np
+import pytest
+
+from keras_dp import PoissonDataset, PrivacyError, ShuffledDataset, backend
+from keras_dp.backend import tensorflow as tensorflow_backend
+from keras_dp.clipping import FlatClipping
+from keras_dp.gradients.per_example import OuterProducts
+from keras_dp.noise import NoiseSource
+from keras_dp.optimizers import DPOptimizer
+
+pytestmark = pytest.mark.filterwarnings("ignore::keras_dp.PrivacyWarning")
+
+CHECKS = {
+    name: check
+    for name, check in vars(checks).items()
+    if callable(check) and getattr(check, "__module__", "") == "checks" and name[0] != "_"
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_package_as_it_is_passes(name):
+    CHECKS[name]()
+
+
+def test_every_engine_passes():
+    for engine in ("vectorized", "loop"):
+        checks.clipped_sums_are_those_of_the_loop(engine)
+        checks.one_example_changes_the_sum_by_at_most_c(engine)
+
+
+# -- mutants: what to put in the place of what ----------------------------------------------------
+
+
+def weaker_noise():
+    draw = NoiseSource.draw
+    return NoiseSource, "draw", lambda self, shapes, s: draw(self, shapes, 0.7 * s)
+
+
+def noise_of_half_the_sensitivity():
+    return FlatClipping, "sensitivity", property(lambda self: self.max_grad_norm / 2)
+
+
+def the_same_noise_in_every_step():
+    def draw(self, shapes, stddev):
+        return [
+            keras.random.normal(shape, dtype=dtype, seed=k) * keras.ops.cast(stddev, dtype)
+            for k, (shape, dtype) in enumerate(shapes)
+        ]
+
+    return NoiseSource, "draw", draw
+
+
+def one_noise_for_all_variables_of_a_shape():
+    draw = NoiseSource.draw
+
+    def reusing(self, shapes, stddev):
+        made = {}
+        for shape, dtype in shapes:
+            key = (tuple(shape), str(dtype))
+            if key not in made:
+                (made[key],) = draw(self, [(shape, dtype)], stddev)
+        return [made[tuple(shape), str(dtype)] for shape, dtype in shapes]
+
+    return NoiseSource, "draw", reusing
+
+
+def no_clip():
+    return FlatClipping, "__call__", lambda self, norms: keras.ops.ones_like(norms)
+
+
+def clip_that_spares_what_is_not_finite():
+    def weights(self, norms):
+        return self.max_grad_norm / keras.ops.maximum(norms, self.max_grad_norm)
+
+    return FlatClipping, "__call__", weights
+
+
+def clip_of_gradients_of_a_scaled_loss():
+    """Clipped while they are 128 times as long, and brought back afterwards."""
+    clip = FlatClipping.__call__
+    return FlatClipping, "__call__", lambda self, norms: clip(self, 128 * norms)
+
+
+def norm_that_omits_the_first_weight():
+    norms = tensorflow_backend._norms
+    return tensorflow_backend, "_norms", lambda gradients: norms(gradients[1:])
+
+
+def rule_that_omits_its_kernel():
+    norms = OuterProducts.squared_norms
+    return OuterProducts, "squared_norms", lambda self: 0.0 * norms(self)
+
+
+def division_by_the_drawn_size():
+    declare = DPOptimizer._declare
+
+    def undeclared(self, sampling):
+        declare(self, sampling)
+        self._divisor.set(0.0)  # which stands for the rows that are handed over
+
+    return DPOptimizer, "_declare", undeclared
+
+
+def padding_that_counts():
+    pad = backend.pad_examples
+
+    def padded(leaves, multiple):
+        leaves, real = pad(leaves, multiple)
+        return leaves, keras.ops.ones_like(real)
+
+    return backend, "pad_examples", padded
+
+
+def one_dropout_mask_for_all():
+    draw = backend.per_example_seeds
+
+    def seeds(states, rows):
+        return [keras.ops.zeros_like(s) + s[:1] for s in draw(states, rows)]
+
+    return backend, "per_example_seeds", seeds
+
+
+def steps_that_are_not_recorded():
+    return backend.Counter, "increment", lambda self: None
+
+
+def shuffled_batches_taken_for_poisson_draws():
+    sampling = ShuffledDataset.sampling.fget
+
+    def claimed(self):
+        rate = 1 / self.steps_per_epoch
+        return dataclasses.replace(sampling(self), sampler="poisson", sampling_rate=rate)
+
+    return ShuffledDataset, "sampling", property(claimed)
+
+
+def draws_of_one_size():
+    def batch(self, index):
+        indices = np.random.default_rng().choice(self.num_examples, self.batch_size, replace=False)
+        return self._batch(indices)
+
+    return PoissonDataset, "__getitem__", batch
+
+
+def draws_without_replacement():
+    """An epoch of blocks of a shuffled order, the sizes of which vary as they should."""
+    get = PoissonDataset.__getitem__
+
+    def batch(self, index):
+        if not getattr(self, "waiting", ()):
+            self.waiting = list(np.random.default_rng().permutation(self.num_examples))
+        size = len(get(self, index)[0])
+        taken, self.waiting = self.waiting[:size], self.waiting[size:]
+        return self._batch(np.array(taken, int))
+
+    return PoissonDataset, "__getitem__", batch
+
+
+def vectorized_neighbours():
+    checks.one_example_changes_the_sum_by_at_most_c("vectorized")
+
+
+MUTANTS = [
+    (weaker_noise, checks.noise_is_gaussian_of_sigma_c),
+    (noise_of_half_the_sensitivity, checks.noise_is_gaussian_of_sigma_c),
+    (noise_of_half_the_sensitivity, checks.noise_has_the_sensitivity_of_the_clip),
+    (the_same_noise_in_every_step, checks.steps_draw_unrelated_noise),
+    (one_noise_for_all_variables_of_a_shape, checks.variables_of_one_shape_draw_unrelated_noise),
+    (no_clip, checks.one_example_changes_the_sum_by_at_most_c),
+    (no_clip, checks.noise_has_the_sensitivity_of_the_clip),
+    (clip_that_spares_what_is_not_finite, checks.one_example_changes_the_sum_by_at_most_c),
+    (clip_of_gradients_of_a_scaled_loss, checks.clipped_sums_are_those_of_the_loop),
+    (norm_that_omits_the_first_weight, vectorized_neighbours),
+    (rule_that_omits_its_kernel, checks.clipped_sums_are_those_of_the_loop),
+    (division_by_the_drawn_size, checks.the_divisor_is_the_expected_batch_size),
+    (padding_that_counts, checks.padding_contributes_nothing),
+    (one_dropout_mask_for_all, checks.examples_have_dropout_masks_of_their_own),
+    (steps_that_are_not_recorded, checks.every_step_is_in_the_ledger),
+    (
+        shuffled_batches_taken_for_poisson_draws,
+        checks.shuffled_batches_cost_one_release_an_epoch,
+    ),
+    (draws_of_one_size, checks.poisson_batches_vary_in_size_and_repeat_examples),
+    (draws_without_replacement, checks.poisson_batches_vary_in_size_and_repeat_examples),
+]
+
+
+@pytest.mark.parametrize(
+    ("mutant", "check"), MUTANTS, ids=[f"{m.__name__}-{c.__name__}" for m, c in MUTANTS]
+)
+def test_a_broken_package_is_found_out(mutant, check, monkeypatch):
+    monkeypatch.setattr(*mutant())
+    with pytest.raises((AssertionError, PrivacyError)):
+        check()
+
+
+def test_a_wrong_rule_is_refused_before_training(monkeypatch):
+    monkeypatch.setattr(*rule_that_omits_its_kernel())
+    with pytest.raises(PrivacyError, match="differ from plain ones"):
+        checks.clipped_sums_are_those_of_the_loop()
+
+
+def test_every_check_has_a_mutant():
+    assert set(CHECKS.values()) <= {check for _, check in MUTANTS}
