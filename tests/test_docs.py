@@ -49,6 +49,7 @@ def test_a_wrong_number_in_a_comment_is_found():
         "docs/guide.md",
         "docs/architecture.md",
         "docs/benchmarks.md",
+        "docs/guarantees.md",
         "docs/privacy-report.md",
     ],
 )

@@ -501,6 +501,9 @@ class Around(layers.Layer):
             x = layer(x)
         return x * self.w
 
+    def compute_output_shape(self, shape):
+        return (*shape[:-1], 3)
+
 
 class Pooled(layers.Layer):
     """A learned average over the steps that aren't masked."""

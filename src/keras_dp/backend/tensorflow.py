@@ -314,6 +314,12 @@ def copy_of(tensor: Tensor) -> Tensor:
     return tf.identity(tensor)
 
 
+def of_known_sizes(tensor: Tensor, sizes: Sequence[int | None]) -> Tensor:
+    """The tensor, told those of its sizes that are known."""
+    tensor.set_shape(sizes)
+    return tensor
+
+
 def dense(gradient: Any) -> Tensor:
     """A gradient as a tensor, also where it is that of a lookup."""
     return tf.convert_to_tensor(gradient)
@@ -893,6 +899,15 @@ def made_up_like(
 
     with tf.init_scope():
         return [made_up(leaf) for leaf in leaves]
+
+
+def shaped_like(leaf: Tensor, output: Tensor) -> Any:
+    """What a leaf is, with sizes that aren't known taken from a tensor that it goes with."""
+    shape = [
+        output.shape[k] if n is None and k and k < output.shape.rank else n
+        for k, n in enumerate(leaf.shape)
+    ]
+    return tf.TensorSpec(shape, leaf.dtype)
 
 
 def numbered_seeds(seeds: Tensor, number: int = 0) -> Tensor:

@@ -105,6 +105,20 @@ class ExampleLoss:
         data, seeds = self.split(leaves)
         return [*data, *(backend.numbered_seeds(s, number) for s in seeds)]
 
+    def like_outputs(self, leaves: list[Any], made_up: list[Any]) -> list[Any]:
+        """The leaves, the targets' unknown sizes taken from what the model makes of others."""
+        inputs = len([t for t in tree.flatten(self._batch.x) if t is not None])
+        first = [t[:1] for t in made_up]
+        data, seeds = self.split(first)
+        weights = [ops.convert_to_tensor(v.value) for v in self.variables]
+        with self.stateless(weights, [s[0] for s in seeds]):
+            outputs = tree.flatten(self.predict(data))
+        rest = range(inputs, len(leaves) - len(seeds))
+        return [
+            backend.shaped_like(t, outputs[min(k - inputs, len(outputs) - 1)]) if k in rest else t
+            for k, t in enumerate(leaves)
+        ]
+
     @contextlib.contextmanager
     def stateless(self, weights: list[Any], seeds: list[Any]) -> Iterator[Any]:
         """A scope where weights and seeds have given values, and nothing written remains."""

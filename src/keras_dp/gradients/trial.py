@@ -84,8 +84,9 @@ def require_right_gradients(ghost: GhostEngine, leaves: list[Any]) -> None:
             return
         # One draw may shuffle a batch and leave the first example where it was.
         for seed in range(3 if ghost.draws_random else 1):
-            one, two = (loss.with_distinct_seeds(t, seed) for t in (made_up, others))
-            _require_apart(ghost, one, two, weights)
+            batch = loss.with_distinct_seeds(made_up, seed)
+            seeds = loss.split(batch)[1]
+            _require_apart(ghost, batch, [*loss.split(others)[0], *seeds], weights)
         few = [t[:_COMPARED] for t in made_up]
         if ghost.draws_random:
             # The engines draw alike only for one example at a time.
@@ -105,12 +106,15 @@ def _made_up(
     """Two batches that the model can be run on, and plain gradients of a few of the first."""
     reason = "they aren't finite"
     for size, spread in _KINDS:
-        made_up, others = (
-            backend.made_up_like(leaves[:-1], _ROWS, size=size, spread=spread, seed=seed)
-            for seed in (0, 1)
-        )
-        made_up = loss.with_distinct_seeds(made_up)
+        kind: dict[str, Any] = {"size": size, "spread": spread}
         try:
+            like = leaves[:-1]
+            if any(None in t.shape[1:] for t in like):
+                like = loss.like_outputs(like, backend.made_up_like(like, 1, **kind))
+            made_up, others = (
+                backend.made_up_like(like, _ROWS, seed=seed, **kind) for seed in (0, 1)
+            )
+            made_up = loss.with_distinct_seeds(made_up)
             gradients, losses = backend.loop_gradients(
                 loss, weights, [t[:_COMPARED] for t in made_up]
             )

@@ -14,6 +14,7 @@ from typing import Any
 
 from keras import layers, ops
 
+from ... import backend
 from ..per_example import OuterProducts, PerExample
 from .registry import NoRule, Unit, register_rule, summed_like
 
@@ -95,6 +96,9 @@ def einsum_dense(unit: Unit, inputs: Any, **kwargs: Any) -> Any:
     outputs = unit.call_watching_activation(inputs, **kwargs)
 
     def gradients(g: Any) -> list[tuple[Any, Any]]:
+        sizes = _sizes((product.x, inputs), (product.kernel, layer._kernel), (product.z, g))
+        g = backend.of_known_sizes(g, [sizes[c] for c in product.z])
+        backend.of_known_sizes(inputs, [sizes[c] for c in product.x])
         found = []
         if layer.bias is not None:
             found.append((layer.bias, _bias_gradient(g, layer.bias.shape)))
@@ -177,7 +181,7 @@ class Product:
         def product(equation: str, a: Any, b: Any) -> Any:
             # An einsum may forget the sizes that are known.
             made = ops.einsum(equation, a, b)
-            return ops.reshape(made, [sizes[c] for c in equation.partition("->")[2]])
+            return backend.of_known_sizes(made, [sizes[c] for c in equation.partition("->")[2]])
 
         if last in self.outer:
             z = self.z.replace(last, rank)
@@ -194,13 +198,12 @@ class Product:
         raise NoRule("LoRA acts on a letter of its equation that is in input and output")
 
 
-def _sizes(*named: tuple[str, Any]) -> dict[str, Any]:
-    """The size of each letter: a number where it is known, else a scalar tensor."""
-    found: dict[str, Any] = {}
+def _sizes(*named: tuple[str, Any]) -> dict[str, int | None]:
+    """The size of each letter, where one of the tensors tells."""
+    found: dict[str, int | None] = {}
     for letters, tensor in named:
-        for letter, size, dynamic in zip(letters, tensor.shape, ops.shape(tensor), strict=True):
-            if size is not None or letter not in found:
-                found[letter] = dynamic if size is None else size
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            found[letter] = size if found.get(letter) is None else found[letter]
     return found
 
 
