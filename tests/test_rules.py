@@ -925,10 +925,6 @@ UNKNOWN = {
     "EinsumDense": lambda: unknown(
         layers.EinsumDense("abc,cde->abde", (None, 2, 3), bias_axes="de"), None, 4
     ),
-    "EinsumDense with LoRA": lambda: unknown(
-        with_lora(layers.EinsumDense("abcd,cde->abe", (None, 4), bias_axes="e"), None, 2, 3),
-        *(None, 2, 3),
-    ),
     "Conv1D": lambda: unknown(layers.Conv1D(3, 2, padding="causal"), None, 2),
     "Conv2D": lambda: unknown(layers.Conv2D(3, 2, strides=2, padding="same"), None, None, 2),
     "Conv2D with LoRA": lambda: unknown(
