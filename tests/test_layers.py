@@ -296,7 +296,7 @@ def example(name):
     return model, x, y
 
 
-# The vectorized engine takes its place: under XLA a convolution can't be mapped in a loop.
+# XLA can't compile the vectorized loop of a layer without a rule: the loop over examples it is.
 NOT_GHOST = {("ConvLSTM2D", "xla")}
 
 
