@@ -58,7 +58,7 @@ def main():
 # -- one step ------------------------------------------------------------------------------
 
 
-def make_step(name, variant, sizes):
+def make_step(name, variant, sizes, microbatch_size=None):
     """A function that takes one step of a variant and waits for it, and its model."""
     random = np.random.default_rng(0)
     model, x, y, loss = ZOO[name](random, **sizes)
@@ -68,7 +68,13 @@ def make_step(name, variant, sizes):
     optimizer = (
         keras.optimizers.SGD(0.1)
         if gradients == "ordinary"
-        else keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=1.0, gradients=gradients)
+        else keras_dp.DPSGD(
+            0.1,
+            max_grad_norm=1.0,
+            noise_multiplier=1.0,
+            gradients=gradients,
+            microbatch_size=microbatch_size,
+        )
     )
     model.compile(optimizer, loss, jit_compile=variant.endswith(XLA))
     return training_step(model, x, y), model
@@ -171,10 +177,10 @@ def first_line(error):
 # -- memory --------------------------------------------------------------------------------
 
 
-def measure_memory(model, variants, steps=4, sizes=None):
+def measure_memory(model, variants, steps=4, sizes=None, microbatch_size=None):
     """Bytes that a step of the first variant needs beyond what is held between steps."""
     try:
-        step, _ = make_step(model, variants[0], sizes or {})
+        step, _ = make_step(model, variants[0], sizes or {}, microbatch_size)
         for _ in range(steps):
             step()
         gpu = tf.config.list_physical_devices("GPU")

@@ -20,6 +20,9 @@ Printed are, as tables in Markdown:
 - `peak MiB`: what a step needs beyond what is held between steps, from a fresh
   process for each (see `measure.py`).
 
+`--microbatches` instead prints what memory a private step needs in microbatches of
+64, while the logical batch grows to 16,384 (peak MiB, beside the batch itself).
+
 `--growth` doubles the batch, the length, the width and the vocabulary, and
 shows how time and memory follow. On a GPU the same commands measure the GPU.
 """
@@ -42,6 +45,8 @@ from tables import (
 )
 
 XLA = ", XLA"
+MICROBATCH = 64
+LOGICAL_BATCHES = (256, 1024, 4096, 16384)
 COLUMNS = ("model", "variant", "ms", "× ordinary", "r", "compile s", "peak MiB", "note")
 GROWTH = (  # what doubles, in which model, from where
     ("batch", "cnn", 128),
@@ -66,6 +71,9 @@ def main():
     print_about(about)
     private = options.engines.split(",")
     results = {"about": about, "models": {}, "growth": []}
+    if options.microbatches:
+        measure_microbatches(names, options)
+        return
     if not options.only_growth:
         results["models"] = measure_models(names, private, options)
         print_summary(results["models"])
@@ -87,6 +95,9 @@ def arguments():
     parser.add_argument("--xla", action="store_true", help="also with jit_compile=True")
     parser.add_argument("--growth", action="store_true", help="also while sizes double")
     parser.add_argument("--only-growth", action="store_true", help="nothing else than that")
+    parser.add_argument(
+        "--microbatches", action="store_true", help="only memory, while the logical batch grows"
+    )
     parser.add_argument("--no-memory", action="store_true", help="spares a process for each")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--picture", type=Path, help="draw r by model into this file")
@@ -179,6 +190,22 @@ def print_summary(models):
 
 
 # -- growth ----------------------------------------------------------------------------------
+
+
+def measure_microbatches(names, options):
+    """Prints the memory of a private step in chunks, while the logical batch grows."""
+    engines = options.engines.split(",")
+    variants = [*engines, *(e + XLA for e in engines if options.xla)]
+    print_head("model", "engine", *(f"{size:,}" for size in LOGICAL_BATCHES))
+    for name in names:
+        for variant in variants:
+            cells = []
+            for size in LOGICAL_BATCHES:
+                request = {"do": "memory", "model": name, "variants": [variant], "steps": 2}
+                request |= {"sizes": {"batch": size}, "microbatch_size": MICROBATCH}
+                found = run_measure(request, RETURN_MEMORY)
+                cells.append(found.get("error") or mebibytes(found["bytes"]))
+            print_row(name, variant, *cells)
 
 
 def measure_growth(names, engine, options):

@@ -27,6 +27,7 @@ from scipy import stats
 
 import keras_dp
 from keras_dp import backend
+from keras_dp.clipping import Clip, Seen
 
 C, SIGMA, DELTA = 0.5, 2.0, 1e-5
 WIDTH, ROWS = 60, 6
@@ -216,10 +217,16 @@ def poisson_batches_vary_in_size_and_repeat_examples():
 
 def noise_has_the_sensitivity_of_the_clip():
     """What `release` multiplies sigma by is what one example can change."""
-    strategy = noiseless_optimizer(C).clipping_strategy
+    optimizer = noiseless_optimizer(C)
+    clip = Clip(optimizer.clipping_strategy, optimizer.current_max_grad_norm)
+    sensitivity = float(optimizer.clipping_strategy.sensitivity(C))
     norms = backend.as_tensors([np.array([0.0, 0.1, C, 3.0, 1e6, np.inf, np.nan], "float32")])[0]
-    weights = np.asarray(strategy(norms))
+    weights = np.asarray(clip(norms[:, None]))
     shares = np.where(weights == 0, 0, weights * np.nan_to_num(np.asarray(norms), posinf=0))
     assert np.all(np.isfinite(weights)) and np.all(weights[-2:] == 0)
-    assert np.all(shares <= strategy.sensitivity * (1 + 1e-6))
-    assert np.isclose(shares.max(), strategy.sensitivity)
+    assert np.all(shares <= sensitivity * (1 + 1e-6))
+    assert np.isclose(shares.max(), sensitivity)
+    drawn = []
+    add = lambda sums, stddev: drawn.append(float(stddev)) or sums  # noqa: E731
+    optimizer.clipping_strategy.noised(add, [norms], 1.0, Seen(norms, norms > 0, 7, C))
+    assert np.isclose(drawn[0], sensitivity)

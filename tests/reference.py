@@ -95,7 +95,8 @@ def private_clipped_sum(
     model, x, y=None, sample_weight=None, *, loss, max_grad_norm, gradients="auto", **compile_args
 ):
     """The clipped sum that the private step computes, from its noiseless update."""
-    optimizer_args = {k: compile_args.pop(k) for k in ("microbatch_size",) if k in compile_args}
+    names = ("microbatch_size", "clipping")
+    optimizer_args = {k: compile_args.pop(k) for k in names if k in compile_args}
     weights = [w.copy() for w in model.get_weights()]
     model.compile(
         noiseless_optimizer(max_grad_norm, gradients, **optimizer_args), loss=loss, **compile_args
@@ -111,6 +112,13 @@ def median_norm(model, x, y=None, sample_weight=None, loss=None):
     return float(np.median(norms_of(example_gradients(model, x, y, sample_weight, loss)[0])))
 
 
+def flat(max_grad_norm):
+    """Flat clipping, as an engine is given it."""
+    from keras_dp.clipping import Clip, FlatClipping
+
+    return Clip(FlatClipping(), max_grad_norm)
+
+
 def engine_outcome(
     model, x, y=None, sample_weight=None, *, max_grad_norm, padding=0, clip=None, **engine_args
 ):
@@ -120,19 +128,19 @@ def engine_outcome(
     not real are appended.
     """
     from keras_dp import backend, keras_private
-    from keras_dp.clipping import FlatClipping
     from keras_dp.gradients import Batch, Engine, ExampleLoss
 
     batch = Batch(x, y, sample_weight)
     batch = batch.with_leaves(backend.as_tensors(batch.leaves()))
     keras_private.build_from_batch(model, batch.x, batch.y, batch.sample_weight)
     one = ExampleLoss(model, list(model.trainable_variables), batch)
-    engine = Engine(one, clip or FlatClipping(max_grad_norm), **engine_args)
+    engine = Engine(one, clip or flat(max_grad_norm), **engine_args)
     rows = len(batch.leaves()[0])
     leaves, real = backend.pad_examples(batch.leaves(), rows + padding)
     leaves, more = backend.pad_examples(leaves, engine.padding)
     real = tf.range(len(more)) < rows
-    seeds = backend.per_example_seeds(one.seed_states, len(leaves[0]))
+    views = engine_args.get("views", 1)
+    seeds = backend.per_example_seeds(one.seed_states, len(leaves[0]), views)
     return engine(batch.with_leaves(leaves), real, seeds), engine.name
 
 

@@ -3,40 +3,276 @@
 from __future__ import annotations
 
 import math
+import types
 import warnings
 
 import keras
 import numpy as np
 import pytest
 import tiny
-from keras import ops
+from keras import layers, ops
+from reference import (
+    clipped_sum,
+    example_gradients,
+    norms_of,
+    private_clipped_sum,
+    relative_error,
+)
 
 import keras_dp
-from keras_dp import accounting
-from keras_dp.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping
+from keras_dp import PrivacyError, accounting
+from keras_dp.clipping import (
+    AdaptiveClipping,
+    AutomaticClipping,
+    Clip,
+    Clipping,
+    FlatClipping,
+    PerLayerClipping,
+)
 
-STRATEGIES = [FlatClipping, AutomaticClipping, AdaptiveClipping]
+STRATEGIES = [FlatClipping, PerLayerClipping, AutomaticClipping, AdaptiveClipping]
+MODES = {
+    "graph": {},
+    "eager": {"run_eagerly": True},
+    "xla": {"jit_compile": True},
+    "microbatches": {"microbatch_size": 3},
+}
+
+
+def built(strategy, bound, columns=3):
+    """A strategy for as many layers, as an engine is given it."""
+    made = strategy()
+    made.build([types.SimpleNamespace(path=f"layer{k}/kernel") for k in range(columns)])
+    if isinstance(made, AdaptiveClipping):
+        made.restore(bound)
+    return Clip(made, bound)
+
+
+def weights_of(clip, norms):
+    weights = np.asarray(clip(ops.convert_to_tensor(norms)))
+    return weights if weights.ndim > 1 else weights[:, None]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("bound", [0.3, 1.0, 20.0])
 def test_no_example_comes_out_longer_than_the_sensitivity(strategy, bound):
-    clipping = strategy(bound)
-    norms = np.concatenate([[0.0, 1e-30, 1e30], np.geomspace(1e-6, 1e6, 200)]).astype("float32")
-    clipped = np.asarray(clipping(ops.convert_to_tensor(norms))) * norms
-    assert np.all(clipped <= float(clipping.sensitivity) * (1 + 1e-6))
+    random = np.random.default_rng(1)
+    norms = 10.0 ** random.uniform(-6, 6, (300, 3))
+    norms[:3] = [[0, 0, 0], [1e-30, 0, 0], [1e18, 1, 0]]
+    norms = norms.astype("float32")
+    clipped = weights_of(built(strategy, bound), norms) * norms.astype("f8")
+    longest = np.linalg.norm(clipped, axis=1).max()
+    assert longest <= bound * (1 + 1e-6)
+    assert longest > 0.99 * bound
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_what_is_not_finite_gets_weight_zero(strategy):
-    norms = ops.convert_to_tensor([np.nan, np.inf, 0.5])
-    assert np.asarray(strategy(1.0)(norms))[:2].tolist() == [0.0, 0.0]
+    norms = np.array([[np.nan, 1, 1], [1, np.inf, 1], [3e38, 3e38, 0], [0.5, 0, 0]], "float32")
+    weights = weights_of(built(strategy, 1.0), norms)
+    assert np.all(weights[:3] == 0)
+    assert weights[3, 0] > 0
 
 
 def test_automatic_clipping_scales_all_to_nearly_one_length():
-    norms = ops.convert_to_tensor([0.5, 3.0, 400.0])
-    weights = np.asarray(AutomaticClipping(2.0)(norms))
+    norms = np.array([[0.5], [3.0], [400.0]], "float32")
+    weights = weights_of(built(AutomaticClipping, 2.0, columns=1), norms)[:, 0]
     np.testing.assert_allclose(weights, [2 / 0.51, 2 / 3.01, 2 / 400.01], rtol=1e-6)
+
+
+# -- layer by layer ----------------------------------------------------------------------------
+
+
+def three_layers():
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(5, activation="tanh"),
+            layers.Dense(5, use_bias=False, activation="tanh"),
+            layers.Dense(2),
+        ]
+    )
+
+
+def clipped_by_layer(gradients, owners, bound):
+    """The sum of gradients clipped layer by layer, one example at a time."""
+    share = bound / math.sqrt(len(set(owners)))
+    sums = [np.zeros(g.shape) for g in gradients[0]]
+    for one in gradients:
+        for layer in set(owners):
+            own = [k for k, owner in enumerate(owners) if owner == layer]
+            norm = math.sqrt(sum(np.sum(one[k] ** 2) for k in own))
+            for k in own:
+                sums[k] += one[k] * min(1, share / norm)
+    return sums
+
+
+def problem():
+    random = np.random.default_rng(0)
+    x = (3 * random.normal(size=(6, 4))).astype("float32")
+    return three_layers(), x, random.normal(size=(6, 2)).astype("float32")
+
+
+@pytest.mark.parametrize(
+    ("gradients", "mode"),
+    [
+        *(("ghost", mode) for mode in MODES),
+        ("vectorized", "graph"),
+        ("vectorized", "microbatches"),
+        ("loop", "graph"),
+    ],
+)
+def test_per_layer_clipping_is_that_of_each_layer_in_every_engine(gradients, mode):
+    model, x, y = problem()
+    model.compile("sgd", loss="mse")
+    found, _ = example_gradients(model, x, y)
+    bound = float(np.median(norms_of(found)))
+    got = private_clipped_sum(
+        model,
+        x,
+        y,
+        loss="mse",
+        max_grad_norm=bound,
+        gradients=gradients,
+        clipping="per_layer",
+        **MODES[mode],
+    )
+    assert model.optimizer.engine == gradients
+    assert relative_error(got, clipped_by_layer(found, [0, 0, 1, 2, 2], bound)) < 1e-5
+    assert relative_error(got, clipped_sum(found, bound)) > 1e-2  # flat clipping is another
+
+
+def test_a_strategy_with_arguments_of_its_own():
+    model, x, y = problem()
+    model.compile("sgd", loss="mse")
+    norms = norms_of(example_gradients(model, x, y)[0])
+    got = private_clipped_sum(
+        model, x, y, loss="mse", max_grad_norm=0.5, clipping=AutomaticClipping(stability=3.0)
+    )
+    found, _ = example_gradients(model, x, y)
+    wanted = [
+        sum(0.5 / (n + 3) * one[k] for n, one in zip(norms, found, strict=True))
+        for k in range(len(got))
+    ]
+    assert relative_error(got, wanted) < 1e-5
+
+
+# -- strategies of the user's own --------------------------------------------------------------
+
+
+@keras.saving.register_keras_serializable("test_clipping")
+class Tanh(Clipping):
+    """Lengths become C tanh(length / scale)."""
+
+    def __init__(self, scale=1.0):
+        self.scale = scale
+
+    def __call__(self, norms, max_grad_norm):
+        total = ops.sqrt(ops.sum(ops.square(norms), axis=1)) + 1e-12
+        return max_grad_norm * ops.tanh(total / self.scale) / total
+
+    def get_config(self):
+        return {"scale": self.scale}
+
+
+@pytest.mark.parametrize("mode", ["graph", "xla"])
+def test_a_strategy_of_the_users_own_is_used_and_recorded(mode):
+    model, x, y = problem()
+    model.compile("sgd", loss="mse")
+    found, _ = example_gradients(model, x, y)
+    norms = norms_of(found)
+    got = private_clipped_sum(
+        model, x, y, loss="mse", max_grad_norm=0.5, clipping=Tanh(2.0), **MODES[mode]
+    )
+    weights = 0.5 * np.tanh(norms / 2) / norms
+    wanted = [sum(w * one[k] for w, one in zip(weights, found, strict=True)) for k in range(5)]
+    assert relative_error(got, wanted) < 1e-5
+    assert model.optimizer.ledger.releases[0].clipping == "Tanh"
+
+
+def test_a_strategy_of_the_users_own_is_saved_with_its_arguments(tmp_path):
+    model = tiny.compiled(tiny.sgd(clipping=Tanh(2.0)))
+    model.fit(*tiny.data(), batch_size=16, verbose=0)
+    model.save(tmp_path / "model.keras")
+    strategy = keras.saving.load_model(tmp_path / "model.keras").optimizer.clipping_strategy
+    assert isinstance(strategy, Tanh)
+    assert strategy.scale == 2.0
+
+
+class NoClip(Clipping):
+    def __call__(self, norms, max_grad_norm):
+        return ops.ones_like(norms[:, 0])
+
+
+class Wild(Clipping):
+    """Scales up, turns around, and gives what isn't a number."""
+
+    def __call__(self, norms, max_grad_norm):
+        return ops.where(norms > 1, -1e30 * norms, ops.log(norms - 0.5))
+
+
+@pytest.mark.parametrize("strategy", [NoClip, Wild])
+def test_a_strategy_that_scales_down_too_little_is_held_to_its_sensitivity(strategy):
+    norms = np.geomspace(1e-3, 1e6, 200).reshape(100, 2).astype("float32")
+    weights = weights_of(Clip(strategy(), 1.0), norms)
+    assert np.all(np.isfinite(weights))
+    longest = np.linalg.norm(weights * norms.astype("f8"), axis=1).max()
+    assert 0.99 < longest < 1 + 1e-6
+    model, x, y = problem()
+    got = private_clipped_sum(model, x, y, loss="mse", max_grad_norm=0.01, clipping=strategy())
+    assert np.linalg.norm(np.concatenate([g.ravel() for g in got])) <= 0.06 * (1 + 1e-5)
+
+
+class ByTheMean(Clipping):
+    def __call__(self, norms, max_grad_norm):
+        total = ops.sum(norms, axis=1)
+        return max_grad_norm / (total + ops.mean(total))
+
+
+class OneForAll(Clipping):
+    def __call__(self, norms, max_grad_norm):
+        return max_grad_norm / ops.max(norms)
+
+
+class NoSensitivity(FlatClipping):
+    def sensitivity(self, max_grad_norm):
+        return 0.0 * max_grad_norm
+
+
+@pytest.mark.parametrize(
+    ("strategy", "error", "message"),
+    [
+        (ByTheMean, PrivacyError, "ByTheMean makes the weight of one example depend"),
+        (OneForAll, ValueError, "OneForAll must return one weight for each example"),
+        (NoSensitivity, ValueError, "sensitivity of the clipping strategy"),
+    ],
+)
+def test_a_strategy_that_would_break_the_guarantee_is_refused(strategy, error, message):
+    model = tiny.compiled(tiny.sgd(clipping=strategy()))
+    before = tiny.weights_of(model)
+    with pytest.raises(error, match=message):
+        model.fit(*tiny.data(), batch_size=16, verbose=0)
+    assert tiny.same(before, tiny.weights_of(model))
+    assert model.optimizer.ledger.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "argument"),
+    [
+        (lambda: AutomaticClipping(stability=0), "stability"),
+        (lambda: AutomaticClipping(stability="1"), "stability"),
+        (lambda: AdaptiveClipping(quantile=1.0), "quantile"),
+        (lambda: AdaptiveClipping(rate=-1.0), "rate"),
+        (lambda: tiny.sgd(clipping=FlatClipping), "clipping"),
+        (lambda: tiny.sgd(clipping=None), "clipping"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_named(make, argument):
+    with pytest.raises(ValueError, match=f"`{argument}` must be"):
+        make()
+
+
+# -- in training -------------------------------------------------------------------------------
 
 
 def linear(optimizer, width, **compile_args):
@@ -54,14 +290,6 @@ def quiet_steps(model, x, count=1):
         for _ in range(count):
             model.train_on_batch(x, np.zeros((len(x), 1)))
     return model.layers[0].kernel.numpy()[:, 0]
-
-
-MODES = {
-    "graph": {},
-    "eager": {"run_eagerly": True},
-    "xla": {"jit_compile": True},
-    "microbatches": {"microbatch_size": 3},
-}
 
 
 @pytest.mark.parametrize("mode", MODES)

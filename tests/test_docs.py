@@ -24,7 +24,10 @@ def run(source, namespace):
             exec(code, namespace)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "docs/custom-loops.md", "docs/fine-tuning.md", "docs/guide.md", "docs/models.md"],
+)
 @pytest.mark.filterwarnings("ignore::keras_dp.PrivacyWarning")
 def test_every_python_block_runs(document, monkeypatch, tmp_path):
     blocks = BLOCK.findall((ROOT / document).read_text(encoding="utf-8"))
@@ -49,7 +52,11 @@ def test_a_wrong_number_in_a_comment_is_found():
         "docs/guide.md",
         "docs/architecture.md",
         "docs/benchmarks.md",
+        "docs/custom-loops.md",
+        "docs/fine-tuning.md",
         "docs/guarantees.md",
+        "docs/models.md",
+        "docs/planning.md",
         "docs/privacy-report.md",
     ],
 )

@@ -66,6 +66,13 @@ def test_digits_prints_each_seed_their_mean_and_what_was_spent(run_example):
     assert float(mean) == pytest.approx(sum(map(float, each)) / 2, abs=0.1)
 
 
+def test_a_custom_loop_spends_its_budget(run_example):
+    printed = run_example("custom_loop.py", "--epochs", "2", "--epsilon", "0.7")
+
+    spent = [float(row) for row in re.findall(r"% +(\d\.\d{3})$", printed, re.M)]
+    assert 0.5 < spent[-1] <= 0.7
+
+
 def test_knobs_prints_the_epsilon_of_what_was_trained_and_draws_a_picture(run_example, tmp_path):
     printed = run_example("knobs.py", "--epochs", "1")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 from reference import noiseless_optimizer, update_on_batch
 
@@ -136,7 +137,8 @@ def test_frozen_batch_normalization_stays_and_freezing_keeps_the_statistics():
 def test_layers_of_the_users_own_are_mended_inside():
     model = keras.Sequential([keras.Input((5,)), Block(8), layers.Dense(1)])
     disturb(model)
-    mended = keras_dp.fix_model(model)
+    with pytest.warns(UserWarning, match="'block'.*Change the class"):
+        mended = keras_dp.fix_model(model)
     block = mended.layers[0]
     assert isinstance(block, Block) and not keras_dp.check_model(mended)
     assert type(block.first) is type(block.rest[0]) is layers.GroupNormalization
@@ -173,6 +175,7 @@ def test_frozen_layers_stay_frozen():
     assert len(mended.trainable_weights) == len(model.trainable_weights)
 
 
+# One model of keras.applications: each takes long to trace (docs/models.md has a table of more).
 def test_a_model_of_keras_applications():
     model = keras.applications.MobileNetV3Small(
         weights=None, input_shape=(32, 32, 3), classes=5, include_preprocessing=False
@@ -180,6 +183,292 @@ def test_a_model_of_keras_applications():
     mended = keras_dp.fix_model(model)
     assert len(keras_dp.check_model(model)) == 34 and not keras_dp.check_model(mended)
     assert mended(np.zeros((1, 32, 32, 3))).shape == (1, 5)
+
+
+def stateful_of(layer):
+    return keras.Sequential([keras.Input((3, 4), batch_size=2), layer, layers.Dense(1)])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: layers.Bidirectional(layers.GRU(2, stateful=True)),
+        lambda: layers.RNN([layers.LSTMCell(2), layers.GRUCell(3)], stateful=True),
+        lambda: layers.TimeDistributed(layers.Dense(2)),
+        lambda: layers.TimeDistributed(
+            keras.Sequential([layers.Dense(2), layers.BatchNormalization()])
+        ),
+    ],
+)
+def test_what_wrappers_hold_is_mended_and_a_file_of_it_loads(layer, tmp_path):
+    model = stateful_of(layer())
+    mended = keras_dp.fix_model(model)
+    assert not keras_dp.check_model(mended)
+    copied = [w.path.split("/")[-1] for w in mended.trainable_weights]
+    assert copied == [w.path.split("/")[-1] for w in model.trainable_weights]
+    mended.save(tmp_path / "mended.keras")
+    loaded = keras.saving.load_model(tmp_path / "mended.keras")
+    x = np.random.default_rng(0).normal(size=(2, 3, 4))
+    np.testing.assert_allclose(loaded(x), mended(x), rtol=1e-6)
+    assert not keras_dp.check_model(loaded)
+
+
+def test_recurrent_convolutions_lose_their_state():
+    inputs = keras.Input((2, 5, 5, 1), batch_size=2)
+    model = keras.Model(inputs, layers.ConvLSTM2D(2, 3, stateful=True)(inputs))
+    mended = keras_dp.fix_model(model)
+    x = np.random.default_rng(0).normal(size=(2, 2, 5, 5, 1))
+    np.testing.assert_allclose(mended(x), model(x), rtol=1e-6)
+
+
+class Subclassed(keras.Model):
+    """Layers in attributes, public and not, in a list; two inputs; one layer held twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3)
+        self._normalize = layers.BatchNormalization()
+        self.blocks = [keras.Sequential([layers.Dense(3), layers.BatchNormalization()]), self.dense]
+
+    def call(self, inputs, training=None):
+        x = self._normalize(self.dense(inputs["a"]) + inputs["b"], training=training)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_subclassed_model_is_mended_and_its_weights_are_kept_in_a_file(tmp_path):
+    model = Subclassed()
+    random = np.random.default_rng(0)
+    x = {key: random.normal(size=(4, 3)).astype("float32") for key in "ab"}
+    model(x)
+    assert [p.layer.split("'")[1] for p in keras_dp.check_model(model)] == [
+        model._normalize.name,
+        f"{model.blocks[0].name}/{model.blocks[0].layers[1].name}",
+    ]
+    with pytest.warns(UserWarning, match="save_weights"):
+        mended, again = keras_dp.fix_model(model), keras_dp.fix_model(model)
+    assert mended.blocks[1] is mended.dense and mended.dense is not model.dense
+    np.testing.assert_array_equal(mended.dense.kernel, model.dense.kernel)
+    np.testing.assert_array_equal(
+        mended.blocks[0].layers[0].kernel, model.blocks[0].layers[0].kernel
+    )
+    mended.compile(noiseless_optimizer(1.0), loss="mse")
+    update = update_on_batch(mended, x, np.zeros((4, 3)))
+    assert len(update) == 8 and all(np.any(u != 0) for u in update)
+    mended.save_weights(tmp_path / "a.weights.h5")
+    again.load_weights(tmp_path / "a.weights.h5")
+    np.testing.assert_allclose(again(x), mended(x), rtol=1e-6)
+
+
+class Doubled(keras.Model):
+    """A graph of layers that is called in a way of its own."""
+
+    def __init__(self):
+        inputs = keras.Input((4,))
+        super().__init__(inputs, layers.BatchNormalization(name="inner")(inputs))
+
+    def call(self, x, training=None, mask=None):
+        return 2 * super().call(x, training=training, mask=mask)
+
+
+def test_what_cannot_be_reached_is_not_mended_in_part():
+    with pytest.raises(ValueError, match=r"(?s)by hand.*'inner' \(BatchNormalization\)"):
+        keras_dp.fix_model(Doubled())
+
+
+def test_layers_that_nothing_has_called_are_named():
+    model = Subclassed()
+    model.built = True
+    with pytest.raises(ValueError, match=r"(?s)isn't built.*Call the model on a batch"):
+        keras_dp.fix_model(model)
+
+
+def test_several_inputs_and_outputs_by_name_and_a_layer_used_twice():
+    inputs = {key: keras.Input((4,), name=key) for key in "ab"}
+    dense, normalize = layers.Dense(4), layers.BatchNormalization()
+    a, b = (normalize(dense(t)) for t in inputs.values())
+    model = keras.Model(inputs, {"one": layers.Dense(1)(a), "two": layers.Dense(2)(a + b)})
+    mended = keras_dp.fix_model(model)
+    out = mended({key: np.ones((3, 4)) for key in "ab"})
+    assert {k: v.shape for k, v in out.items()} == {"one": (3, 1), "two": (3, 2)}
+    assert len(mended.trainable_weights) == len(model.trainable_weights) == 8
+
+
+def test_the_copy_of_a_compiled_model_is_not_compiled_and_the_model_stays_so():
+    model = small_model()
+    model.compile("adam", loss="mse")
+    optimizer = model.optimizer
+    assert not keras_dp.fix_model(model).compiled
+    assert model.compiled and model.optimizer is optimizer
+
+
+def test_regularizers_and_constraints_of_scale_and_offset_are_kept():
+    normalize = layers.BatchNormalization(gamma_regularizer="l2", beta_constraint="non_neg")
+    mended = keras_dp.fix_model(keras.Sequential([keras.Input((4, 8)), normalize])).layers[-1]
+    assert mended.gamma.regularizer is not None and mended.beta.constraint is not None
+    assert mended.beta.regularizer is None
+
+
+def test_a_vector_is_normalized_as_one_group_and_a_single_number_cannot_be():
+    mended = keras_dp.fix_model(keras.Sequential([keras.Input((64,)), layers.BatchNormalization()]))
+    assert mended.layers[-1].groups == 1
+    single = keras.Sequential([keras.Input((1,)), layers.BatchNormalization()])
+    with pytest.raises(ValueError, match=r"(?s)single number.*Take the layer out"):
+        keras_dp.fix_model(single)
+    assert keras_dp.fix_model(single, batch_normalization="freeze")(np.ones((2, 1))).shape == (2, 1)
+
+
+def test_what_preprocessing_layers_learned_is_copied():
+    numbers = np.random.default_rng(0).normal(3.0, 2.0, (20, 4)).astype("float32")
+    words = np.array(["a", "b", "a", "c"])
+    normalization, lookup = layers.Normalization(), layers.StringLookup()
+    vectorize = layers.TextVectorization(output_sequence_length=2)
+    normalization.adapt(numbers)
+    lookup.adapt(words)
+    vectorize.adapt(words)
+    x, word = keras.Input((4,)), keras.Input((1,), dtype="string")
+    tokens = layers.Concatenate()([lookup(word), vectorize(word)])
+    outputs = [layers.BatchNormalization()(normalization(x)), layers.Embedding(9, 2)(tokens)]
+    model = keras.Model([x, word], outputs)
+    mended = keras_dp.fix_model(model, batch_normalization="freeze")
+    assert mended.layers[-1] is not model.layers[-1]
+    for a, b in zip(
+        *(m([tf.constant(numbers[:4]), tf.constant(words[:, None])]) for m in (model, mended)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_augmentation_that_mixes_is_taken_out_of_a_pipeline():
+    pipeline = layers.Pipeline([layers.RandomFlip(), layers.MixUp(), layers.AugMix()])
+    model = keras.Sequential([keras.Input((8, 8, 3)), pipeline, layers.Flatten(), layers.Dense(1)])
+    problems = keras_dp.check_model(model)
+    assert sorted(p.layer.split("(")[1] for p in problems) == ["AugMix)", "MixUp)"]
+    mended = keras_dp.fix_model(model)
+    kinds = [type(x).__name__ for x in mended.layers[0].layers]
+    assert kinds == ["RandomFlip", "Identity", "Identity"]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.Softmax(axis=0),
+        layers.Softmax(axis=-2),
+        layers.UnitNormalization(axis=0),
+        layers.RMSNormalization(axis=0),
+        layers.LayerNormalization(axis=[0, 1]),
+        layers.GroupNormalization(1, axis=0),
+    ],
+)
+def test_normalization_over_the_examples_is_refused(layer):
+    model = keras.Sequential([keras.Input((4,), batch_size=3), layer])
+    (problem,) = keras_dp.check_model(model)
+    assert "axis 0" in problem.reason and "-1 for the last" in problem.mend
+    with pytest.raises(ValueError, match="by hand"):
+        keras_dp.fix_model(model)
+
+
+def test_joining_batches_is_refused():
+    inputs = keras.Input((4,))
+    outputs = layers.Concatenate(axis=0)([inputs, layers.Dense(4)(inputs)])
+    (problem,) = keras_dp.check_model(keras.Model(inputs, outputs))
+    assert "(Concatenate)" in problem.layer
+
+
+def test_normalization_within_an_example_and_other_harmless_layers_pass():
+    inputs = keras.Input((6, 4))
+    x = inputs
+    for layer in (
+        layers.Softmax(axis=-2),
+        layers.LayerNormalization(axis=[1, 2]),
+        layers.UnitNormalization(axis=1),
+        layers.Concatenate(axis=1),
+        layers.Dropout(0.5, seed=1),
+        layers.ActivityRegularization(0.1),
+        layers.Normalization(mean=1.0, variance=2.0),
+    ):
+        x = layer([x, x] if isinstance(layer, layers.Concatenate) else x)
+    assert keras_dp.check_model(keras.Model(inputs, x)) == []
+
+
+def test_problems_come_all_at_once_each_with_the_path_to_its_layer():
+    block = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(4), layers.BatchNormalization(name="normalize")],
+        name="block",
+    )
+    inputs = keras.Input((3, 4), batch_size=2)
+    x = layers.TimeDistributed(block, name="each")(inputs)
+    x = layers.LSTM(2, stateful=True, name="memory")(x)
+    x = layers.SpectralNormalization(layers.Dense(2), name="spectral")(x)
+    problems = keras_dp.check_model(keras.Model(inputs, layers.Softmax(axis=0, name="mixed")(x)))
+    assert {p.layer for p in problems} == {
+        "'each/block/normalize' (BatchNormalization)",
+        "'memory' (LSTM)",
+        "'spectral' (SpectralNormalization)",
+        "'mixed' (Softmax)",
+    }
+
+
+def dense_block(x):
+    """As in DenseNet: every layer is given all that came before, joined."""
+    for _ in range(2):
+        y = layers.Activation("relu")(layers.BatchNormalization()(x))
+        x = layers.Concatenate()([x, layers.Conv2D(4, 3, padding="same", use_bias=False)(y)])
+    return x
+
+
+def inverted_bottleneck(x):
+    """As in MobileNet and EfficientNet: depthwise, squeeze and excitation, dropped paths."""
+    y = layers.BatchNormalization()(layers.Conv2D(16, 1, use_bias=False)(x))
+    y = layers.DepthwiseConv2D(3, padding="same", use_bias=False)(layers.Activation("silu")(y))
+    y = layers.Activation("hard_silu")(layers.BatchNormalization()(y))
+    squeezed = layers.Dense(16, activation="sigmoid")(
+        layers.GlobalAveragePooling2D(keepdims=True)(y)
+    )
+    y = layers.BatchNormalization()(layers.Conv2D(8, 1)(y * squeezed))
+    return x + layers.Dropout(0.2, noise_shape=(None, 1, 1, 1))(y)
+
+
+def separable(x):
+    """As in Xception and NASNet."""
+    y = layers.BatchNormalization()(layers.SeparableConv2D(8, 3, padding="same")(x))
+    return layers.Average()([x, layers.ZeroPadding2D(1)(layers.Cropping2D(1)(y))])
+
+
+@pytest.mark.parametrize("block", [dense_block, inverted_bottleneck, separable])
+def test_small_models_built_like_those_of_keras_applications_train(block):
+    inputs = keras.Input((6, 6, 3))
+    x = block(layers.Conv2D(8, 3, padding="same")(layers.Rescaling(1 / 255)(inputs)))
+    model = keras.Model(inputs, layers.Dense(2)(layers.GlobalAveragePooling2D()(x)))
+    mended = keras_dp.fix_model(model)
+    mended.compile(noiseless_optimizer(1.0), loss="mse")
+    images = np.random.default_rng(0).uniform(0, 255, (4, 6, 6, 3))
+    update = update_on_batch(mended, images, np.ones((4, 2)))
+    assert mended.optimizer.engine == "ghost"
+    assert np.mean([np.any(u != 0) for u in update]) > 0.9
+
+
+class Forgetful(layers.Dense):
+    """Its configuration is that of another layer."""
+
+    def get_config(self):
+        return {**super().get_config(), "units": 2}
+
+
+def test_weights_that_do_not_fit_are_named():
+    model = keras.Sequential([keras.Input((4,)), Forgetful(3), layers.Flatten()])
+    with pytest.raises(ValueError, match=r"(?s)'forgetful' \(Forgetful\).*kernel \(4, 3\)"):
+        keras_dp.fix_model(model)
+
+
+def test_low_rank_factors_are_copied():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.BatchNormalization()])
+    model.layers[0].enable_lora(2)
+    disturb(model)
+    mended = keras_dp.fix_model(model)
+    np.testing.assert_array_equal(mended.layers[0].lora_kernel_a, model.layers[0].lora_kernel_a)
+    assert len(mended.trainable_weights) == len(model.trainable_weights)
 
 
 def test_a_layer_that_cannot_be_copied_is_named():

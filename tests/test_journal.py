@@ -323,8 +323,15 @@ class Clockwork:
         )
 
     @property
-    def run(self):
-        return self._book.run
+    def releases(self):
+        return self.steps
+
+    @property
+    def ledger(self):
+        return self._book.ledger
+
+    def runs_after(self, further):
+        return self._book.runs_after(further)
 
     @property
     def own_runs(self):

@@ -14,7 +14,7 @@ import pytest
 
 from keras_dp import PoissonDataset, PrivacyError, ShuffledDataset, backend
 from keras_dp.backend import tensorflow as tensorflow_backend
-from keras_dp.clipping import FlatClipping
+from keras_dp.clipping import Clip, FlatClipping
 from keras_dp.gradients.per_example import OuterProducts
 from keras_dp.noise import NoiseSource
 from keras_dp.optimizers import DPOptimizer
@@ -48,7 +48,12 @@ def weaker_noise():
 
 
 def noise_of_half_the_sensitivity():
-    return FlatClipping, "sensitivity", property(lambda self: self.max_grad_norm / 2)
+    noised = FlatClipping.noised
+    return (
+        FlatClipping,
+        "noised",
+        lambda self, add, sums, sigma, seen: noised(self, add, sums, sigma / 2, seen),
+    )
 
 
 def the_same_noise_in_every_step():
@@ -76,20 +81,22 @@ def one_noise_for_all_variables_of_a_shape():
 
 
 def no_clip():
-    return FlatClipping, "__call__", lambda self, norms: keras.ops.ones_like(norms)
+    return Clip, "__call__", lambda self, norms: keras.ops.ones_like(norms)
 
 
 def clip_that_spares_what_is_not_finite():
     def weights(self, norms):
-        return self.max_grad_norm / keras.ops.maximum(norms, self.max_grad_norm)
+        bound = self.max_grad_norm() if callable(self.max_grad_norm) else self.max_grad_norm
+        bound = keras.ops.cast(bound, norms.dtype)
+        return bound / keras.ops.maximum(backend.total_norms(norms), bound)
 
-    return FlatClipping, "__call__", weights
+    return Clip, "__call__", weights
 
 
 def clip_of_gradients_of_a_scaled_loss():
     """Clipped while they are 128 times as long, and brought back afterwards."""
-    clip = FlatClipping.__call__
-    return FlatClipping, "__call__", lambda self, norms: clip(self, 128 * norms)
+    clip = Clip.__call__
+    return Clip, "__call__", lambda self, norms: clip(self, 128 * norms)
 
 
 def norm_that_omits_the_first_weight():

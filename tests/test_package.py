@@ -92,7 +92,7 @@ def everything_below(module):
     return {name.split(".")[0] for name in seen if name not in MODULES}
 
 
-@pytest.mark.parametrize("module", ["ledger", "errors", "accounting"])
+@pytest.mark.parametrize("module", ["ledger", "errors", "accounting", "planning", "cli"])
 def test_bookkeeping_imports_neither_keras_nor_tensorflow(module):
     assert not everything_below(f"keras_dp.{module}") & {"keras", "tensorflow"}
 

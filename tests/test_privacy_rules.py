@@ -712,9 +712,9 @@ def test_rule_11_clipping_sees_unscaled_gradients_in_float32(name, gradients, mo
 
     dtypes, original = [], FlatClipping.__call__
 
-    def watched(self, norms):
+    def watched(self, norms, max_grad_norm):
         dtypes.append(keras.backend.standardize_dtype(norms.dtype))
-        return original(self, norms)
+        return original(self, norms, max_grad_norm)
 
     monkeypatch.setattr(FlatClipping, "__call__", watched)
     with policy(name):

@@ -20,13 +20,13 @@ from reference import (
     clipped_sum,
     engine_outcome,
     example_gradients,
+    flat,
     norms_of,
     relative_error,
 )
 
 import keras_dp
 from keras_dp import backend, keras_private
-from keras_dp.clipping import FlatClipping
 from keras_dp.gradients import Batch, Engine, ExampleLoss, ghost
 from keras_dp.gradients.per_example import Instantiated, OuterProducts, Rows, combined
 from keras_dp.gradients.rules import convolution, registry
@@ -126,7 +126,7 @@ def ghost_alone(model, x, y, max_grad_norm):
     rows = len(batch.leaves()[0])
     leaves = [*batch.leaves(), *backend.per_example_seeds(loss.seed_states, rows)]
     run = ghost.GhostEngine(loss)
-    sums, norms, losses, _ = run(leaves, tf.fill([rows], True), FlatClipping(max_grad_norm))
+    sums, norms, losses, _ = run(leaves, tf.fill([rows], True), flat(max_grad_norm))
     return sums, norms, losses
 
 
@@ -742,7 +742,7 @@ def sums_and_norm_of_one(model, x, y, engine, seed):
     loss = ExampleLoss(model, list(model.trainable_variables), batch)
     assert loss.seed_states
     seeds = [tf.constant([[seed, 5 + k]], s.dtype) for k, s in enumerate(loss.seed_states)]
-    run = Engine(loss, FlatClipping(0.01), gradients=engine)
+    run = Engine(loss, flat(0.01), gradients=engine)
     outcome = run(batch, tf.constant([True]), seeds)
     assert run.name == engine
     return [np.asarray(s) for s in outcome.sums], float(outcome.norms[0])
@@ -973,7 +973,7 @@ def test_sizes_known_only_when_the_step_runs(name):
         batch, rows = Batch(x, y), tf.shape(x)[0]
         loss = ExampleLoss(model, list(model.trainable_variables), batch)
         seeds = backend.per_example_seeds(loss.seed_states, rows)
-        engine = Engine(loss, FlatClipping(clip_norm), gradients="ghost")
+        engine = Engine(loss, flat(clip_norm), gradients="ghost")
         outcome = engine(batch, tf.fill([rows], True), seeds)
         names.append(engine.name)
         return outcome.sums, outcome.norms

@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
+import tiny
 
 import keras_dp
-from keras_dp import training
+from keras_dp import sampling, training
 
 N, BATCH, STEPS = 2000, 100, 200
 Q = BATCH / N
@@ -527,3 +528,58 @@ def test_bad_input_to_fit_is_refused_before_any_step(seen, arguments, message):
         model.fit(**{"x": ids(40), "y": ids(40), "verbose": 0, **arguments})
     assert not seen
     assert model.optimizer.ledger.steps == 0
+
+
+# -- from the operating system's generator -----------------------------------------------------
+
+
+def test_secure_draws_take_each_example_with_probability_q_by_itself():
+    """Shares, pairs and sizes; each is off by six deviations once in 5e8 runs."""
+    n, batch, draws = 60, 20, 4000
+    data = keras_dp.PoissonDataset(np.arange(n), batch_size=batch, secure_mode=True)
+    joined = np.zeros((draws, n), bool)
+    for row in joined:
+        row[data[0][0]] = True
+    q = 1 / 3
+    deviation = np.sqrt(q * (1 - q) / draws)
+    assert np.all(np.abs(joined.mean(0) - q) < 6 * deviation)
+    together = (joined[:, :-1] & joined[:, 1:]).mean(0)
+    assert np.all(np.abs(together - q**2) < 6 * np.sqrt(q**2 * (1 - q**2) / draws))
+    again = (joined[:-1] & joined[1:]).mean()
+    assert abs(again - q**2) < 6 * np.sqrt(3 * q**2 / draws / n)
+    sizes = joined.sum(1)
+    assert sizes.var() == pytest.approx(n * q * (1 - q), rel=6 * np.sqrt(2 / draws))
+
+
+def test_secure_draws_use_the_systems_generator_and_nothing_else(monkeypatch):
+    data = keras_dp.PoissonDataset(np.arange(5), batch_size=1, secure_mode=True)
+    below, at = (1 << 64) // 5, (1 << 64) // 5 + 1
+    words = np.array([0, below - 2**12, at + 2**12, 2**64 - 1, 2**63], np.uint64)
+    monkeypatch.setattr(sampling.os, "urandom", lambda size: words.tobytes()[:size])
+    monkeypatch.setattr(data, "_generator", None)
+    assert data[0][0].tolist() == [0, 1]
+    assert keras_dp.PoissonDataset(np.arange(5), batch_size=5, secure_mode=True)[0][0].tolist() == [
+        *range(5)
+    ]
+
+
+def test_fit_draws_securely_for_a_secure_optimizer(monkeypatch):
+    x, y = tiny.data(40)
+    for given in ((x, y), (keras_dp.PoissonDataset(x, y, batch_size=8),)):
+        asked = []
+        real = sampling._secure_sample
+        monkeypatch.setattr(
+            sampling,
+            "_secure_sample",
+            lambda n, q: asked.append((n, q)) or real(n, q),  # noqa: B023
+        )
+        model = tiny.compiled(tiny.sgd(secure_mode=True))
+        arguments = {"batch_size": 8} if len(given) == 2 else {}
+        model.fit(*given, **arguments, verbose=0)
+        assert asked and set(asked) == {(40, 0.2)}
+        monkeypatch.undo()
+
+
+def test_secure_draws_can_not_be_seeded():
+    with pytest.raises(ValueError, match="A seed makes batches repeatable"):
+        keras_dp.PoissonDataset(np.arange(5), batch_size=2, seed=1, secure_mode=True)

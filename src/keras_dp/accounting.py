@@ -241,6 +241,70 @@ def calibrate_steps(
     return _most_steps(counts, target, delta, accountant, _MOST_STEPS)
 
 
+def calibrate_batch_size(
+    *,
+    target_epsilon: float,
+    delta: float,
+    num_examples: int,
+    noise_multiplier: float,
+    epochs: int | None = None,
+    steps: int | None = None,
+    accountant: str = "pld",
+) -> int:
+    """The largest batch size with which a plan stays within an epsilon.
+
+    Poisson-sampled batches and zero-out (add or remove one example) adjacency,
+    as in `compute_epsilon`.
+
+    Args:
+        target_epsilon: The epsilon to stay within.
+        delta: The delta of the guarantee, in (0, 1).
+        num_examples: Examples in the training data.
+        noise_multiplier: sigma, the noise's standard deviation divided by the
+            clipping norm.
+        epochs: Epochs to train. Give either this or `steps`.
+        steps: Optimizer steps to train. Give either this or `epochs`.
+        accountant: `"pld"` (tight) or `"rdp"`.
+
+    Returns:
+        The batch size: a batch with one example more would exceed the target
+        (unless it is `num_examples`). 0 if even batches of one example do.
+
+    Raises:
+        ValueError: If an argument has a wrong type or value.
+
+    Example:
+
+    >>> from keras_dp import accounting
+    >>> accounting.calibrate_batch_size(
+    ...     target_epsilon=2.5, delta=1e-5, num_examples=1000, noise_multiplier=4.0, steps=100
+    ... )
+    249
+    """
+    target = _number("target_epsilon", target_epsilon, above=0.0)
+    delta, accountant = check_delta(delta), check_accountant(accountant)
+    n = _whole("num_examples", num_examples, least=1)
+    sigma = _number("noise_multiplier", noise_multiplier, least=0.0)
+
+    def counts(batch_size: float) -> _Counts:
+        rate, total = _plan(n, int(batch_size), epochs, steps)
+        return ((rate, sigma, total),) if total else ()
+
+    reported, *rough = _excesses(counts, target, delta, accountant)
+    # For a number of steps, epsilon rises with the batch. For a number of
+    # epochs and little noise it rises, and then falls again towards a batch of
+    # all examples. So the largest comes first, and what is left to find, if it
+    # doesn't fit, is the one place where epsilon rises above the target.
+    if reported(n) <= 0:
+        return n
+    if reported(1) > 0:
+        return 0
+    size, slope = math.sqrt(n), 0.5
+    for excess in rough:
+        size, slope = _cross(excess, max(size, 1), slope, 1, n, close=2e-3, whole=True)
+    return int(_cross(reported, max(size, 1), slope, 1, n, close=0, whole=True)[0])
+
+
 # --- ledgers ----------------------------------------------------------------
 
 
@@ -317,13 +381,36 @@ def remaining_steps(
     ... )
     1000
     """
+    made, release = _releases(ledger), _release(release)
+    return most_further_steps(
+        lambda steps: _extend(made, release, steps),
+        epsilon=epsilon,
+        delta=delta,
+        accountant=accountant,
+        at_most=at_most,
+    )
+
+
+def most_further_steps(
+    after: Callable[[int], Iterable[Release]],
+    *,
+    epsilon: float,
+    delta: float,
+    accountant: str = "pld",
+    at_most: int | None = None,
+) -> int:
+    """`remaining_steps`, for steps that need not be alike.
+
+    Args:
+        after: From a number of further steps to all that will have been released.
+        epsilon, delta, accountant, at_most: As for `remaining_steps`.
+    """
     target = _number("epsilon", epsilon, above=0.0)
     delta, accountant = check_delta(delta), check_accountant(accountant)
-    made, release = _releases(ledger), _release(release)
     most = _MOST_STEPS if at_most is None else _whole("at_most", at_most, least=0)
 
     def counts(steps: int) -> _Counts:
-        return _counts(_extend(made, release, steps))
+        return _counts(after(steps))
 
     if at_most is not None and _epsilon(counts(most), delta, accountant) <= target:
         return most
@@ -458,7 +545,8 @@ def _excesses(
 
     def excess(method: str, coarser: int, x: float) -> float:
         epsilon = _epsilon(counts(x), delta, method, coarser)
-        return min(max(math.log(max(epsilon, 1e-300) / target), -50.0), 50.0)
+        # Not the logarithm of a ratio, which can underflow to 0.
+        return min(max(math.log(max(epsilon, 1e-300)) - math.log(target), -50.0), 50.0)
 
     methods = [(accountant, 1)]
     if accountant == "pld":

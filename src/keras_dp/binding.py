@@ -13,6 +13,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from keras import tree
 
 from . import backend, keras_private
 from .compatibility import require_trainable_privately
-from .errors import PrivacyError
+from .errors import PrivacyError, PrivacyWarning
 from .ledger import PrivacyLedger, Release
 from .optimizers import DPOptimizer
 from .sampling import (
@@ -33,6 +34,7 @@ from .sampling import (
     common_length,
     split_for_validation,
 )
+from .waiting import said_if_slow
 
 _BOUND = ("train_step", "make_train_function")
 _LEDGER = "_keras_dp_ledger"  # where a model keeps its ledger between two DP optimizers
@@ -46,6 +48,7 @@ def install() -> None:
         ("compile", _compile_of),
         ("fit", _fit_of),
         ("train_on_batch", _train_on_batch_of),
+        ("save", _save_of),
     ):
         owner = next(c for c in keras.Model.__mro__ if name in vars(c))
         original = vars(owner)[name]
@@ -75,6 +78,24 @@ def _compile_of(original: Callable[..., Any]) -> Callable[..., Any]:
             vars(self)[_LEDGER] = ledger
 
     return compile
+
+
+def _save_of(original: Callable[..., Any]) -> Callable[..., Any]:
+    def save(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
+        compiled = getattr(self, "optimizer", None)
+        if not isinstance(compiled, DPOptimizer) and ledger_of(self).steps:
+            warnings.warn(
+                f"The model '{self.name}' was trained privately and then compiled with "
+                f"{type(compiled).__name__}, which can't take its privacy ledger into the file: "
+                "who loads it will not see what was spent, nor whether it was trained without "
+                "protection since. Call keras_dp.privacy_report(model) now and keep it with the "
+                "file, or save before you compile with an ordinary optimizer.",
+                PrivacyWarning,
+                stacklevel=2,
+            )
+        return original(self, *args, **kwargs)
+
+    return save
 
 
 def ledger_of(model: keras.Model) -> PrivacyLedger:
@@ -193,6 +214,7 @@ def _train_on_batch_of(original: Callable[..., Any]) -> Callable[..., Any]:
         optimizer = _private_optimizer(self)
         if optimizer is not None:
             keras_private.seed_states_of(self)  # keras.utils.set_random_seed drops one of them
+            optimizer.require_same_weights(self)
             optimizer.begin_train_on_batch()
         return original(self, *args, **kwargs)
 
@@ -211,6 +233,7 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
         given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
         del given["self"]
         require_trainable_privately(self)
+        optimizer.require_same_weights(self)
         sampling, steps = _private_source(given, optimizer)
         declaration = _FitDeclaration(
             optimizer, sampling, steps, given.get("initial_epoch", 0), given.get("epochs", 1)
@@ -249,7 +272,7 @@ def _private_source(given: dict[str, Any], optimizer: DPOptimizer) -> tuple[Samp
                 "validation_data=(x_val, y_val)."
             )
         if type(x) in (PoissonDataset, ShuffledDataset):
-            return _own_dataset(given, x, steps)
+            return _own_dataset(given, x, steps, optimizer.secure_mode)
         return _foreign_source(given, x, batch_size, optimizer, steps)
 
     if given.get("shuffle", True) is not True:
@@ -277,16 +300,21 @@ def _private_source(given: dict[str, Any], optimizer: DPOptimizer) -> tuple[Samp
         n = common_length(x, y, weights)
         batch_size = min(-(-n // steps) if steps else _DEFAULT_BATCH_SIZE, n)
     dataset = PoissonDataset(x, y, weights, batch_size=batch_size, seed=optimizer.seed)
-    return _own_dataset(given, dataset, steps)
+    return _own_dataset(given, dataset, steps, optimizer.secure_mode)
 
 
 def _own_dataset(
-    given: dict[str, Any], dataset: PoissonDataset | ShuffledDataset, steps: int | None
+    given: dict[str, Any],
+    dataset: PoissonDataset | ShuffledDataset,
+    steps: int | None,
+    secure_mode: bool,
 ) -> tuple[Sampling, int | None]:
     given["x"] = dataset
     given.pop("steps_per_epoch", None)
     given["shuffle"] = False  # both are random already
     if isinstance(dataset, PoissonDataset):
+        if secure_mode and dataset.seed is None:
+            dataset.secure_mode = True
         dataset.set_num_batches(steps or dataset.steps_per_epoch)
     elif steps is not None and steps != len(dataset):
         raise ValueError(
@@ -418,4 +446,9 @@ class _FitDeclaration(keras.callbacks.Callback):
             first = keras_private.resumed_epoch(self.model) or self._initial_epoch
             epochs = self.params.get("epochs", self._epochs)
             planned = max(epochs - first, 0) * self._steps_per_epoch
-        self._optimizer.begin_fit(self._sampling, planned)
+        what = "Calibrating the noise to the target epsilon"
+        with said_if_slow(what, silent=not self.params.get("verbose", 1)):
+            self._optimizer.begin_fit(self._sampling, planned)
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._optimizer.announce(int(self.model.steps_per_execution))

@@ -14,6 +14,7 @@ import keras
 from . import accounting, journal
 from .errors import PrivacyBudgetExceeded, PrivacyError, PrivacyWarning
 from .ledger import PrivacyLedger, Release
+from .waiting import said_if_slow
 
 _MOST_AHEAD = 1000  # steps that the journal may be ahead of training (or one execution's)
 
@@ -148,7 +149,9 @@ class PrivacyBudget(keras.callbacks.Callback):
         steps, epochs = self.params.get("steps"), self.params.get("epochs")
         known = steps is not None and epochs is not None
         planned = steps * max(epochs - epoch, 0) if known else None
-        allowed = self._optimizer.limit_steps(**budget, at_most=planned)
+        what = f"Finding how many steps epsilon = {self.epsilon:g} allows"
+        with said_if_slow(what, silent=not self.params.get("verbose", 1)):
+            allowed = self._optimizer.limit_steps(**budget, at_most=planned)
         self._optimizer.budget = budget
         self._limited = planned is None or allowed < planned
         if self._journal is not None:
@@ -223,6 +226,7 @@ class _Reservations:
         self._cap: int | None = None
         self._block = 1
         self._written: tuple[float, int] | None = None
+        self._known: dict[str, int] = {}  # steps written ahead, by run
 
     def recover(self, optimizer: Any) -> None:
         """Adds to the optimizer's ledger what the journal knows, before training starts.
@@ -260,33 +264,38 @@ class _Reservations:
 
     def cap(self, optimizer: Any, allowed: int) -> None:
         """No more steps than `allowed` can run: the optimizer itself stops there."""
-        self._cap = optimizer.run.steps + allowed
+        self._cap = optimizer.releases + allowed
 
     def reserve(self, optimizer: Any, steps: int) -> None:
         """Writes ahead of the next `steps` steps, if that was not done."""
         self._most += steps
         if self._most <= self._reserved:
             return
-        run, now = optimizer.run, time.monotonic()
-        self._most = run.steps + steps
+        made, now = optimizer.releases, time.monotonic()
+        self._most = made + steps
         if self._written is not None:  # at most doubled, since the first steps say little
             then, taken = self._written
-            rate = (run.steps - taken) / max(now - then, 1e-3)
+            rate = (made - taken) / max(now - then, 1e-3)
             self._block = max(1, min(2 * self._block, math.ceil(rate), _MOST_AHEAD))
         # A thousandth of the steps so far keeps the journal of a long training short.
-        ahead = max(steps, self._block, min(run.steps // 1000, _MOST_AHEAD))
-        wanted = run.steps + ahead if self._cap is None else min(run.steps + ahead, self._cap)
+        ahead = max(steps, self._block, min(made // 1000, _MOST_AHEAD))
+        wanted = made + ahead if self._cap is None else min(made + ahead, self._cap)
         if wanted > self._reserved:
-            self._journal.append("reserved", run.with_steps(wanted))
+            for run in optimizer.runs_after(wanted - made):
+                if self._known.get(run.id) != run.steps:
+                    self._journal.append("reserved", run)
+                    self._known[run.id] = run.steps
             self._reserved = wanted
-        self._written = (now, run.steps)
+        self._written = (now, made)
 
     def settle(self, optimizer: Any) -> None:
         """Writes down how many steps the run has taken."""
         if not self._reserved:
             return
         try:
-            self._journal.append("exact", optimizer.run)
+            exact = {run.id: run for run in optimizer.ledger}
+            for run in optimizer.runs_after(max(self._reserved - optimizer.releases, 0)):
+                self._journal.append("exact", exact.get(run.id, run.with_steps(0)))
         except (PrivacyError, ValueError) as error:
             # The reservation stands, which is safe; what was trained must not be lost for it.
             warnings.warn(

@@ -1,4 +1,18 @@
-"""Per-example norms to per-example weights, and the sensitivity that follows."""
+"""Per-example norms to per-example weights, and the sensitivity that follows.
+
+The strategies that an optimizer's `clipping=` takes by name, to be made with
+other arguments, and `Clipping`, the base of one of your own.
+
+Example:
+
+>>> import keras_dp
+>>> optimizer = keras_dp.DPSGD(
+...     0.1,
+...     max_grad_norm=1.0,
+...     noise_multiplier=1.1,
+...     clipping=keras_dp.clipping.AdaptiveClipping(quantile=0.7),
+... )
+"""
 
 from __future__ import annotations
 
@@ -6,9 +20,21 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
+import numpy as np
 from keras import ops
 
 from . import backend
+from .errors import PrivacyError
+
+__all__ = [
+    "AdaptiveClipping",
+    "AutomaticClipping",
+    "Clipping",
+    "FlatClipping",
+    "PerLayerClipping",
+    "Seen",
+]
 
 AddNoise = Callable[[Sequence[Any], Any], list[Any]]
 
@@ -21,24 +47,82 @@ class Seen:
         norms: Per-example norms before clipping, (rows,).
         real: Mask, (rows,): padding is false.
         batch_size: The expected batch size, a scalar.
+        max_grad_norm: C as the optimizer was given it, a scalar.
+        norms_by_variable: Of the gradient of each variable, (rows, variables).
     """
 
     norms: Any
     real: Any
     batch_size: Any
+    max_grad_norm: Any
+    norms_by_variable: Any = None
 
 
 class Clipping:
-    """How norms become clip weights, and a clipped sum is noised."""
+    """How an example's gradient is scaled down; the base of every strategy.
+
+    A strategy of your own subclasses it, defines `__call__`, and is given to an
+    optimizer as `clipping=`. Two promises are kept for it, whatever it returns:
+    an example whose scaled gradient is longer than `sensitivity` is scaled
+    down to that, and one with a gradient that isn't finite contributes nothing.
+    What it must see to itself: the weight of an example follows from that
+    example's norms alone. That is tried on made-up norms before training.
+
+    Formal guarantee: with `w_iv` the weight of example i for variable v,
+    `sum_v ||w_iv g_iv||^2 <= sensitivity^2` for every example, so adding,
+    removing or zeroing one example changes the sum by at most `sensitivity`,
+    and the noise has standard deviation `noise_multiplier * sensitivity`.
+
+    Register a strategy with `keras.saving.register_keras_serializable`, and
+    define `get_config` if it has arguments, so that a saved model can be loaded.
+
+    Example: smooth clipping, which never scales up and has no kink at C.
+
+    >>> import keras, keras_dp
+    >>> from keras import ops
+    >>> @keras.saving.register_keras_serializable("examples")
+    ... class SmoothClipping(keras_dp.clipping.Clipping):
+    ...     def __call__(self, norms, max_grad_norm):
+    ...         total = ops.sqrt(ops.sum(ops.square(norms), axis=1))
+    ...         return max_grad_norm / ops.sqrt(ops.square(max_grad_norm) + ops.square(total))
+    >>> optimizer = keras_dp.DPSGD(
+    ...     0.1, max_grad_norm=1.0, noise_multiplier=1.0, clipping=SmoothClipping()
+    ... )
+    """
 
     @property
-    def sensitivity(self) -> Any:
-        """The L2 sensitivity of the clipped sum to one example."""
-        raise NotImplementedError
+    def name(self) -> str:
+        """What the ledger and the report call it."""
+        return type(self).__name__
 
-    def __call__(self, norms: Any) -> Any:
-        """Clip weights, shape (rows,), from per-example norms, shape (rows,)."""
-        raise NotImplementedError
+    def build(self, variables: Sequence[Any]) -> None:
+        """Told the trainable variables, in the order of the norms' columns, before a step."""
+
+    def norm(self, max_grad_norm: Any) -> Any:
+        """C of this step, from the one that the optimizer was given: a scalar tensor."""
+        return max_grad_norm
+
+    def sensitivity(self, max_grad_norm: Any) -> Any:
+        """The L2 sensitivity of the clipped sum to one example: a scalar tensor.
+
+        Args:
+            max_grad_norm: C of this step.
+        """
+        return max_grad_norm
+
+    def __call__(self, norms: Any, max_grad_norm: Any) -> Any:
+        """Clip weights from per-example norms.
+
+        Args:
+            norms: The norm of each example's gradient of each trainable
+                variable, before clipping, (rows, variables). May hold infinities.
+            max_grad_norm: C of this step, a scalar of the same type.
+
+        Returns:
+            One weight for each example, (rows,), or one for each of its
+            variables, (rows, variables).
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
     def noised(self, add_noise: AddNoise, sums: list[Any], sigma: Any, seen: Seen) -> list[Any]:
         """The sums with Gaussian noise: one Gaussian mechanism of noise multiplier sigma.
@@ -49,10 +133,148 @@ class Clipping:
             sigma: The noise multiplier, a scalar.
             seen: What else the step knows of its examples.
         """
-        return add_noise(sums, sigma * self.sensitivity)
+        return add_noise(sums, sigma * self.sensitivity(self.norm(seen.max_grad_norm)))
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, for saving."""
+        return {}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Clipping:
+        """The strategy that `get_config` described."""
+        return cls(**config)
+
+
+def _total(norms: Any) -> Any:
+    return ops.sqrt(ops.sum(ops.square(norms), axis=1))
+
+
+def _scale_down(norms: Any, bound: Any) -> Any:
+    return bound / ops.maximum(norms, bound)
+
+
+def layers_of(variables: Sequence[Any]) -> tuple[list[str], np.ndarray]:
+    """The layers that own variables, and which owns which.
+
+    Returns:
+        The layers' paths; and (variables, layers), 1 where a layer owns a variable, else 0.
+    """
+    paths = [v.path.rpartition("/")[0] for v in variables]
+    unique = list(dict.fromkeys(paths))
+    return unique, np.array([[path == one for one in unique] for path in paths], "float32")
 
 
 @dataclasses.dataclass(frozen=True)
+class SplitNoise:
+    """One step's noise, divided between the sum and a count of examples.
+
+    Formal guarantee: the sum gets noise of multiplier `of_sum`, and the count, to
+    which an example adds at most 1/2 (`share` takes 1/2 off each example's 0 or
+    1), noise of standard deviation `of_count`. Since
+    `of_sum^-2 + (2 of_count)^-2 = sigma^-2`, the two together are one Gaussian
+    mechanism of noise multiplier sigma (Andrew et al. 2021, arXiv 1905.03871,
+    theorem 1), and that is what is accounted: the larger noise on the sum is
+    never what epsilon is computed from.
+
+    Args:
+        of_sum: The noise multiplier that remains for the sum.
+        of_count: The standard deviation of the noise on the count.
+    """
+
+    of_sum: Any
+    of_count: Any
+
+    @classmethod
+    def of(cls, sigma: Any, batch_size: Any) -> SplitNoise:
+        """Divides sigma, a scalar, for an expected batch size."""
+        # A twentieth of the batch, as in the paper; more where that is less than sigma.
+        of_count = ops.maximum(ops.cast(batch_size, sigma.dtype) / 20, sigma)
+        return cls(sigma / ops.sqrt(1 - ops.square(sigma / (2 * of_count))), of_count)
+
+    def share(self, add_noise: AddNoise, chosen: Any, seen: Seen) -> Any:
+        """The noised share of the examples for which `chosen`, (rows,), is true."""
+        dtype = self.of_count.dtype
+        halves = ops.cast(chosen, dtype) - 0.5
+        halves = ops.where(seen.real, halves, ops.zeros_like(halves))
+        (excess,) = add_noise([ops.sum(halves)], self.of_count)
+        return excess / ops.cast(seen.batch_size, dtype) + 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """What an engine is given: a strategy with C, held to what it promises.
+
+    Args:
+        strategy: The strategy.
+        max_grad_norm: C, or what returns it when the step runs.
+    """
+
+    strategy: Clipping
+    max_grad_norm: Any
+
+    def __call__(self, norms: Any) -> Any:
+        """Clip weights, (rows,) or (rows, variables), from norms, (rows, variables)."""
+        given = self.max_grad_norm
+        bound = self.strategy.norm(ops.cast(given() if callable(given) else given, norms.dtype))
+        weights = ops.cast(self.strategy(norms, bound), norms.dtype)
+        finite = ops.isfinite(_total(norms))
+        if len(weights.shape) > 1:
+            finite = ops.expand_dims(finite, 1)
+        # A gradient that isn't finite would make its weight not a number, or 0 times infinite.
+        weights = ops.where(finite, weights, ops.zeros_like(weights))
+        kept = norms * (weights if len(weights.shape) > 1 else ops.expand_dims(weights, 1))
+        kept = _total(ops.where(ops.isfinite(norms), kept, ops.zeros_like(kept)))
+        least = ops.cast(self.strategy.sensitivity(bound), norms.dtype)
+        factor = ops.minimum(least / ops.maximum(kept, least), 1)
+        # A weight that isn't a number has no norm to compare: such an example stays out.
+        factor = ops.where(ops.isfinite(factor), factor, ops.zeros_like(factor))
+        if len(weights.shape) > 1:
+            factor = ops.expand_dims(factor, 1)
+        return ops.where(ops.isfinite(weights), weights, ops.zeros_like(weights)) * factor
+
+
+def require_apart(strategy: Clipping, variables: Sequence[Any]) -> None:
+    """Tries on made-up norms that one example's weight doesn't depend on the others.
+
+    Raises:
+        PrivacyError: If it does.
+        ValueError: If the strategy returns weights of a wrong shape, or for one example alone
+            can't return any.
+    """
+    rows, count = 5, len(variables)
+    norms = np.random.default_rng(0).exponential(2.0, (rows, count)).astype("float32")
+    bound = ops.cast(1.0, "float32")
+
+    def weights(part: np.ndarray) -> np.ndarray:
+        found = np.asarray(
+            ops.convert_to_numpy(strategy(ops.convert_to_tensor(part), bound)), "float64"
+        )
+        if found.shape not in ((len(part),), part.shape):
+            raise ValueError(
+                f"The clipping strategy {strategy.name} must return one weight for each example, "
+                f"of shape (rows,), or one for each of its variables, (rows, variables). For "
+                f"norms of shape {part.shape} it returned shape {found.shape}."
+            )
+        return found
+
+    sensitivity = float(ops.convert_to_numpy(strategy.sensitivity(bound)))
+    if not 0 < sensitivity < np.inf:
+        raise ValueError(
+            f"The sensitivity of the clipping strategy {strategy.name} must be positive and "
+            f"finite. For max_grad_norm=1 it is {sensitivity}."
+        )
+    together = weights(norms)
+    alone = np.concatenate([weights(norms[i : i + 1]) for i in range(rows)])
+    if not np.allclose(together, alone, rtol=1e-4, atol=1e-6, equal_nan=True):
+        raise PrivacyError(
+            f"The clipping strategy {strategy.name} makes the weight of one example depend on the "
+            "norms of the others, so that one example can change what all of them contribute. "
+            "Compute each example's weight from its own row of `norms` (no mean, maximum or other "
+            "statistics over axis 0)."
+        )
+
+
+@keras.saving.register_keras_serializable(package="keras_dp")
 class FlatClipping(Clipping):
     """Scales each example's whole gradient down to L2 norm `max_grad_norm`.
 
@@ -65,26 +287,50 @@ class FlatClipping(Clipping):
     Edge cases: a gradient of norm 0 keeps weight 1 (and adds 0); a norm that is
     infinite or not a number, from a non-finite gradient or one whose square
     overflows, gets weight 0: that example contributes nothing.
-
-    Args:
-        max_grad_norm: C, positive and finite.
     """
 
-    max_grad_norm: float
+    name = "flat"
 
-    @property
-    def sensitivity(self) -> float:
-        """The L2 sensitivity of the clipped sum to one example."""
-        return self.max_grad_norm
-
-    def __call__(self, norms: Any) -> Any:
-        """Clip weights, shape (rows,), from per-example norms, shape (rows,)."""
-        bound = ops.cast(self.max_grad_norm, norms.dtype)
-        weights = bound / ops.maximum(norms, bound)
-        return ops.where(ops.isfinite(norms), weights, ops.zeros_like(norms))
+    def __call__(self, norms: Any, max_grad_norm: Any) -> Any:
+        """Clip weights, (rows,), from norms, (rows, variables)."""
+        return _scale_down(_total(norms), max_grad_norm)
 
 
-@dataclasses.dataclass(frozen=True)
+@keras.saving.register_keras_serializable(package="keras_dp")
+class PerLayerClipping(Clipping):
+    """Scales each example's gradient down layer by layer.
+
+    The L layers that own trainable variables each get `C_l = C / sqrt(L)`, and
+    `c_il = min(1, C_l / ||g_il||)` (McMahan et al. 2018, "Learning
+    differentially private recurrent language models", arXiv 1710.06963). A
+    layer with large gradients then doesn't take the room of the others.
+
+    Formal guarantee: `sum_l ||c_il g_il||^2 <= L C_l^2 = C^2` for every example,
+    so adding, removing or zeroing one example changes the sum by at most `C` in
+    L2 norm, all layers together.
+
+    Edge cases: as for `FlatClipping`; a gradient that isn't finite in one layer
+    keeps the example out of all.
+    """
+
+    name = "per_layer"
+
+    def __init__(self) -> None:
+        self._layers = np.ones((1, 1), "float32")
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Told the trainable variables: those of one path, up to their own names, are a layer."""
+        _, self._layers = layers_of(variables)
+
+    def __call__(self, norms: Any, max_grad_norm: Any) -> Any:
+        """Clip weights, (rows, variables), from norms, (rows, variables)."""
+        layers = ops.cast(self._layers, norms.dtype)
+        of_layers = ops.sqrt(ops.matmul(ops.square(norms), layers))
+        weights = _scale_down(of_layers, max_grad_norm / layers.shape[1] ** 0.5)
+        return ops.matmul(weights, ops.transpose(layers))
+
+
+@keras.saving.register_keras_serializable(package="keras_dp")
 class AutomaticClipping(Clipping):
     """Scales every example's gradient to nearly one length, so that C needs no tuning.
 
@@ -98,31 +344,35 @@ class AutomaticClipping(Clipping):
     Edge cases: as for `FlatClipping`.
 
     Args:
-        max_grad_norm: C, positive and finite.
         stability: gamma, positive: keeps examples with a gradient of nearly
             zero from being scaled up without bound.
+
+    Raises:
+        ValueError: If `stability` isn't positive and finite.
     """
 
-    max_grad_norm: float
-    stability: float = 0.01
+    name = "automatic"
 
-    @property
-    def sensitivity(self) -> float:
-        """The L2 sensitivity of the clipped sum to one example."""
-        return self.max_grad_norm
+    def __init__(self, stability: float = 0.01) -> None:
+        self.stability = _between("stability", stability, 0, np.inf)
 
-    def __call__(self, norms: Any) -> Any:
-        """Clip weights, shape (rows,), from per-example norms, shape (rows,)."""
-        weights = ops.cast(self.max_grad_norm, norms.dtype) / (norms + self.stability)
-        return ops.where(ops.isfinite(norms), weights, ops.zeros_like(norms))
+    def __call__(self, norms: Any, max_grad_norm: Any) -> Any:
+        """Clip weights, (rows,), from norms, (rows, variables)."""
+        return max_grad_norm / (_total(norms) + self.stability)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, for saving."""
+        return {"stability": self.stability}
 
 
+@keras.saving.register_keras_serializable(package="keras_dp")
 class AdaptiveClipping(Clipping):
     """Flat clipping whose norm follows a quantile of the gradients' norms.
 
     After each step, C moves by a factor `exp(-rate (b - quantile))`, b a noised
     share of the examples whose norm is at most C (Andrew et al. 2021,
     "Differentially private learning with adaptive clipping", arXiv 1905.03871).
+    The optimizer's `max_grad_norm` is the C to start from.
 
     Formal guarantee: an example contributes at most C_t to the sum of step t,
     which gets noise of standard deviation `sigma_sum C_t`, and at most 1/2 to the
@@ -133,20 +383,25 @@ class AdaptiveClipping(Clipping):
     the larger noise on the sum is never what epsilon is computed from.
 
     Args:
-        max_grad_norm: The C to start from, positive and finite.
         quantile: The share of examples that should not be clipped.
         rate: How fast C moves.
+
+    Raises:
+        ValueError: If `quantile` isn't between 0 and 1, or `rate` isn't positive.
     """
 
-    def __init__(self, max_grad_norm: float, quantile: float = 0.5, rate: float = 0.2) -> None:
-        self.quantile = quantile
-        self.rate = rate
-        self._norm = backend.Scalar(max_grad_norm)
+    name = "adaptive"
+
+    def __init__(self, quantile: float = 0.5, rate: float = 0.2) -> None:
+        self.quantile = _between("quantile", quantile, 0, 1)
+        self.rate = _between("rate", rate, 0, np.inf)
+        self._norm = backend.Scalar(0.0)
+        self._share = backend.Scalar(self.quantile)
 
     @property
-    def sensitivity(self) -> Any:
-        """The L2 sensitivity of the clipped sum to one example: C as it is now."""
-        return self._norm.tensor
+    def noised_share(self) -> Any:
+        """The noised share of the last step's examples that were not clipped, a scalar tensor."""
+        return self._share.tensor
 
     @property
     def max_grad_norm(self) -> float:
@@ -154,29 +409,58 @@ class AdaptiveClipping(Clipping):
         return self._norm.read()
 
     def restore(self, max_grad_norm: float) -> None:
-        """Goes on from a C that was saved."""
+        """Goes on from this C."""
         self._norm.set(max_grad_norm)
 
-    def __call__(self, norms: Any) -> Any:
-        """Clip weights, shape (rows,), from per-example norms, shape (rows,)."""
-        bound = ops.cast(self._norm.tensor, norms.dtype)
-        weights = bound / ops.maximum(norms, bound)
-        return ops.where(ops.isfinite(norms), weights, ops.zeros_like(norms))
+    def norm(self, max_grad_norm: Any) -> Any:
+        """C as it is now."""
+        return ops.cast(self._norm.tensor, max_grad_norm.dtype)
+
+    def __call__(self, norms: Any, max_grad_norm: Any) -> Any:
+        """Clip weights, (rows,), from norms, (rows, variables)."""
+        return _scale_down(_total(norms), max_grad_norm)
 
     def noised(self, add_noise: AddNoise, sums: list[Any], sigma: Any, seen: Seen) -> list[Any]:
         """Noises the sums and the count, and moves C by what the noised count says."""
-        batch_size = ops.cast(seen.batch_size, sigma.dtype)
-        # A twentieth of the batch, as in the paper; more where that is less than sigma.
-        of_count = ops.maximum(batch_size / 20, sigma)
-        of_sum = sigma / ops.sqrt(1 - ops.square(sigma / (2 * of_count)))
-        noised = add_noise(sums, of_sum * self.sensitivity)
-        bound = ops.cast(self._norm.tensor, seen.norms.dtype)
-        halves = ops.cast(seen.norms <= bound, sigma.dtype) - 0.5
-        halves = ops.where(seen.real, halves, ops.zeros_like(halves))
-        (excess,) = add_noise([ops.sum(halves)], of_count)
-        share = excess / batch_size + 0.5
-        self._norm.assign(self._norm.tensor * ops.exp(self.rate * (self.quantile - share)))
+        split = SplitNoise.of(sigma, seen.batch_size)
+        bound = self._norm.tensor
+        noised = add_noise(sums, split.of_sum * bound)
+        share = split.share(add_noise, seen.norms <= ops.cast(bound, seen.norms.dtype), seen)
+        self._share.assign(share)
+        self._norm.assign(bound * ops.exp(self.rate * (self.quantile - share)))
         return noised
 
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, for saving."""
+        return {"quantile": self.quantile, "rate": self.rate}
 
-CLIPPINGS = {"flat": FlatClipping, "automatic": AutomaticClipping, "adaptive": AdaptiveClipping}
+
+def _between(argument: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
+        wanted = f"a number between {low:g} and {high:g}" if high < np.inf else "a positive number"
+        raise ValueError(f"`{argument}` must be {wanted}. Received: {argument}={value!r}")
+    return float(value)
+
+
+_BY_NAME: dict[str, type[Clipping]] = {
+    "flat": FlatClipping,
+    "per_layer": PerLayerClipping,
+    "automatic": AutomaticClipping,
+    "adaptive": AdaptiveClipping,
+}
+
+
+def get(clipping: Any) -> Clipping:
+    """The strategy of a name, or the strategy itself.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(clipping, Clipping):
+        return clipping
+    if not isinstance(clipping, str) or clipping not in _BY_NAME:
+        raise ValueError(
+            f"`clipping` must be one of {', '.join(map(repr, _BY_NAME))}, or a "
+            f"keras_dp.clipping.Clipping of your own. Received: clipping={clipping!r}"
+        )
+    return _BY_NAME[clipping]()

@@ -20,9 +20,12 @@ from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arra
 __all__ = [
     "all_layers",
     "build_from_batch",
+    "call_name_of",
+    "call_of",
     "can_convert_arrays",
     "compile_loss_of",
     "layers_with_losses",
+    "logits_of",
     "loss_of",
     "loss_tracker_of",
     "mask_of",
@@ -33,8 +36,8 @@ __all__ = [
     "replace_sublayers",
     "resumed_epoch",
     "seed_states_of",
+    "set_logits",
     "set_mask",
-    "sublayers_of",
     "surroundings",
     "takes_training_argument",
     "without_rematerialization",
@@ -46,6 +49,16 @@ def all_layers(model: keras.Model) -> list[keras.Layer]:
     return model._flatten_layers(include_self=True, recursive=True)
 
 
+def call_name_of(layer: keras.Layer) -> str:
+    """The method that Keras runs when it calls a layer: a quantized one has another."""
+    quantized = getattr(layer, "quantization_mode", None) is not None
+    return "quantized_call" if quantized else "call"
+
+
+def call_of(layer: keras.Layer) -> Callable[..., Any]:
+    return getattr(layer, call_name_of(layer))
+
+
 def own_variables(layer: keras.Layer) -> list[Any]:
     """The trainable variables that a layer has itself, not in a layer inside of it."""
     return layer._trainable_variables
@@ -54,20 +67,6 @@ def own_variables(layer: keras.Layer) -> list[Any]:
 def own_state_of(layer: keras.Layer) -> list[Any]:
     """All variables that a layer has itself, not in a layer inside of it."""
     return [*layer._trainable_variables, *layer._non_trainable_variables]
-
-
-def sublayers_of(layer: keras.Layer) -> list[tuple[str, Any]]:
-    """The attributes of a layer that are or hold layers, by name."""
-    inside = {id(x) for x in layer._flatten_layers(include_self=False, recursive=False)}
-
-    def holds(value: Any) -> bool:
-        if isinstance(value, (list, tuple)):
-            return any(map(holds, value))
-        if isinstance(value, dict):
-            return any(map(holds, value.values()))
-        return id(value) in inside
-
-    return [(k, v) for k, v in vars(layer).items() if not k.startswith("_") and holds(v)]
 
 
 def replace_sublayers(layer: keras.Layer, name: str, value: Any) -> None:
@@ -163,8 +162,16 @@ def build_from_batch(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> 
 
 def seed_states_of(layer: keras.Layer) -> list[keras.Variable]:
     """The state of every seed generator that a layer (or an unseeded one in it) draws from."""
-    states = [v for v in layer.non_trainable_variables if v.name == "seed_generator_state"]
-    return [*states, global_seed_generator().state]
+    return [*_own_seed_states(layer), global_seed_generator().state]
+
+
+def has_seeds(layer: keras.Layer) -> bool:
+    """Whether a layer, or one in it, has a seed generator."""
+    return bool(_own_seed_states(layer))
+
+
+def _own_seed_states(layer: keras.Layer) -> list[keras.Variable]:
+    return [v for v in layer.non_trainable_variables if v.name == "seed_generator_state"]
 
 
 def mask_of(tensor: Any) -> Any:
@@ -174,6 +181,15 @@ def mask_of(tensor: Any) -> Any:
 def set_mask(tensor: Any, mask: Any) -> None:
     if mask is not None:
         tensor._keras_mask = mask
+
+
+def logits_of(tensor: Any) -> Any:
+    """What a softmax or sigmoid made a prediction of, as Keras' crossentropy finds it."""
+    return getattr(tensor, "_keras_logits", None)
+
+
+def set_logits(tensor: Any, logits: Any) -> None:
+    tensor._keras_logits = logits
 
 
 def resumed_epoch(model: keras.Model) -> int | None:

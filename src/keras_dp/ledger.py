@@ -48,6 +48,8 @@ class Release:
         clipping: The clipping strategy.
         seeded: Whether the noise came from a seed that somebody chose, which
             voids the guarantee.
+        asserted: Whether it is the caller's word alone that the batches were
+            drawn so, in a training loop of their own.
         id: The identity of this run of steps, for merging.
 
     Raises:
@@ -64,6 +66,7 @@ class Release:
     max_grad_norm: float | None = None
     clipping: str = "flat"
     seeded: bool = False
+    asserted: bool = False
     id: str = dataclasses.field(default_factory=_new_id)
 
     def __post_init__(self) -> None:
@@ -180,10 +183,52 @@ class PrivacyLedger:
             raise ValueError(f"A release of the privacy ledger can't be read: {error}") from error
 
 
-class LedgerBook:
-    """Keeps an optimizer's ledger: the runs that are over, and the one that is going on.
+Kinds = Release | Callable[[int], Release]
 
-    The steps of the run that is going on are read from a counter that the
+
+class _Run:
+    """The steps since a moment, which may be of several kinds.
+
+    Args:
+        kinds: What all steps are like, or what the step of a number, from 0 on, is.
+        begun: From a kind to the run that its steps belong to, with what that
+            run had before.
+    """
+
+    def __init__(self, kinds: Kinds, begun: Callable[[Release], Release]) -> None:
+        self._kinds = kinds
+        self._begun = begun
+        self._runs: dict[tuple[Any, ...], Release] = {}
+        self._counts: dict[tuple[Any, ...], int] = {}
+        self._counted = 0
+
+    def after(self, steps: int, further: int = 0) -> list[Release]:
+        """The runs when `steps` are made (never fewer than before), and `further` ones to come."""
+        self._count(self._counts, range(self._counted, steps))
+        self._counted = max(self._counted, steps)
+        counts = dict(self._counts)
+        self._count(counts, range(self._counted, steps + further))
+        return [self._runs[key].with_steps(self._runs[key].steps + n) for key, n in counts.items()]
+
+    def _count(self, counts: dict[tuple[Any, ...], int], steps: range) -> None:
+        if isinstance(self._kinds, Release):
+            if steps:
+                self._add(counts, self._kinds, len(steps))
+            return
+        for k in steps:
+            self._add(counts, self._kinds(k), 1)
+
+    def _add(self, counts: dict[tuple[Any, ...], int], kind: Release, steps: int) -> None:
+        key = kind.mechanism
+        if key not in self._runs:
+            self._runs[key] = self._begun(kind)
+        counts[key] = counts.get(key, 0) + steps
+
+
+class LedgerBook:
+    """Keeps an optimizer's ledger: the runs that are over, and those that are going on.
+
+    The steps of a run that is going on are read from a counter that the
     training step itself advances, so that no step goes unrecorded, whoever
     drives it. Nothing here can take a step back.
 
@@ -195,44 +240,47 @@ class LedgerBook:
         self._count = count
         self._past = PrivacyLedger()
         self._own: set[str] = set()
-        self._run: Release | None = None
+        self._run: _Run | None = None
         self._run_began = count()
 
     @property
     def ledger(self) -> PrivacyLedger:
         """All releases so far."""
-        if self._run is None or self._run_now.steps == 0:
-            return self._past
-        return self._past.merge([self._run_now])
+        return self._past.merge(self.runs_after(0))
 
-    @property
-    def run(self) -> Release | None:
-        """The run that is going on, with its steps so far."""
-        return None if self._run is None else self._run_now
+    def runs_after(self, further: int) -> list[Release]:
+        """The runs that are going on, once `further` more steps are made."""
+        if self._run is None:
+            return []
+        return self._run.after(self._count() - self._run_began, further)
 
     @property
     def own_runs(self) -> list[Release]:
         """The runs that were made here, and not taken over from elsewhere."""
         return [r for r in self.ledger if r.id in self._own]
 
-    @property
-    def _run_now(self) -> Release:
-        assert self._run is not None
-        return self._run.with_steps(self._run.steps + self._count() - self._run_began)
+    def open(self, kinds: Kinds) -> None:
+        """From now on, steps are of this kind, or these.
 
-    def open(self, release: Release) -> None:
-        """From now on, steps are of this kind.
-
-        A run of this very kind that this book recorded before goes on, except
+        A run of the very kind that this book recorded before goes on, except
         for shuffled batches, of which every start is a new pass.
+
+        Args:
+            kinds: What all steps are like, or what the step of a number, from
+                0 on, is. Its `steps` don't matter.
         """
-        self._past = self.ledger
-        for known in self._past:
-            same = known.id in self._own and known.mechanism == release.mechanism
-            if same and release.sampler != "shuffled":
-                release = known
-        self._own.add(release.id)
-        self._run, self._run_began = release, self._count()
+        past = self._past = self.ledger
+
+        def begun(kind: Release) -> Release:
+            run = kind.with_steps(0)
+            for known in past:
+                same = known.id in self._own and known.mechanism == kind.mechanism
+                if same and kind.sampler != "shuffled":
+                    run = known
+            self._own.add(run.id)
+            return run
+
+        self._run, self._run_began = _Run(kinds, begun), self._count()
 
     def absorb(self, ledger: PrivacyLedger) -> None:
         """Adds what another ledger knows."""

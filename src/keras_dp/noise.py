@@ -106,8 +106,7 @@ class SecureNoiseSource:
 
     Not covered: how long a step takes; whoever can read the memory of the
     process; the rounding of the clipped sum itself, computed in float32, which
-    may exceed the sensitivity by a relative 1e-7 or so for each addition; which
-    examples make a batch, which NumPy's generator draws.
+    may exceed the sensitivity by a relative 1e-7 or so for each addition.
     """
 
     description = (

@@ -18,7 +18,7 @@ from .binding import ledger_of
 from .ledger import PrivacyLedger, Release
 from .optimizers import DPOptimizer
 
-_SCHEMA = 2
+_SCHEMA = 3
 _PACKAGES = ("keras-dp", "keras", "tensorflow", "dp-accounting", "numpy")
 _NO_NOISE = 1e-9  # a sigma that accounting takes for none
 
@@ -77,8 +77,9 @@ class PrivacyReport:
             under another identity.
         releases: The segments: the ledger's runs of like steps as
             dictionaries, with a `"sampler_basis"`: who vouches for how batches
-            were drawn (`"verified"`: keras_dp, which drew them; `"unknown"`:
-            nobody; `"none"`: nothing rests on it).
+            were drawn (`"verified"`: keras_dp, which drew them;
+            `"asserted"`: whoever wrote a training loop of their own;
+            `"unknown"`: nobody; `"none"`: nothing rests on it).
         engine: How per-example gradients were computed, if known.
         precision: The model's dtype policy.
         random_source: Where noise came from.
@@ -139,9 +140,10 @@ class PrivacyReport:
         ]
         if "poisson" in samplers:
             drawn = "Each example joined each Poisson batch independently with probability q."
-            stated.append((drawn, not self.seeded))
+            stated.append((drawn, not self.seeded and not self._asserted("poisson")))
         if "shuffled" in samplers:
-            stated.append(("Each example was in exactly one batch of every shuffled epoch.", True))
+            once = "Each example was in exactly one batch of every shuffled epoch."
+            stated.append((once, not self._asserted("shuffled")))
         if "unknown" in samplers:
             stated.append(("No batch of the caller's own held an example twice.", False))
         stated += [
@@ -153,6 +155,9 @@ class PrivacyReport:
             ("n and all settings are public, and were not chosen by looking at the data.", False),
         ]
         return tuple({"text": text, "verified": verified} for text, verified in stated)
+
+    def _asserted(self, sampler: str) -> bool:
+        return any(r["asserted"] for r in self.releases if r["sampler"] == sampler)
 
     def to_json(self) -> str:
         """The report as strict JSON. An infinite epsilon is `null`, with `"private": false`."""
@@ -361,10 +366,7 @@ def privacy_report(model: keras.Model, *, delta: float | None = None) -> Privacy
         epsilon_if_shuffled=_epsilon(map(_shuffled, ledger), delta),
         steps=ledger.steps,
         resumes=len(ledger) - len({r.mechanism for r in ledger}),
-        releases=tuple(
-            {**dataclasses.asdict(r), "sampler_basis": _DRAWN.get(r.sampler, ("", "unknown"))[1]}
-            for r in ledger
-        ),
+        releases=tuple({**dataclasses.asdict(r), "sampler_basis": _basis(r)} for r in ledger),
         engine=optimizer.engine if private else None,
         precision=model.dtype_policy.name,
         random_source="a chosen seed" if seeded else str(source),
@@ -375,6 +377,11 @@ def privacy_report(model: keras.Model, *, delta: float | None = None) -> Privacy
         ),
         versions={p: _version(p) for p in _PACKAGES} | {"python": platform.python_version()},
     )
+
+
+def _basis(release: Release) -> str:
+    basis = _DRAWN.get(release.sampler, ("", "unknown"))[1]
+    return "asserted" if release.asserted and basis == "verified" else basis
 
 
 def _epsilon(ledger: Iterable[Release], delta: float) -> dict[str, float]:
@@ -424,6 +431,14 @@ def _doubts(ledger: PrivacyLedger, epsilon: dict[str, float], delta: float) -> l
     if any(_NO_NOISE < r.noise_multiplier < 0.3 for r in ledger):
         doubts.append(
             "A noise multiplier is below 0.3: a single step gives much of an example away."
+        )
+    asserted = sum(r.steps for r in ledger if r.asserted)
+    if asserted:
+        were = f"{_count(asserted, 'step')} {'was' if asserted == 1 else 'were'}"
+        doubts.append(
+            f"{were} taken in a training loop of the caller's own, who vouches for it that each "
+            "took one fresh draw of the named dataset, as it was, and that nothing else saw the "
+            "data."
         )
     unknown = sum(r.steps for r in ledger if r.sampler == "unknown")
     if unknown:

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from . import backend, keras_private
+from . import backend, clipping, keras_private
 from .compatibility import require_trainable_privately
 from .errors import PrivacyError
 from .gradients import Batch, Engine, ExampleLoss, Outcome
@@ -46,19 +46,31 @@ def private_train_step(optimizer: DPOptimizer, model: keras.Model, data: Any) ->
 
     engine = Engine(
         example_loss,
-        optimizer.clipping_strategy,
+        clipping.Clip(optimizer.clipping_strategy, optimizer.current_max_grad_norm),
         gradients=optimizer.gradients,
         microbatch_size=optimizer.microbatch_size,
+        views=optimizer.augmentation_multiplicity,
         jit_compile=model.jit_compile,
         eagerly=model.run_eagerly,
     )
     leaves, real = backend.pad_examples(batch.leaves(), engine.padding)
     padded = batch.with_leaves(leaves)
-    seeds = backend.per_example_seeds(engine.example_loss.seed_states, backend.row_count(leaves[0]))
+    seeds = backend.per_example_seeds(
+        example_loss.seed_states,
+        backend.row_count(leaves[0]),
+        optimizer.augmentation_multiplicity,
+    )
 
     outcome = engine(padded, real, seeds)
     penalty = _regularization(variables)  # of the weights that made the losses
-    optimizer.release(outcome.sums, variables, rows=rows, norms=outcome.norms, real=real)
+    optimizer.release(
+        outcome.sums,
+        variables,
+        rows=rows,
+        norms=outcome.norms,
+        real=real,
+        norms_by_variable=outcome.norms_by_variable,
+    )
     optimizer.engine = engine.name
     return _metrics(model, batch, rows, real, outcome, penalty)
 
@@ -76,10 +88,21 @@ def _prepare(optimizer: DPOptimizer, model: keras.Model, batch: Batch) -> Exampl
                 "train privately. Add a layer with weights, or set `trainable = True` on one "
                 "and compile again."
             )
+        optimizer.require_same_weights(model, remember=True)
         if not optimizer.built:
             optimizer.build(variables)
+        optimizer.prepare(variables)
         _check_loss(model, batch)
-        return ExampleLoss(model, variables, batch)
+        example_loss = ExampleLoss(model, variables, batch)
+        if optimizer.augmentation_multiplicity > 1 and not keras_private.has_seeds(model):
+            optimizer.tell_once(
+                "augmentation_multiplicity",
+                f"augmentation_multiplicity={optimizer.augmentation_multiplicity} runs each "
+                f"example several times, and no layer of the model '{model.name}' has random "
+                "numbers of its own, so each run is the same. Put augmentation layers into the "
+                "model, such as keras.layers.RandomFlip, or leave the argument out.",
+            )
+        return example_loss
 
 
 def _check_loss(model: keras.Model, batch: Batch) -> None:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import importlib.util
 import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from ..errors import PrivacyError
+
 Tensor = Any
 # One example's loss, and whatever else should come back for it, from the
 # values of the weights and that example's tensors (none has a batch axis).
 ExampleFunction = Callable[[list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
-# Clip weights (between 0 and 1) from per-example norms, both of shape (rows,).
+# Clip weights, (rows,) or (rows, variables), from per-example norms, (rows, variables).
 ClipFunction = Callable[[Tensor], Tensor]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 # -- control flow ------------------------------------------------------------------------
@@ -39,6 +43,11 @@ def branch(condition: Tensor, on_true: Callable[[], Any], on_false: Callable[[],
     return tf.cond(condition, on_true, on_false)
 
 
+def without_autograph(function: Function) -> Function:
+    """The function, which a `tf.function` around it is to take as it is written."""
+    return tf.autograph.experimental.do_not_convert(function)
+
+
 def wait_for(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
     """Makes what is done inside run only after `tensors` are there.
 
@@ -49,6 +58,19 @@ def wait_for(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[Non
     # operation that reads what the function returned is not.
     read = [tf.reshape(t, [-1])[:1] for t in tensors]
     return tf.control_dependencies(read)
+
+
+def require(condition: Tensor, flag: Tensor, message: str) -> Tensor:
+    """The flag, if a condition holds; else it stops the step with a message.
+
+    Where XLA compiles all of a step it leaves the message out; the flag is false then.
+
+    Raises:
+        tf.errors.InvalidArgumentError: When the step runs, if the condition is false.
+    """
+    found = tf.debugging.Assert(condition, [message])
+    with tf.control_dependencies([] if found is None else [found]):
+        return tf.logical_and(flag, condition)
 
 
 def row_count(tensor: Tensor) -> Tensor:
@@ -65,7 +87,8 @@ class Counter:
             self._variable = tf.Variable(value, dtype=tf.int64, trainable=False)
 
     def read(self) -> int:
-        return int(self._variable.numpy())
+        with tf.init_scope():
+            return int(self._variable.numpy())
 
     def set(self, value: int) -> None:
         with tf.init_scope():
@@ -87,7 +110,8 @@ class Scalar:
             self._variable = tf.Variable(value, dtype=tf.float64, trainable=False)
 
     def read(self) -> float:
-        return float(self._variable.numpy())
+        with tf.init_scope():
+            return float(self._variable.numpy())
 
     def set(self, value: float) -> None:
         with tf.init_scope():
@@ -100,6 +124,87 @@ class Scalar:
     @property
     def tensor(self) -> Tensor:
         return self._variable.read_value()
+
+
+class Totals:
+    """Numbers that steps add to, and that nothing saves or restores."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        with tf.init_scope():
+            self._variable = tf.Variable(tf.zeros(shape, tf.float64), trainable=False)
+
+    def add(self, values: Tensor) -> None:
+        """Adds to each when the step runs."""
+        self._variable.assign_add(tf.cast(values, tf.float64))
+
+    def take(self) -> np.ndarray:
+        """The totals so far; they start from zero again."""
+        with tf.init_scope():
+            values = self._variable.numpy()
+            self._variable.assign(tf.zeros_like(self._variable))
+        return values
+
+
+class Summaries:
+    """A file for TensorBoard with numbers by step.
+
+    Args:
+        folder: Where the file is to be; made if needed.
+
+    Raises:
+        ImportError: If TensorBoard isn't installed.
+    """
+
+    def __init__(self, folder: str) -> None:
+        if importlib.util.find_spec("tensorboard") is None:  # tf.summary is nothing without it
+            raise ImportError(
+                "Summaries need TensorBoard, which isn't installed; run: pip install tensorboard, "
+                "or leave `log_dir` out."
+            )
+        self._writer = tf.summary.create_file_writer(folder)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes numbers by their tags."""
+        with tf.init_scope(), self._writer.as_default(step=step):
+            for tag, value in values.items():
+                tf.summary.scalar(tag, value)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Table:
+    """Numbers that a step looks up when it runs."""
+
+    _BLOCK = 64  # XLA compiles anew for every other size
+
+    def __init__(self) -> None:
+        with tf.init_scope():
+            self._variable = tf.Variable(
+                [math.nan], dtype=tf.float64, trainable=False, shape=tf.TensorShape([None])
+            )
+
+    def set(self, values: Sequence[float]) -> None:
+        """Sets the numbers. What follows them is not a number."""
+        empty = self._BLOCK - len(values) % self._BLOCK
+        with tf.init_scope():
+            self._variable.assign(tf.constant([*values, *([math.nan] * empty)], tf.float64))
+
+    def at(self, index: Tensor) -> Tensor:
+        """The number at a place.
+
+        Raises:
+            tf.errors.InvalidArgumentError: When the step runs, if there is none.
+        """
+        values = self._variable.read_value()
+        value = tf.gather(values, tf.minimum(index, tf.size(values, tf.int64) - 1))
+        known = tf.debugging.Assert(
+            tf.logical_not(tf.math.is_nan(value)),
+            ["keras_dp: a step that nothing announced. Train with `fit` or `train_on_batch`."],
+        )
+        with tf.control_dependencies([] if known is None else [known]):
+            return tf.identity(value)
 
 
 # -- noise -------------------------------------------------------------------------------
@@ -145,11 +250,15 @@ def call_numpy(
     return results
 
 
-def per_example_seeds(states: Sequence[Any], rows: Tensor) -> list[Tensor]:
+def per_example_seeds(states: Sequence[Any], rows: Tensor, views: int = 1) -> list[Tensor]:
     """A seed of its own for every example, from each Keras seed generator's state.
 
     Advances each generator once, so that no two steps use the same seeds.
+
+    Returns:
+        For each state (rows, 2), or (rows, views, 2) for several views of each.
     """
+    shape = [rows, 2] if views == 1 else [rows, views, 2]
     seeds = []
     for state in states:
         value = tf.convert_to_tensor(state.value)
@@ -157,7 +266,7 @@ def per_example_seeds(states: Sequence[Any], rows: Tensor) -> list[Tensor]:
         seeds.append(
             tf.cast(
                 tf.random.stateless_uniform(
-                    [rows, 2], seed=seed, minval=None, maxval=None, dtype=tf.uint32
+                    shape, seed=seed, minval=None, maxval=None, dtype=tf.uint32
                 ),
                 value.dtype,
             )
@@ -261,13 +370,9 @@ def _example_gradients(
 
 
 def _norms(gradients: Sequence[Tensor]) -> Tensor:
-    """Euclidean norms over all gradients together; all of shape (rows, ...)."""
-    dtype = max((g.dtype for g in gradients), key=lambda d: d.size)
-    squares = [
-        tf.cast(tf.reduce_sum(tf.square(g), axis=tuple(range(1, g.shape.rank))), dtype)
-        for g in gradients
-    ]
-    return tf.sqrt(tf.add_n(squares))
+    """Euclidean norms, (rows, gradients), of gradients of shape (rows, ...)."""
+    squares = [tf.reduce_sum(tf.square(g), axis=tuple(range(1, g.shape.rank))) for g in gradients]
+    return roots(squares, squares[0])
 
 
 def _weighted_sum(gradients: Tensor, clip_weights: Tensor) -> Tensor:
@@ -304,6 +409,78 @@ def gradient_tape() -> Any:
     return tf.GradientTape(watch_accessed_variables=False)
 
 
+def loss_scales(gradients: Sequence[Any], rows: Tensor, views: int) -> Tensor:
+    """For each row a power of two that brings its example's largest gradient near 128.
+
+    float16 goes down to 6e-8 and up to 65504: there is room for gradients that
+    shrink or grow in the layers before. An example's scale follows from that
+    example alone; a scale that others had a part in would let one example
+    decide which others overflow.
+
+    Args:
+        gradients: Of the losses at the outputs, each (rows, ...); `None` is left out.
+        rows: How many.
+        views: How many consecutive rows are one example.
+    """
+    largest = tf.zeros([rows], tf.float32)
+    for g in gradients:
+        if g is not None:
+            sizes = tf.abs(tf.cast(g, tf.float32))
+            largest = tf.maximum(largest, tf.reduce_max(tf.reshape(sizes, [rows, -1]), axis=1))
+    if views > 1:
+        largest = tf.repeat(tf.reduce_max(tf.reshape(largest, [-1, views]), axis=1), views)
+    usual = tf.logical_and(tf.math.is_finite(largest), largest > 0)
+    exponent = 7 - tf.math.ceil(tf.math.log(tf.where(usual, largest, 1.0)) / math.log(2))
+    return tf.where(usual, tf.pow(2.0, tf.clip_by_value(exponent, -60, 60)), 1.0)
+
+
+def scaled_rows(tensor: Tensor, factors: Tensor) -> Tensor:
+    """Every row times its factor, multiplied in float32."""
+    column = tf.reshape(factors, [-1] + [1] * (tensor.shape.rank - 1))
+    return tf.cast(at_least_float32(tensor) * tf.cast(column, tf.float32), tensor.dtype)
+
+
+class LossScale:
+    """Scales one example's loss for the way back only, and its weights' gradients back again.
+
+    In the forward direction nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self._scale: Any = None
+
+    def unscaling(self, weight: Tensor) -> Tensor:
+        """The weight, whose gradient is divided by the scale."""
+
+        @tf.custom_gradient
+        def same(w: Tensor) -> Any:
+            def back(g: Any) -> Tensor:
+                dense = at_least_float32(tf.convert_to_tensor(g))
+                return tf.cast(dense / tf.cast(self._scale, dense.dtype), w.dtype)
+
+            return tf.identity(w), back
+
+        return same(weight)
+
+    def scaled(
+        self, outputs: Sequence[Tensor], loss_of_outputs: Callable[[], tuple[Tensor, Any]]
+    ) -> tuple[Tensor, Any]:
+        """The loss, with a scale that follows from its gradients at the outputs, and the rest."""
+        sources = [t for t in outputs if t.dtype.is_floating]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(sources)
+            loss, rest = loss_of_outputs()
+        gradients = tape.gradient(loss, sources)
+        found = [None if g is None else tf.convert_to_tensor(g)[tf.newaxis] for g in gradients]
+        self._scale = tf.stop_gradient(loss_scales(found, 1, 1)[0])
+
+        @tf.custom_gradient
+        def same(value: Tensor) -> Any:
+            return tf.identity(value), lambda g: g * tf.cast(self._scale, g.dtype)
+
+        return same(loss), rest
+
+
 def current_graph() -> Any:
     """The graph that is being traced; `None` while operations run at once."""
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
@@ -330,11 +507,31 @@ def no_gradient_of(variable: Any) -> Tensor:
     return tf.zeros(variable.shape, at_least_float32(tf.zeros((), variable.dtype)).dtype)
 
 
-def root_of_sum(squares: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The square root of a sum of tensors of `like`'s shape, in the finest of their types."""
-    dtype = max((s.dtype for s in (*squares, like)), key=lambda d: d.size)
-    total = tf.add_n([tf.zeros_like(like, dtype), *(tf.cast(s, dtype) for s in squares)])
-    return tf.sqrt(total)
+def roots(squares: Sequence[Any], like: Tensor) -> Tensor:
+    """The square roots of tensors of `like`'s shape, (rows,), as columns, in the finest type.
+
+    Zeros where there is `None`.
+    """
+    found = [s for s in squares if s is not None]
+    dtype = max((s.dtype for s in (*found, like)), key=lambda d: d.size)
+    columns = [tf.zeros_like(like, dtype) if s is None else tf.cast(s, dtype) for s in squares]
+    return tf.sqrt(tf.stack(columns, axis=1))
+
+
+def total_norms(norms: Tensor) -> Tensor:
+    """Norms of whole gradients, (rows,), from those of their parts, (rows, parts)."""
+    return tf.sqrt(tf.reduce_sum(tf.square(norms), axis=1))
+
+
+def column(weights: Tensor, number: int) -> Tensor:
+    """The weights, (rows,), for one of several parts: the same ones, if all share them."""
+    return weights if weights.shape.rank == 1 else weights[:, number]
+
+
+def masked(weights: Tensor, real: Tensor) -> Tensor:
+    """Weights, (rows,) or (rows, parts), as 0 where `real`, (rows,), is false."""
+    kept = tf.cast(real, weights.dtype)
+    return weights * (kept if weights.shape.rank == 1 else kept[:, tf.newaxis])
 
 
 def _map(function: Callable[[Any], Any], mapped: Any) -> Any:
@@ -642,8 +839,8 @@ def vectorized_engine(
             multiplications of pairs.
 
     Returns:
-        Clipped sums (one per variable), norms (rows,), losses (rows,), and what
-        else `one` returned, stacked.
+        Clipped sums (one per variable), norms (rows, variables), losses (rows,),
+        and what else `one` returned, stacked.
     """
     weights = [tf.convert_to_tensor(v.value) for v in variables]
     if weights_per_example:
@@ -656,8 +853,9 @@ def vectorized_engine(
 
     gradients, losses, extra = _map(gradients_of, mapped)
     norms = _norms(gradients)
-    clip_weights = clip(norms) * tf.cast(real, norms.dtype)
-    return [_weighted_sum(g, clip_weights) for g in gradients], norms, losses, extra
+    clip_weights = masked(clip(norms), real)
+    sums = [_weighted_sum(g, column(clip_weights, k)) for k, g in enumerate(gradients)]
+    return sums, norms, losses, extra
 
 
 def loop_engine(
@@ -675,10 +873,11 @@ def loop_engine(
 
     def example(index: Tensor) -> Any:
         gradients, loss, extra = _example_gradients(one, weights, [t[index] for t in leaves])
-        norm = _norms([g[tf.newaxis] for g in gradients])
-        clip_weight = clip(norm) * tf.cast(real[index], norm.dtype)
-        clipped = [_weighted_sum(g[tf.newaxis], clip_weight) for g in gradients]
-        return clipped, norm[0], loss, extra
+        gradients = [g[tf.newaxis] for g in gradients]
+        norms = _norms(gradients)
+        clip_weights = masked(clip(norms), real[index : index + 1])
+        clipped = [_weighted_sum(g, column(clip_weights, k)) for k, g in enumerate(gradients)]
+        return clipped, norms[0], loss, extra
 
     rows = tf.shape(leaves[0])[0]
     if tf.executing_eagerly():
@@ -715,29 +914,38 @@ def chunked_sum(
 ) -> EngineResult:
     """Runs `engine` over consecutive chunks of `size` rows and adds up the sums.
 
-    The number of rows must be a multiple of `size`. Only one chunk's
-    per-example gradients are in memory at a time.
+    Only one chunk's per-example gradients are in memory at a time, and of the
+    batch no copy. The last chunk is filled up with rows that are not real.
+
+    Args:
+        engine: What takes the leaves of a chunk.
+        leaves: Tensors of at least one row; the last one says which rows are real.
+        size: The number of rows of a chunk.
     """
     rows = tf.shape(leaves[0])[0]
-    # A slice with a moving start has no static shape under XLA; an element of a stack has.
-    chunks = [tf.reshape(t, tf.concat([[-1, size], tf.shape(t)[1:]], 0)) for t in leaves]
-    for c, t in zip(chunks, leaves, strict=True):
-        c.set_shape([None, size, *t.shape[1:]])
+    count = (rows + size - 1) // size
 
     def chunk(k: Tensor) -> EngineResult:
-        return engine([c[k] for c in chunks])
+        wanted = k * size + tf.range(size)
+        # A slice with a moving start has no static shape under XLA; what is gathered has.
+        *data, real = (tf.gather(t, tf.minimum(wanted, rows - 1)) for t in leaves)
+        return engine([*data, tf.logical_and(real, wanted < rows)])
+
+    def cut(result: EngineResult) -> EngineResult:
+        sums, *rest = result
+        return (sums, *tf.nest.map_structure(lambda t: t[:rows], rest))
 
     if tf.executing_eagerly():
-        results = [chunk(tf.constant(k)) for k in range(int(rows) // size)]
+        results = [chunk(tf.constant(k)) for k in range(int(count))]
         sums = [tf.add_n(list(parts)) for parts in zip(*(r[0] for r in results), strict=True)]
         norms, losses = (tf.concat([r[k] for r in results], 0) for k in (1, 2))
         extra = [tf.concat(list(t), 0) for t in zip(*(r[3] for r in results), strict=True)]
-        return sums, norms, losses, extra
+        return cut((sums, norms, losses, extra))
 
     traced = tf.function(chunk, autograph=False)
     spec = traced.get_concrete_function(tf.TensorSpec((), tf.int32)).structured_outputs
     arrays = [
-        tf.TensorArray(s.dtype, size=rows // size, element_shape=s.shape, infer_shape=False)
+        tf.TensorArray(s.dtype, size=count, element_shape=s.shape, infer_shape=False)
         for s in tf.nest.flatten(spec[1:])
     ]
     totals = [tf.zeros(s.shape, s.dtype) for s in spec[0]]
@@ -749,13 +957,13 @@ def chunked_sum(
         return k + 1, totals, arrays
 
     _, totals, arrays = tf.while_loop(
-        lambda k, *_: k < rows // size,
+        lambda k, *_: k < count,
         body,
         (tf.constant(0), totals, arrays),
         parallel_iterations=1,
     )
     norms, losses, *extra = [a.concat() for a in arrays]
-    return totals, norms, losses, extra
+    return cut((totals, norms, losses, extra))
 
 
 _tracing = threading.local()  # `for_xla`: whether what is being traced is for XLA
@@ -774,6 +982,7 @@ def compiled_candidate(
 
     Raises:
         BrokenMatmul: If what was traced would meet a fault of this TensorFlow build.
+        PrivacyError: If what was traced writes to a variable or a table.
         Exception: Whatever tracing the model raised.
     """
     function = tf.function(engine, autograph=False, jit_compile=jit_compile or None)
@@ -784,6 +993,7 @@ def compiled_candidate(
         )
     finally:
         _tracing.for_xla = False
+    require_no_writes(concrete.graph)
     if not jit_compile and emits_broken_matmul(concrete.graph):
         raise BrokenMatmul(
             "oneDNN multiplies a batch of single matrices with a shared matrix wrongly"
@@ -796,6 +1006,20 @@ def compiled_candidate(
         return list(sums), norms, losses, list(extra)
 
     return run
+
+
+# Random generators' states (`RngSkip`) hold nothing of the data.
+_WRITES = (
+    "Assign",
+    "ResourceScatter",
+    "ResourceStridedSliceAssign",
+    "ResourceApply",
+    "ResourceSparseApply",
+    "LookupTableInsert",
+    "LookupTableImport",
+    "LookupTableRemove",
+    "QueueEnqueue",
+)
 
 
 class BrokenMatmul(RuntimeError):
@@ -818,6 +1042,27 @@ def require_xla_can_compile(graph: Any) -> None:
                     )
 
 
+def require_no_writes(graph: Any) -> None:
+    """Refuses a graph that writes to a variable or a table.
+
+    What a layer assigns to variables by way of Keras is caught and dropped. What
+    it writes past Keras (a `tf.Variable`, `variable.value.assign`, a hash table)
+    would keep what it saw of the examples, without noise.
+
+    Raises:
+        PrivacyError: Naming the operation, whose name tells the layer.
+    """
+    for op in all_operations(graph):
+        if op.type.startswith(_WRITES):
+            raise PrivacyError(
+                f"The operation '{op.name}' ({op.type}), of the layer of that name, writes to a "
+                "variable or table past Keras, which would keep what it saw of the examples "
+                "without noise. Create the variable by the layer's `add_weight(trainable=False)` "
+                "and assign to it by its own `assign` (private training drops what is written), "
+                "or take the writing out."
+            )
+
+
 def emits_broken_matmul(graph: Any) -> bool:
     """Whether a graph multiplies (N, 1, m, k) with one shared (k, n) on the CPU.
 
@@ -832,8 +1077,8 @@ def emits_broken_matmul(graph: Any) -> bool:
         left, right = (t.shape for t in op.inputs)
         if left.rank is None or right.rank is None:
             return True
-        if left.rank != 4 or left[1] not in (1, None):
-            return False
+        if left.rank != 4 or left[1] not in (1, None) or left[0] == 1:
+            return False  # a batch of one of them is multiplied rightly
         return right.rank < 3 or all(size == 1 for size in right[:-2])
 
     return any(broken(op) for op in all_operations(graph))

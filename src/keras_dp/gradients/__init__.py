@@ -11,7 +11,7 @@ from typing import Any
 from .. import backend
 from ..errors import PrivacyError
 from . import trial
-from .example import Batch, ExampleLoss, Outcome
+from .example import Batch, ExampleLoss, MeanOfViews, Outcome
 from .ghost import GhostEngine
 from .per_example import OuterProducts
 from .rules import register_rule
@@ -48,9 +48,11 @@ class Engine:
 
     Args:
         example_loss: The loss of one example.
-        clip: From per-example norms to clip weights.
+        clip: From per-example norms, (rows, variables), to clip weights.
         gradients: The engine to start from; `"auto"` is `"ghost"`.
         microbatch_size: How many examples are in memory at once, or `None`.
+        views: How often each example is run, with random numbers of its own each
+            time; its gradient, before it is clipped, is the mean.
         jit_compile: Whether to compile with XLA.
         eagerly: Whether to run operation by operation, for debugging.
     """
@@ -62,12 +64,16 @@ class Engine:
         *,
         gradients: str = "auto",
         microbatch_size: int | None = None,
+        views: int = 1,
         jit_compile: bool = False,
         eagerly: bool = False,
     ) -> None:
         self.example_loss = example_loss
         self.name: str | None = None
         self._clip = clip
+        self._views = views
+        # What one example's loss is to the slower engines.
+        self._one = example_loss if views == 1 else MeanOfViews(example_loss, views)
         self._gradients = gradients
         self._microbatch_size = microbatch_size
         self._jit_compile = jit_compile
@@ -78,12 +84,9 @@ class Engine:
     def padding(self) -> int:
         """What the number of rows is padded to a multiple of.
 
-        A chunk has a fixed size; XLA compiles once for every number of rows,
-        so it is given few of them.
+        XLA compiles once for every number of rows, so it is given few of them.
         """
-        if self._microbatch_size:
-            return self._microbatch_size
-        return 32 if self._jit_compile and not self._eagerly else 1
+        return (self._microbatch_size or 32) if self._jit_compile and not self._eagerly else 1
 
     def __call__(self, batch: Batch, real: Any, seeds: list[Any]) -> Outcome:
         """The clipped sum of a padded batch.
@@ -91,7 +94,8 @@ class Engine:
         Args:
             batch: The examples, (rows, ...), at least one row.
             real: Mask, (rows,): padding is false and contributes nothing.
-            seeds: For each seed generator, one seed per row, (rows, 2).
+            seeds: For each seed generator, one seed per row, (rows, 2), or one for
+                each of its views, (rows, views, 2).
         """
         leaves = [*batch.leaves(), *seeds, real]
         if self._run is None:
@@ -124,7 +128,7 @@ class Engine:
         if self._gradients in ("auto", "ghost"):
             yield "ghost", self._build_ghost
         if self._eagerly:
-            yield "loop", lambda _: self._whole(self._chunk(backend.loop_engine))
+            yield "loop", self._build_eager_loop
             return
         if self._gradients != "loop":
             vectorized = backend.vectorized_engine
@@ -139,25 +143,44 @@ class Engine:
         whole = self._whole(self._chunk(engine, **options))
         run = backend.compiled_candidate(whole, leaves, jit_compile=self._jit_compile)
         if engine is not backend.loop_engine:
-            trial.require_agreement(self.example_loss, run, self._clip, leaves, self.padding)
+            self._require_agreement(run, leaves)
         return run
 
+    def _require_agreement(self, run: Run, leaves: list[Any]) -> None:
+        tolerance = trial.tolerance(self.example_loss)
+        variables = self.example_loss.variables
+        trial.require_agreement(
+            self._one, variables, run, self._clip, leaves, self.padding, tolerance
+        )
+
+    def _build_eager_loop(self, leaves: list[Any]) -> Run:
+        whole = self._whole(self._chunk(backend.loop_engine))
+        try:  # to see what the model writes to; one for debugging need not be traceable
+            backend.compiled_candidate(whole, leaves, jit_compile=False)
+        except PrivacyError:
+            raise
+        except Exception:
+            logger.debug("The model can't be traced.", exc_info=True)
+        return whole
+
     def _build_ghost(self, leaves: list[Any]) -> Run:
-        ghost = GhostEngine(self.example_loss)
+        ghost = GhostEngine(self.example_loss, self._views)
+        data, seeds = self.example_loss.split(leaves[:-1])
+        one_view = [*data, *(s if self._views == 1 else s[:, 0] for s in seeds), leaves[-1]]
 
         def chunk(leaves: list[Any]) -> Any:
             *data, real = leaves
             return ghost(data, real, self._clip)
 
         whole = self._whole(chunk)
-        if self._eagerly and trial.passed(ghost, leaves):
+        if self._eagerly and trial.passed(ghost, one_view):
             return whole
         # How the model treats its batches is seen when their number of rows is open.
         while True:
             handled = ghost.plan.handled
             ghost.plan.forget_calls()
             run = backend.compiled_candidate(chunk, leaves, jit_compile=self._jit_compile)
-            trial.require_right_gradients(ghost, leaves)
+            trial.require_right_gradients(ghost, one_view)
             if ghost.plan.handled == handled:
                 break
         if self._eagerly:
@@ -165,7 +188,7 @@ class Engine:
         if whole is not chunk or any(each != 1 for each in ghost.plan.rows_each.values()):
             run = backend.compiled_candidate(whole, leaves, jit_compile=self._jit_compile)
         if not ghost.draws_random:  # else it draws otherwise than the loop
-            trial.require_agreement(self.example_loss, run, self._clip, leaves, self.padding)
+            self._require_agreement(run, leaves)
         return run
 
     def _tell(self, failures: list[tuple[str, Exception]]) -> None:
@@ -195,8 +218,8 @@ class Engine:
     def _chunk(self, engine: Any, **options: Any) -> Callable[[list[Any]], Any]:
         def run(leaves: list[Any]) -> Any:
             *data, real = leaves
-            loss = self.example_loss
-            return engine(loss, loss.variables, data, real, self._clip, **options)
+            variables = self.example_loss.variables
+            return engine(self._one, variables, data, real, self._clip, **options)
 
         return run
 

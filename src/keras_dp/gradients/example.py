@@ -49,6 +49,7 @@ class Outcome:
     Args:
         sums: The clipped sum for each trainable variable.
         norms: Per-example gradient norms before clipping, (rows,).
+        norms_by_variable: Of the gradient of each trainable variable, (rows, variables).
         losses: Per-example losses, (rows,).
         outputs: The model's predictions, stacked; with their Keras masks.
         metric_updates: Pairs of a metric variable that computing the loss
@@ -57,6 +58,7 @@ class Outcome:
 
     sums: list[Any]
     norms: Any
+    norms_by_variable: Any
     losses: Any
     outputs: Any
     metric_updates: list[tuple[Any, Any]]
@@ -84,15 +86,26 @@ class ExampleLoss:
         self.metric_variables: list[Any] = []
         self._batch = batch
         self._leaf_count = len(batch.leaves())
+        # What float16 can't hold is scaled for the way back.
+        self.scaled = any(x.compute_dtype == "float16" for x in keras_private.all_layers(model))
         self._output_structure: Any = None
         self._masked: list[bool] = []
+        self._with_logits: list[bool] = []
 
     def __call__(self, weights: list[Any], leaves: list[Any]) -> tuple[Any, list[Any]]:
         """Loss (a scalar), and outputs, masks and metric updates without a batch axis."""
         data, seeds = self.split(leaves)
+        scale = backend.LossScale() if self.scaled else None
+        if scale is not None:
+            weights = [scale.unscaling(w) for w in weights]
         with self.stateless(weights, seeds) as scope:
             outputs = self.predict(data, of_one_example=True)
-            loss, updates = self.loss(scope, data, outputs)
+            if scale is None:
+                loss, updates = self.loss(scope, data, outputs)
+            else:
+                loss, updates = scale.scaled(
+                    tree.flatten(outputs), lambda: self.loss(scope, data, outputs)
+                )
         extra = self.flat_with_masks(outputs)
         return loss, [*(ops.reshape(t, ops.shape(t)[1:]) for t in extra), *updates]
 
@@ -145,12 +158,18 @@ class ExampleLoss:
             return self.model(x)
 
     def flat_with_masks(self, outputs: Any) -> list[Any]:
-        """The tensors of a prediction, then their Keras masks."""
+        """The tensors of a prediction, then their Keras masks, then what a softmax was taken of.
+
+        Keras' crossentropy takes the logits where a prediction remembers them, or
+        a saturated one would have no gradient.
+        """
         flat = tree.flatten(outputs)
         masks = [keras_private.mask_of(t) for t in flat]
         self._output_structure = outputs
         self._masked = [m is not None for m in masks]
-        return [*flat, *(m for m in masks if m is not None)]
+        logits = [keras_private.logits_of(t) for t in flat]
+        self._with_logits = [t is not None for t in logits]
+        return [*flat, *(t for t in (*masks, *logits) if t is not None)]
 
     def loss_of_outputs(
         self, weights: list[Any], leaves: list[Any], flat: list[Any]
@@ -187,10 +206,13 @@ class ExampleLoss:
 
     def _with_masks(self, flat: list[Any]) -> Any:
         count = len(self._masked)
-        tensors, masks = flat[:count], iter(flat[count:])
+        tensors, more = flat[:count], iter(flat[count:])
         for tensor, masked in zip(tensors, self._masked, strict=True):
             if masked:
-                keras_private.set_mask(tensor, next(masks))
+                keras_private.set_mask(tensor, next(more))
+        for tensor, has_logits in zip(tensors, self._with_logits, strict=True):
+            if has_logits:
+                keras_private.set_logits(tensor, next(more))
         return tree.pack_sequence_as(self._output_structure, tensors)
 
     def _refuse_foreign_state(self, scope: Any, state: list[tuple[Any, Any]]) -> None:
@@ -210,10 +232,29 @@ class ExampleLoss:
     def outcome(self, result: tuple[list[Any], Any, Any, list[Any]]) -> Outcome:
         """An engine's result with outputs, masks and metric updates told apart."""
         sums, norms, losses, extra = result
-        count = len(self._masked) + sum(self._masked)
+        count = len(self._masked) + sum(self._masked) + sum(self._with_logits)
         outputs = self._with_masks(extra[:count])
         updates = list(zip(self.metric_variables, extra[count:], strict=True))
-        return Outcome(sums, norms, losses, outputs, updates)
+        return Outcome(sums, backend.total_norms(norms), norms, losses, outputs, updates)
+
+
+class MeanOfViews:
+    """One example's loss, the mean of several runs with random numbers of their own.
+
+    Args:
+        example_loss: The loss of one run.
+        views: How many.
+    """
+
+    def __init__(self, example_loss: ExampleLoss, views: int) -> None:
+        self._one = example_loss
+        self._views = views
+
+    def __call__(self, weights: list[Any], leaves: list[Any]) -> tuple[Any, list[Any]]:
+        """The mean loss, and the rest of the first run. Seeds are (views, 2) each."""
+        data, seeds = self._one.split(leaves)
+        results = [self._one(weights, [*data, *(s[k] for s in seeds)]) for k in range(self._views)]
+        return sum(loss for loss, _ in results) / self._views, results[0][1]
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from keras import ops, tree
 
 from .. import backend, keras_private
 from .example import ExampleLoss
-from .per_example import Instantiated, PerExample, combined
+from .per_example import Instantiated, PerExample, Scaled, combined
 from .rules import NoRule, Unit, alone, overridden, rule_for, vectorized
 
 __all__ = ["GhostEngine", "NotPossible"]
@@ -105,10 +105,13 @@ class GhostEngine:
 
     Args:
         example_loss: The loss of one example, and the model.
+        views: How often each example is run, with random numbers of its own each
+            time; its gradient is the mean.
     """
 
-    def __init__(self, example_loss: ExampleLoss) -> None:
+    def __init__(self, example_loss: ExampleLoss, views: int = 1) -> None:
         self.example_loss = example_loss
+        self.views = views
         self.plan = Plan()
         self.draws_random = False
         self.used_outside: list[int] = []  # indices of weights
@@ -118,19 +121,25 @@ class GhostEngine:
         """Clipped sums, norms, losses and extras, as `backend.vectorized_engine` returns them.
 
         Args:
-            leaves: The examples' tensors and seeds, each (rows, ...).
+            leaves: The examples' tensors, each (rows, ...), and seeds, (rows, 2) or
+                (rows, views, 2).
             real: Mask, (rows,); rows where it is false add nothing.
             clip: Clip weights from norms.
 
         Raises:
             NotPossible: If the model can't be served; says which layer and why.
         """
-        gradients, losses, extra = self.per_example(leaves)
+        views = self.views
+        gradients, losses, extra = self.per_example(self._all_views(leaves), views=views)
+        if views > 1:
+            losses = ops.mean(ops.reshape(losses, (-1, views)), axis=1)
+            extra = [t[::views] for t in extra]
         found = [g for g in gradients if g is not None]
-        norms = backend.root_of_sum([g.squared_norms() for g in found], losses)
-        clip_weights = clip(norms) * ops.cast(real, norms.dtype)
+        norms = backend.roots([None if g is None else g.squared_norms() for g in gradients], losses)
+        norms = norms / views
+        clip_weights = backend.masked(clip(norms), real) / views
         # 0 times what isn't finite isn't 0: empty those examples first.
-        bad = ops.logical_not(ops.isfinite(norms))
+        bad = ops.logical_not(ops.isfinite(backend.total_norms(norms)))
         cleaned = iter(
             backend.branch(
                 ops.any(bad),
@@ -140,16 +149,28 @@ class GhostEngine:
         )
         finite = iter([g.with_tensors([next(cleaned) for _ in g.tensors()]) for g in found])
         sums = [
-            backend.no_gradient_of(v) if g is None else next(finite).weighted_sum(clip_weights)
-            for g, v in zip(gradients, self.example_loss.variables, strict=True)
+            backend.no_gradient_of(v)
+            if g is None
+            else next(finite).weighted_sum(backend.column(clip_weights, k))
+            for k, (g, v) in enumerate(zip(gradients, self.example_loss.variables, strict=True))
         ]
         return sums, norms, losses, extra
+
+    def _all_views(self, leaves: list[Any]) -> list[Any]:
+        if self.views == 1:
+            return leaves
+        data, seeds = self.example_loss.split(leaves)
+        return [
+            *(ops.repeat(t, self.views, axis=0) for t in data),
+            *(ops.reshape(s, (-1, 2)) for s in seeds),
+        ]
 
     def per_example(
         self,
         leaves: list[Any],
         weights: list[Any] | None = None,
         observe: Callable[[keras.Layer, Any, bool], None] | None = None,
+        views: int = 1,
     ) -> tuple[list[PerExample | None], Any, list[Any]]:
         """The per-example gradients of each weight (`None` where no loss reaches it).
 
@@ -158,6 +179,8 @@ class GhostEngine:
             weights: Other values for the weights than their own.
             observe: Told of every layer that has run, its outputs, and whether it
                 drew random numbers itself.
+            views: How many consecutive rows are one example; their gradients are
+                added up.
 
         Returns:
             The gradients, the losses, (rows,), and what else comes back for each example.
@@ -169,7 +192,7 @@ class GhostEngine:
             weights = [ops.convert_to_tensor(v.value) for v in self.example_loss.variables]
         while True:
             try:
-                return self._attempt(leaves, weights, observe)
+                return self._attempt(leaves, weights, observe, views)
             except _Apart as found:
                 known = self.plan.units if found.as_unit else self.plan.alone
                 if id(found.layer) in known:
@@ -207,7 +230,7 @@ class GhostEngine:
         return found
 
     def _attempt(
-        self, leaves: list[Any], weights: list[Any], observe: Any
+        self, leaves: list[Any], weights: list[Any], observe: Any, views: int
     ) -> tuple[list[PerExample | None], Any, list[Any]]:
         loss = self.example_loss
         data, seeds = loss.split(leaves)
@@ -228,22 +251,35 @@ class GhostEngine:
         losses, of_weights, upstream, updates = backend.map_loss(
             loss.loss_of_outputs, weights, leaves, flat
         )
+        scales = None
+        if loss.scaled:
+            scales = backend.loss_scales(upstream, backend.row_count(leaves[0]), views)
+            upstream = [None if g is None else backend.scaled_rows(g, scales) for g in upstream]
+        of_penalties = [ops.ones_like(p) for p in penalties]
+        if scales is not None:
+            of_penalties = [ops.cast(scales, p.dtype) for p in penalties]
         reached = [k for k, g in enumerate(upstream) if g is not None]
         watched = [t for r in capture.records for t in r.unit.watched]
         found = tape.gradient(
             [*(flat[k] for k in reached), *penalties],
             [*watched, *outside],
-            output_gradients=[*(upstream[k] for k in reached), *map(ops.ones_like, penalties)],
+            output_gradients=[*(upstream[k] for k in reached), *of_penalties],
         )
-        uses = capture.gradients(found[: len(watched)])
+        uses = capture.gradients(found[: len(watched)], views)
         self.used_outside = [
             k for k, g in enumerate(found[len(watched) :]) if g is not None or of_weights[k]
         ]
         for k, gradients in self._outside_gradients(weights, leaves).items():
-            uses[k].append(Instantiated(gradients))
+            if scales is not None:
+                gradients = backend.scaled_rows(backend.at_least_float32(gradients), scales)
+            uses[k].append(Instantiated(gradients).folded(views))
         for p in penalties:
             losses = losses + ops.cast(p, losses.dtype)
-        return [combined(u) if u else None for u in uses], losses, [*flat, *updates]
+        gradients = [combined(u) if u else None for u in uses]
+        if scales is not None:
+            back = 1 / scales[::views]
+            gradients = [None if g is None else Scaled(g, back) for g in gradients]
+        return gradients, losses, [*flat, *updates]
 
     def _outside_gradients(self, weights: list[Any], leaves: list[Any]) -> dict[int, Any]:
         """Per-example gradients, (rows, ...), of weights used outside of their layers' calls.
@@ -284,7 +320,7 @@ class GhostEngine:
         thread = threading.get_ident()
 
         def call_of(layer: keras.Layer, variables: list[Any]) -> Callable[..., Any]:
-            original = layer.call
+            original = keras_private.call_of(layer)
             unit = Unit(layer, variables, original, scope, lambda _: None)
             pairs = [(v, constants[id(v)]) for v in variables]
 
@@ -300,7 +336,8 @@ class GhostEngine:
             for layer in keras_private.all_layers(self.example_loss.model):
                 variables = self.unit_variables(layer)
                 if variables:
-                    undo.enter_context(overridden(layer, call=call_of(layer, variables)))
+                    name = keras_private.call_name_of(layer)
+                    undo.enter_context(overridden(layer, **{name: call_of(layer, variables)}))
             yield
 
     def unit_variables(self, layer: keras.Layer) -> list[Any]:
@@ -309,7 +346,9 @@ class GhostEngine:
             return []
         own = any(id(v) in self.owners for v in keras_private.own_variables(layer))
         if own or rule_for(layer) is not None or id(layer) in self.plan.units:
-            return [v for v in layer.trainable_variables if id(v) in self.owners]
+            # Not `trainable_variables`: a frozen layer has none, but its weights one by
+            # one may have been made trainable again.
+            return [v for v in layer.variables if id(v) in self.owners]
         return []
 
 
@@ -352,7 +391,8 @@ class _Capture:
         """Takes over every layer's `call`, in this thread only, for a while."""
         with _patching, contextlib.ExitStack() as undo:
             for layer in keras_private.all_layers(self._loss.model):
-                changes: dict[str, Any] = {"call": self._call_of(layer)}
+                name = keras_private.call_name_of(layer)
+                changes: dict[str, Any] = {name: self._call_of(layer)}
                 if layer.activity_regularizer is not None:
                     changes["activity_regularizer"] = None
                 undo.enter_context(overridden(layer, **changes))
@@ -365,7 +405,7 @@ class _Capture:
                 raise
 
     def _call_of(self, layer: keras.Layer) -> Callable[..., Any]:
-        original, regularizer = layer.call, layer.activity_regularizer
+        original, regularizer = keras_private.call_of(layer), layer.activity_regularizer
         variables = self._engine.unit_variables(layer)
         alone = id(layer) in self._plan.alone
 
@@ -523,8 +563,13 @@ class _Capture:
         if self._scope.losses:
             raise NotPossible("something that isn't one of the model's layers calls `add_loss`")
 
-    def gradients(self, found: list[Any]) -> list[list[PerExample]]:
-        """What each use of each variable gives, from the gradients of what was watched."""
+    def gradients(self, found: list[Any], views: int) -> list[list[PerExample]]:
+        """What each use of each variable gives, from the gradients of what was watched.
+
+        Args:
+            found: The gradients.
+            views: How many consecutive rows are one example.
+        """
         uses: dict[int, list[PerExample]] = {key: [] for key in self._values}
         remaining = iter(found)
         for record in self.records:
@@ -543,7 +588,7 @@ class _Capture:
                 if record.unit.trains(variable):
                     if not isinstance(gradient, PerExample):
                         gradient = Instantiated(gradient)
-                    uses[id(variable)].append(gradient.folded(record.rows_each))
+                    uses[id(variable)].append(gradient.folded(record.rows_each * views))
         return list(uses.values())
 
 
@@ -552,4 +597,4 @@ def tensors_in(structure: Any) -> list[Any]:
 
 
 def named(layer: keras.Layer) -> str:
-    return f"layer '{layer.path}' ({type(layer).__name__})"
+    return f"layer '{layer.path or layer.name}' ({type(layer).__name__})"

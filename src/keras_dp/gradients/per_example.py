@@ -20,7 +20,7 @@ from keras import ops
 
 from .. import backend
 
-__all__ = ["Instantiated", "OuterProducts", "PerExample", "Rows", "combined"]
+__all__ = ["Instantiated", "OuterProducts", "PerExample", "Rows", "Scaled", "combined"]
 
 
 class PerExample(abc.ABC):
@@ -319,6 +319,41 @@ class _Tied(PerExample):
 
     def folded(self, rows_each: int) -> PerExample:
         raise NotImplementedError("uses are folded before they are combined")
+
+
+class Scaled(PerExample):
+    """Gradients of losses that were scaled, scaled back.
+
+    Args:
+        gradients: Of the scaled losses.
+        factors: What brings each example's back, (B,).
+    """
+
+    def __init__(self, gradients: PerExample, factors: Any) -> None:
+        self.gradients = gradients
+        self.factors = factors
+
+    def squared_norms(self) -> Any:
+        squares = self.gradients.squared_norms()
+        return squares * ops.square(ops.cast(self.factors, squares.dtype))
+
+    def weighted_sum(self, clip_weights: Any) -> Any:
+        return self.gradients.weighted_sum(
+            clip_weights * ops.cast(self.factors, clip_weights.dtype)
+        )
+
+    def instantiate(self) -> Any:
+        gradients = self.gradients.instantiate()
+        return gradients * _column(self.factors, gradients)
+
+    def tensors(self) -> list[Any]:
+        return self.gradients.tensors()
+
+    def with_tensors(self, tensors: list[Any]) -> PerExample:
+        return Scaled(self.gradients.with_tensors(tensors), self.factors)
+
+    def folded(self, rows_each: int) -> PerExample:
+        raise NotImplementedError("uses are folded before they are scaled back")
 
 
 def combined(parts: Sequence[PerExample]) -> PerExample:

@@ -1,0 +1,46 @@
+"""A line for what takes longer than people like to wait in the dark."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+_PATIENCE = 1.0  # seconds
+
+
+@contextlib.contextmanager
+def said_if_slow(what: str, *, silent: bool = False) -> Iterator[None]:
+    """Says what is being done, once it has taken a while; and then, how long it took.
+
+    Args:
+        what: What is being done, without a full stop.
+        silent: Never say it.
+
+    Example:
+
+    >>> with said_if_slow("Waiting for nothing"):
+    ...     pass
+    """
+    if silent:
+        yield
+        return
+    started, told = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        told.set()
+        print(f"{what} ...", end="", flush=True)
+
+    timer = threading.Timer(_PATIENCE, tell)
+    timer.daemon = True
+    timer.start()
+    ending = ""
+    try:
+        yield
+        ending = f" done, {time.monotonic() - started:.0f} s"
+    finally:
+        timer.cancel()
+        timer.join()
+        if told.is_set():
+            print(ending, flush=True)
