@@ -26,7 +26,14 @@ def run(source, namespace):
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "docs/custom-loops.md", "docs/fine-tuning.md", "docs/guide.md", "docs/models.md"],
+    [
+        "README.md",
+        "docs/custom-loops.md",
+        "docs/fine-tuning.md",
+        "docs/guide.md",
+        "docs/models.md",
+        "docs/monitor.md",
+    ],
 )
 @pytest.mark.filterwarnings("ignore::keras_dp.PrivacyWarning")
 def test_every_python_block_runs(document, monkeypatch, tmp_path):
@@ -56,6 +63,8 @@ def test_a_wrong_number_in_a_comment_is_found():
         "docs/fine-tuning.md",
         "docs/guarantees.md",
         "docs/models.md",
+        "docs/monitor.md",
+        "docs/accuracy.md",
         "docs/planning.md",
         "docs/privacy-report.md",
     ],

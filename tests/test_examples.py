@@ -73,6 +73,16 @@ def test_a_custom_loop_spends_its_budget(run_example):
     assert 0.5 < spent[-1] <= 0.7
 
 
+@pytest.mark.parametrize("private", [False, True])
+def test_the_monitor_draws_what_it_saw_and_says_whether_it_is_private(
+    run_example, tmp_path, private
+):
+    printed = run_example("monitor.py", "--epochs", "2", *(["--private"] if private else []))
+    assert ("NOT PRIVATE" in printed) is not private
+    name = "privacy-monitor" if private else "privacy-monitor-not-private"
+    assert is_picture(tmp_path / "monitor_output" / f"{name}.png")
+
+
 def test_knobs_prints_the_epsilon_of_what_was_trained_and_draws_a_picture(run_example, tmp_path):
     printed = run_example("knobs.py", "--epochs", "1")
 

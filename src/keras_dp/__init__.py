@@ -33,6 +33,7 @@ __all__ = [
     "PrivacyBudgetExceeded",
     "PrivacyError",
     "PrivacyLedger",
+    "PrivacyMonitor",
     "PrivacyReport",
     "PrivacyWarning",
     "Problem",
@@ -63,6 +64,7 @@ if not _only_plans():
     from .errors import PrivacyBudgetExceeded, PrivacyError, PrivacyWarning
     from .gradients import OuterProducts, register_rule
     from .ledger import PrivacyLedger, Release
+    from .monitor import PrivacyMonitor
     from .optimizers import DPSGD, DPAdagrad, DPAdam, DPAdamW, DPOptimizer, DPRMSprop
     from .report import PrivacyReport, privacy_report
     from .sampling import PoissonDataset, ShuffledDataset

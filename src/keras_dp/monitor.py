@@ -86,8 +86,9 @@ class PrivacyMonitor(keras.callbacks.Callback):
     `noise_multiplier_of_sum` is sigma_sum. With adaptive
     clipping, which makes such a count anyway, that one is shown, and nothing is
     split off. `signal_to_noise` is estimated from the noised sums alone, by what
-    they are longer than noise is expected to be, and costs nothing; values
-    below `(2 / (weights * steps))^(1/4)` can't be told from 0.
+    they are longer than noise is expected to be, and costs nothing; a value
+    below `signal_to_noise_least`, `(8 / (weights * steps))^(1/4)`, can't be told
+    from 0.
 
     Args:
         delta: The delta that belongs to epsilon, in (0, 1).
@@ -117,7 +118,7 @@ class PrivacyMonitor(keras.callbacks.Callback):
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     >>> model.compile(keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=2.0), loss="mse")
     >>> monitor = keras_dp.PrivacyMonitor(delta=1e-5)
-    >>> data = np.ones((1000, 4)), np.full((1000, 1), 3.0)
+    >>> data = np.ones((1000, 4)), np.full((1000, 1), 1e3)
     >>> history = model.fit(*data, batch_size=50, epochs=2, callbacks=[monitor], verbose=0)
     >>> monitor.history["step"]
     [20, 40]
@@ -439,11 +440,15 @@ class _NoisedStatistics(_Statistics):
         share, variance = totals["share"]
         with np.errstate(divide="ignore", invalid="ignore"):
             excess = np.maximum(totals["signal"] / totals["noise"] - 1, 0)
+        sizes = np.array(self._sizes) @ self._owners
+        # Twice the standard deviation of the square, of which a ratio is the root.
+        least = np.sqrt(2 * np.sqrt(2 / (sizes * steps)))
         return {
             "noise_multiplier_of_sum": _rounded(float(totals["of_sum"]) / steps),
             "clipped_share": float(share / steps),
             "clipped_share_error": float(math.sqrt(variance) / steps),
             **self._named("signal_to_noise", np.sqrt(excess)),
+            **self._named("signal_to_noise_least", least),
         }
 
 
@@ -498,6 +503,7 @@ class _Picture:
     """The figure of a monitor's history."""
 
     _MOST_LAYERS = 12
+    _UNSURE = "can't be told from 0 below"
     _COLOR, _OTHER = "#1b6ca8", "#d98e04"
 
     def __init__(self, monitor: PrivacyMonitor) -> None:
@@ -550,6 +556,7 @@ class _Picture:
         axes.set_title(title, fontsize=10)
         axes.set(**labels)
         axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         return axes
 
@@ -588,6 +595,10 @@ class _Picture:
         about = "from noised sums" if self._monitor.private else "not private"
         axes = self._panel(f"signal-to-noise ratio of a step ({about})", xlabel="step")
         axes.plot(self._steps, self._all("signal_to_noise"), ".-", color=self._COLOR)
+        if self._monitor.private:
+            least = self._all("signal_to_noise_least")
+            axes.plot(self._steps, least, "--", color="black", linewidth=1, label=self._UNSURE)
+            axes.legend(frameon=False, fontsize=8)
         axes.set_ylim(0, None)
 
     def _draw_norms(self) -> None:
@@ -619,6 +630,10 @@ class _Picture:
         values = [self._last("signal_to_noise", layer) for layer in layers]
         known = [v if math.isfinite(v) else 0.0 for v in values]
         axes.barh(range(len(layers)), known, color=self._COLOR, height=0.6)
+        if self._monitor.private:
+            least = [self._last("signal_to_noise_least", layer) for layer in layers]
+            axes.plot(least, range(len(layers)), "k|", markersize=20, label=self._UNSURE)
+            axes.legend(frameon=False, fontsize=8)
 
     def _rows(self, title: str, layers: list[str]) -> Any:
         """A panel with a row for each layer."""
