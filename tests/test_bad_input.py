@@ -159,7 +159,7 @@ def test_batch_normalization_is_refused_by_name_with_the_mend():
         keras.Sequential([keras.layers.BatchNormalization(name="norm")]),
     ):
         model = layered(layer, keras.layers.Dense(1))
-        with pytest.raises(keras_dp.PrivacyError, match=r"'norm'.*GroupNormalization"):
+        with pytest.raises(keras_dp.PrivacyError, match=r"norm'.*GroupNormalization"):
             model.compile(tiny.sgd(), loss="mse")
 
 

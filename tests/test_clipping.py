@@ -118,7 +118,6 @@ def problem():
     [
         *(("ghost", mode) for mode in MODES),
         ("vectorized", "graph"),
-        ("vectorized", "microbatches"),
         ("loop", "graph"),
     ],
 )

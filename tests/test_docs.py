@@ -36,6 +36,7 @@ def run(source, namespace):
     ],
 )
 @pytest.mark.filterwarnings("ignore::keras_dp.PrivacyWarning")
+@pytest.mark.filterwarnings("ignore:The copy of 'classifier'")  # docs/models.md shows it
 def test_every_python_block_runs(document, monkeypatch, tmp_path):
     blocks = BLOCK.findall((ROOT / document).read_text(encoding="utf-8"))
     assert blocks

@@ -174,7 +174,7 @@ blocks = st.sampled_from(
 names = st.text("abcäß语 _-", min_size=1, max_size=6)
 
 
-@settings(SETTINGS, max_examples=12)
+@settings(SETTINGS, max_examples=6)
 @given(parts=st.lists(blocks, min_size=1, max_size=4), name=names, rows=st.integers(1, 5))
 def test_models_of_any_shape(parts, name, rows):
     try:

@@ -120,20 +120,14 @@ def division_by_the_drawn_size():
 
 
 def padding_that_counts():
-    pad = backend.pad_examples
-
-    def padded(leaves, multiple):
-        leaves, real = pad(leaves, multiple)
-        return leaves, keras.ops.ones_like(real)
-
-    return backend, "pad_examples", padded
+    return backend, "masked", lambda weights, real: weights
 
 
 def one_dropout_mask_for_all():
     draw = backend.per_example_seeds
 
-    def seeds(states, rows):
-        return [keras.ops.zeros_like(s) + s[:1] for s in draw(states, rows)]
+    def seeds(states, rows, views=1):
+        return [keras.ops.zeros_like(s) + s[:1] for s in draw(states, rows, views)]
 
     return backend, "per_example_seeds", seeds
 

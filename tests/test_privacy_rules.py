@@ -708,15 +708,15 @@ def policy(name):
 @pytest.mark.parametrize("name", ["mixed_float16", "mixed_bfloat16", "float64"])
 @pytest.mark.parametrize("gradients", ENGINES)
 def test_rule_11_clipping_sees_unscaled_gradients_in_float32(name, gradients, monkeypatch):
-    from keras_dp.clipping import FlatClipping
+    from keras_dp.clipping import Clip
 
-    dtypes, original = [], FlatClipping.__call__
+    dtypes, original = [], Clip.__call__
 
-    def watched(self, norms, max_grad_norm):
+    def watched(self, norms):
         dtypes.append(keras.backend.standardize_dtype(norms.dtype))
-        return original(self, norms, max_grad_norm)
+        return original(self, norms)
 
-    monkeypatch.setattr(FlatClipping, "__call__", watched)
+    monkeypatch.setattr(Clip, "__call__", watched)
     with policy(name):
         model = keras.Sequential(
             [keras.Input((3,)), layers.Dense(4, activation="tanh"), layers.Dense(1)]

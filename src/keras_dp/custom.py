@@ -496,7 +496,9 @@ class TracedSteps:
         )
         if key not in self._kept:
             self._tell_if_often(loss_fn)
-            traced = backend.compiled_candidate(step, batch.leaves(), jit_compile=False)
+            traced = backend.compiled_candidate(
+                step, batch.leaves(), jit_compile=False, may_write=True
+            )
             self._kept[key] = (loss_fn, traced)  # the function, lest its id be given away
         self._kept.move_to_end(key)
         while len(self._kept) > _KEPT:

@@ -737,7 +737,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
             )
         self._noise.refresh_after_fork()
         self._declare_batches(UNKNOWN)
-        if not self._settings.expects(int(ops.convert_to_numpy(self.iterations))):
+        if not self._settings.expects(int(self.iterations)):
             self._declare(UNKNOWN)
         self.announce(1)
         if self.budget is not None:
@@ -803,7 +803,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
             return
         # One pass over shuffled batches is one release of an example: of one kind.
         whole_pass = sampling.steps_per_epoch if sampling.sampler == "shuffled" else None
-        iteration = int(ops.convert_to_numpy(self.iterations))
+        iteration = int(self.iterations)
         values = self._settings.begin(iteration, hold=whole_pass or 1)
         kind = functools.cache(functools.partial(self._release, sampling))
         self._book.open(lambda number: kind(*values(number)))

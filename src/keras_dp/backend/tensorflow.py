@@ -977,12 +977,19 @@ def compiled_candidate(
     leaves: list[Tensor],
     *,
     jit_compile: bool,
+    may_write: bool = False,
 ) -> Callable[[list[Tensor]], EngineResult]:
     """Traces an engine by itself, for any number of rows; what fails leaves nothing behind.
 
+    Args:
+        engine: What is traced.
+        leaves: Tensors like those that it will be given.
+        jit_compile: Whether to compile with XLA.
+        may_write: Whether it may write to variables: a whole step does.
+
     Raises:
         BrokenMatmul: If what was traced would meet a fault of this TensorFlow build.
-        PrivacyError: If what was traced writes to a variable or a table.
+        PrivacyError: If it may not write, and does, to a variable or a table.
         Exception: Whatever tracing the model raised.
     """
     function = tf.function(engine, autograph=False, jit_compile=jit_compile or None)
@@ -993,7 +1000,8 @@ def compiled_candidate(
         )
     finally:
         _tracing.for_xla = False
-    require_no_writes(concrete.graph)
+    if not may_write:
+        require_no_writes(concrete.graph)
     if not jit_compile and emits_broken_matmul(concrete.graph):
         raise BrokenMatmul(
             "oneDNN multiplies a batch of single matrices with a shared matrix wrongly"
