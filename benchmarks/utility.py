@@ -143,11 +143,14 @@ def main():
     parser.add_argument(
         "--table", nargs="*", choices=("clipping", "advice"), default=["clipping", "advice"]
     )
+    parser.add_argument("--rows", default="", help="only those with this in their name")
     arguments = parser.parse_args()
     data = load_data()
     for name in arguments.table:
+        ways = {"clipping": CLIPPING, "advice": ADVICE}[name]
+        ways = {row: way for row, way in ways.items() if arguments.rows in row}
         print(f"\n{name}: test accuracy, epsilon = {arguments.epsilon:g}, delta = {DELTA:g}\n")
-        table({"clipping": CLIPPING, "advice": ADVICE}[name], arguments, data)
+        table(ways, arguments, data)
 
 
 if __name__ == "__main__":
