@@ -174,7 +174,7 @@ def test_the_readme_names_files_that_exist():
 
 def test_no_file_names_a_machine():
     kinds = {".py", ".md", ".toml", ".txt", ".cff", ""}
-    folders = [ROOT, *(ROOT / name for name in ("src", "tests", "examples", "docs", ".ci"))]
+    folders = [ROOT, *(ROOT / name for name in ("keras_dp", "tests", "examples", "docs", ".ci"))]
     files = [f for d in folders for f in (d.glob("*") if d == ROOT else d.rglob("*"))]
     checked = [
         f for f in files if f.is_file() and f.suffix in kinds and "__pycache__" not in f.parts

@@ -22,7 +22,7 @@ from .errors import PrivacyBudgetExceeded, PrivacyError, PrivacyWarning
 from .gradients import ENGINES
 from .ledger import LedgerBook, PrivacyLedger, Release
 from .noise import NoiseSource, SecureNoiseSource
-from .sampling import UNKNOWN, Sampling, check_batch_size
+from .sampling import UNKNOWN, Sampling, ShuffledDataset, check_batch_size
 from .schedules import Schedule, StepSettings, checked, is_number
 
 _NO_LIMIT = 2**62
@@ -195,6 +195,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         self._divisor = backend.Scalar(0.0)
         self._book = LedgerBook(self._releases.read)
         self._in_fit = False
+        self._pass: tuple[ShuffledDataset, int] | None = None  # that the last own step was of
         self._loop_steps: int | None = None
         self._sampling: Sampling | None = None  # what is declared now, and its number below
         self._samplings: list[Sampling] = []
@@ -436,6 +437,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
             self._in_fit = False
         self.budget = None
         self._loop_steps = steps
+        self._pass = None
         self.announce(steps or 1)
 
     @backend.without_autograph
@@ -534,6 +536,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
         traced = backend.current_graph() is not None
         with backend.outside_graph():
             self._begin_own_step(variables, drawn, traced=traced)
+            if isinstance(sampling, ShuffledDataset):
+                self._begin_pass(sampling, drawn, traced=traced)
             if isinstance(rows, int):
                 self._draws.check(drawn, batch, rows)
 
@@ -615,6 +619,35 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 "every example took part in every step. Draw the batches from a "
                 "keras_dp.PoissonDataset and pass it as `sampling`, which costs far less privacy.",
             )
+
+    def _begin_pass(self, source: ShuffledDataset, sampling: Sampling, *, traced: bool) -> None:
+        """Accounts a pass that begins before the last one was over as a pass of its own.
+
+        Steps are counted as passes by their number, which is right for whole ones only.
+
+        Raises:
+            PrivacyError: If a step limit was found for whole passes, or a graph would hide
+                where they begin.
+        """
+        if traced:
+            raise PrivacyError(
+                "In a tf.function it can't be seen where a pass over a ShuffledDataset begins, and "
+                "so not how often an example takes part. Call private_gradients outside of it "
+                "(it compiles the step by itself), or draw from a PoissonDataset."
+            )
+        last, self._pass = self._pass, (source, source.passes)
+        run_steps = sum(r.steps for r in self._book.runs_after(0))
+        whole = run_steps % source.steps_per_epoch == 0
+        if last is None or last == self._pass or (whole and last[0] is source):
+            return
+        if self._limit.read() != _NO_LIMIT:
+            self._pass = last
+            raise PrivacyError(
+                "A new pass over the ShuffledDataset begins before the last one was over, and the "
+                "step limit was found for whole passes. Go over all of its batches, or call "
+                "begin_loop(data) and limit_steps again before the new pass."
+            )
+        self._declare(sampling)
 
     def _build_for(self, variables: list[Any]) -> None:
         if not self.built:

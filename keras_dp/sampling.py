@@ -368,6 +368,7 @@ class ShuffledDataset(_ArrayDataset):
         seed: int | None = None,
     ) -> None:
         super().__init__(x, y, sample_weight, batch_size=batch_size, seed=seed)
+        self.passes = 0  # begun so far: in each of them an example comes once at most
         self.on_epoch_begin()
 
     @property
@@ -387,11 +388,17 @@ class ShuffledDataset(_ArrayDataset):
         """Draws the order of the epoch."""
         with self._lock:
             self._order = self._generator().permutation(self.num_examples)
+            self.passes += 1
+            self._served = -1
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         """The batch at `index` of this epoch's order."""
         if not 0 <= index < len(self):
             raise IndexError(f"There are {len(self)} batches. Received index: {index}")
+        with self._lock:
+            if index <= self._served:  # over the same order again
+                self.passes += 1
+            self._served = index
         return self._batch(self._order[index * self.batch_size : (index + 1) * self.batch_size])
 
 
