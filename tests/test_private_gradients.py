@@ -494,6 +494,45 @@ def test_shuffled_batches_cost_one_release_a_pass():
     assert optimizer.get_epsilon(DELTA) == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize("reshuffled", [True, False])
+def test_passes_that_are_cut_short_count_each(reshuffled):
+    """Counted by steps alone, three beginnings of a pass would be one participation."""
+    model, loss_fn, (x, y), optimizer = setup(40)
+    data = keras_dp.ShuffledDataset(x, y, batch_size=8)
+    for _ in range(3):
+        if reshuffled:
+            data.on_epoch_begin()
+        eager(optimizer, loss_fn, model.trainable_variables, data[0], sampling=data)
+    assert [(r.sampler, r.steps) for r in optimizer.ledger] == [("shuffled", 1)] * 3
+    wanted = compute_epsilon(
+        num_examples=1, batch_size=1, noise_multiplier=1.0, steps=3, delta=DELTA
+    )
+    assert optimizer.get_epsilon(DELTA) == pytest.approx(wanted)
+    # A limit was found for whole passes: it is not passed by many short ones.
+    optimizer.begin_loop(data)
+    optimizer.limit_steps(epsilon=20.0, delta=DELTA)
+    eager(optimizer, loss_fn, model.trainable_variables, data[0], sampling=data)
+    for _ in range(2):
+        with pytest.raises(PrivacyError, match="before the last one was over"):
+            eager(optimizer, loss_fn, model.trainable_variables, data[0], sampling=data)
+    assert optimizer.ledger.steps == 4
+
+
+def test_a_graph_that_would_hide_where_a_pass_begins_is_refused():
+    model, loss_fn, (x, y), optimizer = setup(40)
+    data = keras_dp.ShuffledDataset(x, y, batch_size=8)
+
+    @tf.function
+    def step(batch):
+        return optimizer.private_gradients(
+            loss_fn, model.trainable_variables, batch, sampling=data, models=[model]
+        )[0]
+
+    with pytest.raises(PrivacyError, match="where a pass over a ShuffledDataset begins"):
+        step(data[0])
+    assert optimizer.ledger.steps == 0
+
+
 def test_the_ledger_is_saved_and_loaded_with_the_optimizer_and_the_model(tmp_path):
     model, loss_fn, _, optimizer = setup()
     model.compile(optimizer)
