@@ -36,10 +36,10 @@ import numpy as np
 from keras import ops, tree
 from scipy import optimize, special, stats
 
-from . import accounting, keras_private
+from . import accounting, arguments, keras_private
 from .ledger import Release
 from .optimizers import DPSGD, DPOptimizer
-from .sampling import as_arrays, check_batch_size, common_length
+from .sampling import as_arrays, common_length
 
 KINDS = ("mislabelled", "noise")
 _SHARES = (1.0, 0.5, 0.2, 0.05)  # of the canaries that are guessed at, in turn
@@ -437,7 +437,12 @@ def audit(
     50
     """
     delta, confidence = accounting.check_delta(delta), _check_confidence(confidence)
-    batch_size, epochs = check_batch_size(batch_size), _count("epochs", epochs)
+    batch_size, epochs = (
+        arguments.positive_integer(
+            "batch_size", batch_size, "the expected number of examples in a batch"
+        ),
+        _count("epochs", epochs),
+    )
     parts = {"x": as_arrays(x, "x"), "y": as_arrays(y, "y")}
     common_length(parts["x"], parts["y"])
     x_canaries, y_canaries = _canaries_like(parts, canaries)

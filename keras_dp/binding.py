@@ -13,6 +13,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from . import backend, keras_private
+from . import arguments, backend, keras_private
 from .compatibility import require_trainable_privately
 from .errors import PrivacyError, PrivacyWarning
 from .ledger import PrivacyLedger, Release
@@ -30,7 +31,6 @@ from .sampling import (
     Sampling,
     ShuffledDataset,
     as_arrays,
-    check_batch_size,
     common_length,
     split_for_validation,
 )
@@ -177,10 +177,13 @@ def _private_optimizer(model: keras.Model) -> DPOptimizer | None:
     step = vars(model).get("train_step")
     owner = getattr(getattr(step, "func", None), "__self__", None)
     private = optimizer if isinstance(optimizer, DPOptimizer) else None
-    if (owner if isinstance(owner, DPOptimizer) else None) is not private:
+    made = getattr(vars(model).get("make_train_function"), "func", None)
+    replaced = private is not None and made is not _make_train_function
+    if replaced or (owner if isinstance(owner, DPOptimizer) else None) is not private:
         raise PrivacyError(
-            f"The optimizer or the train_step of the model '{model.name}' was replaced after "
-            "`compile`, so its steps would be missing from the ledger of `model.optimizer`. Call "
+            "The optimizer, the train_step or the make_train_function of the model "
+            f"'{model.name}' was replaced after `compile`, so its steps would be missing from the "
+            "ledger of `model.optimizer`. Call "
             "model.compile(optimizer=...) with the optimizer that is to be used."
         )
     return private
@@ -191,6 +194,23 @@ def _unbind(model: keras.Model) -> None:
         vars(model).pop(name, None)
 
 
+class _TrainFunction:
+    """Keras' train function around the private step, behind the optimizer's gate.
+
+    Args:
+        function: What Keras made.
+        optimizer: The DP optimizer.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], optimizer: DPOptimizer) -> None:
+        self._function = function
+        self.optimizer = optimizer
+
+    def __call__(self, iterator: Any) -> Any:
+        with self.optimizer.gate.passing():
+            return self._function(iterator)
+
+
 def _make_train_function(model: keras.Model, force: bool = False) -> Any:
     """Keras' train function around the private step.
 
@@ -198,12 +218,34 @@ def _make_train_function(model: keras.Model, force: bool = False) -> Any:
     sample has a size of its own each time, and compiling for each would cost
     more than it saves.
     """
+    optimizer = model.optimizer
+    if model.train_function is not None and not force:
+        require_own_train_function(model, optimizer)
+        return model.train_function
     jit_compile = model.jit_compile
     model._jit_compile = False
     try:
-        return type(model).make_train_function(model, force)
+        type(model).make_train_function(model, True)
     finally:
         model._jit_compile = jit_compile
+    model.train_function = _TrainFunction(model.train_function, optimizer)
+    return model.train_function
+
+
+def require_own_train_function(model: keras.Model, optimizer: DPOptimizer) -> None:
+    """Refuses to go on with a train function that isn't the private one.
+
+    Raises:
+        PrivacyError: If it was replaced.
+    """
+    function = model.train_function
+    if not isinstance(function, _TrainFunction) or function.optimizer is not optimizer:
+        raise PrivacyError(
+            f"The `train_function` of the model '{model.name}' was replaced after `compile`, so "
+            "its steps would be neither clipped nor noised nor counted. Call "
+            "model.compile(optimizer=...) with the optimizer that is to be used, and don't set "
+            "`train_function`."
+        )
 
 
 # -- train_on_batch --------------------------------------------------------------------------
@@ -216,6 +258,12 @@ def _train_on_batch_of(original: Callable[..., Any]) -> Callable[..., Any]:
             keras_private.seed_states_of(self)  # keras.utils.set_random_seed drops one of them
             optimizer.require_same_weights(self)
             optimizer.begin_train_on_batch()
+            with optimizer.occupied("train_on_batch"):
+                optimizer.gate.open()
+                try:
+                    return original(self, *args, **kwargs)
+                finally:
+                    optimizer.gate.close()
         return original(self, *args, **kwargs)
 
     return train_on_batch
@@ -223,27 +271,57 @@ def _train_on_batch_of(original: Callable[..., Any]) -> Callable[..., Any]:
 
 # -- fit -------------------------------------------------------------------------------------
 
+_trained_now: dict[int, str] = {}  # weights of models that a fit trains, by id
+_trained_now_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def training_alone(model: keras.Model) -> Iterator[None]:
+    """Keeps out every other private fit of the model's weights, in whatever model they are.
+
+    Raises:
+        PrivacyError: If one is going on: each would count only its own steps against its
+            budget.
+    """
+    own = {id(v): model.name for v in model.weights}
+    with _trained_now_lock:
+        shared = [v for v in model.weights if id(v) in _trained_now]
+        if shared:
+            raise PrivacyError(
+                f"fit of the model '{model.name}' was called while a fit of the model "
+                f"'{_trained_now[id(shared[0])]}' is going on, which has weights in common with "
+                f"it ({shared[0].path}). Train one after the other."
+            )
+        _trained_now.update(own)
+    try:
+        yield
+    finally:
+        with _trained_now_lock:
+            for key in own:
+                _trained_now.pop(key, None)
+
 
 def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
     def fit(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
         optimizer = _private_optimizer(self)
         if optimizer is None:
             return original(self, *args, **kwargs)
-        keras_private.seed_states_of(self)  # keras.utils.set_random_seed drops one of them
-        given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
-        del given["self"]
-        require_trainable_privately(self)
-        optimizer.require_same_weights(self)
-        sampling, steps = _private_source(given, optimizer)
-        declaration = _FitDeclaration(
-            optimizer, sampling, steps, given.get("initial_epoch", 0), given.get("epochs", 1)
-        )
-        optimizer.budget = None
-        try:
-            with _joined(declaration, given, self):
-                return original(self, **given)
-        finally:
-            optimizer.end_fit()
+        with optimizer.occupied("fit"), training_alone(self):
+            keras_private.seed_states_of(self)  # keras.utils.set_random_seed drops one of them
+            given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
+            del given["self"]
+            require_trainable_privately(self)
+            optimizer.require_same_weights(self)
+            sampling, steps = _private_source(given, optimizer)
+            declaration = _FitDeclaration(
+                optimizer, sampling, steps, given.get("initial_epoch", 0), given.get("epochs", 1)
+            )
+            try:
+                with _joined(declaration, given, self):
+                    return original(self, **given)
+            finally:
+                optimizer.gate.close()
+                optimizer.end_fit()
 
     return fit
 
@@ -258,10 +336,12 @@ def _private_source(given: dict[str, Any], optimizer: DPOptimizer) -> tuple[Samp
     y, weights = given.get("y"), given.get("sample_weight")
     batch_size = given.get("batch_size")
     if batch_size is not None:
-        batch_size = check_batch_size(batch_size)
+        batch_size = arguments.positive_integer(
+            "batch_size", batch_size, "the expected number of examples in a batch"
+        )
     steps = given.get("steps_per_epoch")
     if steps is not None:
-        steps = check_batch_size(steps, "steps_per_epoch")
+        steps = arguments.positive_integer("steps_per_epoch", steps, "how many steps are an epoch")
 
     if isinstance(x, keras.utils.PyDataset) or not keras_private.can_convert_arrays(
         (x, y, weights)
@@ -309,19 +389,11 @@ def _own_dataset(
     steps: int | None,
     secure_mode: bool,
 ) -> tuple[Sampling, int | None]:
+    # Nobody else has what is trained on, so nobody can draw from it or change its order.
+    dataset = dataset.for_fit(steps, secure_mode=secure_mode)
     given["x"] = dataset
     given.pop("steps_per_epoch", None)
     given["shuffle"] = False  # both are random already
-    if isinstance(dataset, PoissonDataset):
-        if secure_mode and dataset.seed is None:
-            dataset.secure_mode = True
-        dataset.set_num_batches(steps or dataset.steps_per_epoch)
-    elif steps is not None and steps != len(dataset):
-        raise ValueError(
-            f"fit(steps_per_epoch={steps}): an epoch of a ShuffledDataset is one pass of "
-            f"{len(dataset)} steps, since that is what its accounting rests on. Remove "
-            "`steps_per_epoch`, or use a PoissonDataset."
-        )
     return dataset.sampling, dataset.num_batches
 
 
@@ -339,12 +411,12 @@ def _foreign_source(
     if not isinstance(x, keras.utils.PyDataset):
         given.setdefault("shuffle", False)  # means nothing here; Keras warns of its default
     kind = type(x).__name__
-    optimizer.tell_once(
+    optimizer.warn_once(
         "source",
         f"fit can't know how a {kind} draws its batches, so every step is accounted as if every "
-        "example took part in it (once), and epsilon grows fast. Pass arrays, of which fit draws "
-        "Poisson batches, or a keras_dp.PoissonDataset or ShuffledDataset, to be accounted as "
-        "what it is.",
+        "example took part in it (once), and epsilon grows fast. Even that holds only if no "
+        "example decides which others are in a batch. Pass arrays, of which fit draws Poisson "
+        "batches, or a keras_dp.PoissonDataset or ShuffledDataset, to be accounted as what it is.",
     )
     length = steps
     if length is None:
@@ -451,4 +523,14 @@ class _FitDeclaration(keras.callbacks.Callback):
             self._optimizer.begin_fit(self._sampling, planned)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if _private_optimizer(self.model) is not self._optimizer:
+            raise PrivacyError(
+                f"The model '{self.model.name}' was compiled anew while `fit` is running. Compile "
+                "before or after `fit`."
+            )
+        require_own_train_function(self.model, self._optimizer)
         self._optimizer.announce(int(self.model.steps_per_execution))
+        self._optimizer.gate.open()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._optimizer.gate.close()

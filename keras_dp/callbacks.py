@@ -34,7 +34,7 @@ class PrivacyBudget(keras.callbacks.Callback):
     A checkpoint knows nothing of the steps after it. With `ledger_path`, a
     journal on disk does: whatever was executed before a crash counts after it,
     whether a backup, a checkpoint or nothing at all was restored. Give every
-    start of one training the same path. Steps are reserved there before they
+    start of one training the same path, one after the other. Steps are reserved there before they
     run, in blocks of about a second's steps, at first of one and never of more
     than 1000 (or `steps_per_execution`). After a crash the whole last block
     counts, so epsilon may then be too large by that many steps, never too
@@ -59,7 +59,8 @@ class PrivacyBudget(keras.callbacks.Callback):
         PrivacyBudgetExceeded: When training starts with the budget spent: no
             step is taken.
         PrivacyError: If the journal can't be written any more while training
-            (a full disk): no step runs that isn't written down.
+            (a full disk): no step runs that isn't written down. And if another
+            training is using it.
 
     Example:
 
@@ -140,7 +141,7 @@ class PrivacyBudget(keras.callbacks.Callback):
         if self._started:
             return
         self._started = True
-        self._optimizer.last_delta = self.delta
+        self._optimizer.watch_delta(self.delta)
         if self._journal is not None:
             self._journal.complete(self._optimizer)
         if self.epsilon is None or not self.stop_training:
@@ -152,7 +153,6 @@ class PrivacyBudget(keras.callbacks.Callback):
         what = f"Finding how many steps epsilon = {self.epsilon:g} allows"
         with said_if_slow(what, silent=not self.params.get("verbose", 1)):
             allowed = self._optimizer.limit_steps(**budget, at_most=planned)
-        self._optimizer.budget = budget
         self._limited = planned is None or allowed < planned
         if self._journal is not None:
             self._journal.cap(self._optimizer, allowed)
@@ -235,13 +235,14 @@ class _Reservations:
         where a fit ended by an exception, it takes the reservation's place.
         """
         self._restart()
+        optimizer.at_end_of_fit(self._journal.occupy())
         known = self._journal.read()
         own = [r for r in optimizer.own_runs if r.steps != _steps_of(r, known)]
         for release in own:
             self._journal.append("exact", release)
-        optimizer.absorb(self._journal.read() if own else known)
-        if os.path.exists(self._journal.path):
-            optimizer.ledger_problems = tuple(journal.read(self._journal.path)[1])
+        found = os.path.exists(self._journal.path)
+        problems = journal.read(self._journal.path)[1] if found else None
+        optimizer.absorb(self._journal.read() if own else known, problems)
 
     def complete(self, optimizer: Any) -> None:
         """Adds to the journal what only the optimizer's ledger knows.

@@ -17,6 +17,7 @@ Example:
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -397,6 +398,17 @@ class AdaptiveClipping(Clipping):
         self.rate = _between("rate", rate, 0, np.inf)
         self._norm = backend.Scalar(0.0)
         self._share = backend.Scalar(self.quantile)
+        self._used_by: weakref.ref[Any] | None = None
+
+    def for_one_optimizer(self, optimizer: Any) -> AdaptiveClipping:
+        """Returns this object for the first optimizer that asks, and a copy for others.
+
+        C is the state of one training: two that share it would move each other's.
+        """
+        if self._used_by is not None and self._used_by() is not None:
+            return type(self)(**self.get_config()).for_one_optimizer(optimizer)
+        self._used_by = weakref.ref(optimizer)
+        return self
 
     @property
     def noised_share(self) -> Any:

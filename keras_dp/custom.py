@@ -10,19 +10,18 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 from keras import ops, tree
 
-from . import backend, clipping, keras_private
+from . import arguments, backend, keras_private
 from .compatibility import require_trainable_privately
 from .errors import PrivacyError
-from .gradients import Batch, Engine, Outcome
-from .sampling import UNKNOWN, PoissonDataset, Sampling, ShuffledDataset, as_array
-
-if TYPE_CHECKING:
-    from .optimizers import DPOptimizer
+from .gradients import Batch, Engine, EngineOptions, Outcome
+from .mechanism import Clipped, Mechanism, StepValues
+from .meter import Meter, Phase
+from .sampling import UNKNOWN, HandedOut, PoissonDataset, Sampling, ShuffledDataset, as_array
 
 _KEPT = 16  # functions that are kept traced
 _OFTEN = 3  # times that one function is made anew before the log says so
@@ -51,12 +50,12 @@ class PrivateGradients(tuple):
     variables: tuple[Any, ...] = ()
     released: Any = False
     loss: Any = None
-    _made_by: weakref.ref[DPOptimizer] | None = None
+    _made_by: weakref.ref[Any] | None = None
 
     @classmethod
     def of(
         cls,
-        optimizer: DPOptimizer,
+        optimizer: Any,
         gradients: Iterable[Any],
         *,
         variables: Sequence[Any],
@@ -69,28 +68,9 @@ class PrivateGradients(tuple):
         made._made_by = weakref.ref(optimizer)
         return made
 
-    def made_by(self, optimizer: DPOptimizer) -> bool:
+    def made_by(self, optimizer: Any) -> bool:
         """Whether this is what `optimizer.private_gradients` returned."""
         return self._made_by is not None and self._made_by() is optimizer
-
-
-@dataclasses.dataclass(frozen=True)
-class ClippedSums:
-    """What is known of a batch before noise.
-
-    Args:
-        sums: The clipped sum for each variable.
-        norms: Per-example norms before clipping, (rows and padding,).
-        real: Which of them are no padding.
-        loss: The mean loss of the real ones.
-        engine: How the gradients were computed.
-    """
-
-    sums: list[Any]
-    norms: Any
-    real: Any
-    loss: Any
-    engine: str | None
 
 
 # -- what the caller hands over ----------------------------------------------------------------
@@ -172,14 +152,14 @@ def sampling_of(source: Any) -> Sampling:
 
 
 class Draws:
-    """Looks whether batches can be draws of the source that the caller names.
+    """Looks whether batches can be draws of the source that is named for them.
 
     What can't be seen is taken for granted: that the rows are those that were
     drawn, all of them, and nothing else.
     """
 
     def __init__(self) -> None:
-        self._last: list[Any] = []
+        self._used = HandedOut()
         self._alike: tuple[Sampling, int] | None = None
         self._times = 0
 
@@ -191,9 +171,9 @@ class Draws:
         """
         if sampling.sampler == "unknown":
             return
-        if any(a is b for a in _arrays(given) for b in self._last):
+        if self._used.knows_any_of(given):
             raise PrivacyError(
-                "This batch was used for the step before, and `sampling` says that every step has "
+                "This batch was used for a step before, and `sampling` says that every step has "
                 "a draw of its own. Draw another batch for each step. For several losses on one "
                 "batch, add them up in one loss_fn; for another step on the same batch, leave "
                 "`sampling` out."
@@ -214,7 +194,7 @@ class Draws:
 
     def add(self, sampling: Sampling, given: Any, rows: int) -> None:
         """Takes note of a batch after its step."""
-        self._last = [] if sampling.sampler == "unknown" else _arrays(given)
+        self._used.add(given, True)
         self._times = self._times + 1 if self._alike == (sampling, rows) else 1
         self._alike = (sampling, rows)
 
@@ -226,8 +206,44 @@ class Draws:
         )
 
 
-def _arrays(given: Any) -> list[Any]:
-    return [t for t in tree.flatten(given) if t is not None]
+class Passes:
+    """Follows a loop over shuffled batches, in which a pass is one release of an example.
+
+    A run of steps is counted as passes by their number. That is right as long as
+    every pass but the last is whole, and no batch comes twice in one.
+    """
+
+    def __init__(self) -> None:
+        self._run = 0
+        self._source: weakref.ref[ShuffledDataset] | None = None
+        self._number = 0
+        self._indices: set[int] = set()
+
+    def needs_new_run(self, run: int, source: ShuffledDataset, origin: tuple[int, int]) -> bool:
+        """Whether a batch can't be counted with the steps before it.
+
+        Args:
+            run: The number of the run that is going on.
+            source: The dataset.
+            origin: The pass, and the index in it, that the batch was handed out for.
+        """
+        number, index = origin
+        if self._source is None or self._run != run:
+            return False
+        if self._source() is not source:
+            return True
+        if number == self._number:
+            return index in self._indices
+        return number < self._number or len(self._indices) < source.steps_per_epoch
+
+    def add(self, run: int, source: ShuffledDataset, origin: tuple[int, int]) -> None:
+        """Takes note of a batch's step."""
+        number, index = origin
+        same = self._source is not None and self._source() is source
+        if not same or run != self._run or number != self._number:
+            self._run, self._number, self._indices = run, number, set()
+            self._source = weakref.ref(source)
+        self._indices.add(index)
 
 
 def _largest_probability(n: int, q: float) -> float:
@@ -424,37 +440,32 @@ def as_models(models: Any) -> list[Any]:
 
 
 def clipped_sums(
-    optimizer: DPOptimizer,
     loss_fn: Callable[[Any], Any],
     variables: list[Any],
     batch: Batch,
     models: list[Any],
     *,
-    jit_compile: bool,
-    run_eagerly: bool,
-) -> ClippedSums:
-    """The clipped sum over a batch of `loss_fn`'s gradient for each example."""
-    views = optimizer.augmentation_multiplicity
+    clip: Callable[[Any], Any],
+    options: EngineOptions,
+) -> tuple[Clipped, Any, str | None]:
+    """The clipped sum over a batch of `loss_fn`'s gradient for each example.
+
+    Returns:
+        The sums; the mean loss of the examples; and the engine that computed them.
+    """
     with backend.outside_graph():
         example_loss = FunctionLoss(loss_fn, variables, batch, models)
-        optimizer.prepare(variables)
-    engine = Engine(
-        example_loss,  # type: ignore[arg-type]
-        clipping.Clip(optimizer.clipping_strategy, optimizer.current_max_grad_norm),
-        gradients="vectorized" if optimizer.gradients == "auto" else optimizer.gradients,
-        microbatch_size=optimizer.microbatch_size,
-        views=views,
-        jit_compile=jit_compile,
-        eagerly=run_eagerly,
-    )
+    engine = Engine(example_loss, clip, options)  # type: ignore[arg-type]
     leaves, real = backend.pad_examples(batch.leaves(), engine.padding)
+    views = options.views
     seeds = backend.per_example_seeds(example_loss.seed_states, backend.row_count(leaves[0]), views)
-    if not run_eagerly:
+    if not options.eagerly:
         one_view = [s if views == 1 else s[:, 0] for s in seeds]
         example_loss.require_reached([*leaves, *one_view])
     outcome = engine(batch.with_leaves(leaves), real, seeds)
-    loss = backend.mean_over(outcome.losses, real)
-    return ClippedSums(outcome.sums, outcome.norms, real, loss, engine.name)
+    rows = backend.row_count(batch.leaves()[0])
+    clipped = Clipped(variables, outcome.sums, outcome.norms, real, rows)
+    return clipped, backend.mean_over(outcome.losses, real), engine.name
 
 
 class TracedSteps:
@@ -519,4 +530,188 @@ class TracedSteps:
                 "time, which is slow. Define it once, before the loop; give it what changes in "
                 "`batch`, a row for each example, or in a keras.Variable.",
                 name_of(loss_fn),
+            )
+
+
+# -- the step ----------------------------------------------------------------------------------
+
+
+class OwnLoop:
+    """The private step of training loops that are written by hand.
+
+    Args:
+        mechanism: Clips, adds noise, divides.
+        meter: Knows sigma and C of the step, and counts it.
+        options: How per-example gradients are computed.
+        warn_once: Warns about a topic, once.
+    """
+
+    def __init__(
+        self,
+        mechanism: Mechanism,
+        meter: Meter,
+        options: EngineOptions,
+        warn_once: Callable[[str, str], None],
+    ) -> None:
+        self._mechanism = mechanism
+        self._meter = meter
+        self._options = options
+        self._warn_once = warn_once
+        self._draws = Draws()
+        self._passes = Passes()
+        self._traced_steps = TracedSteps()
+        self.engine: str | None = None
+
+    def begin(self, sampling: Any, steps: int | None, *, iteration: int) -> None:
+        """Begins a phase of steps on batches of `sampling`, `steps` of them at most."""
+        declared = sampling_of(sampling)
+        if steps is not None:
+            steps = arguments.positive_integer(
+                "steps", steps, "how many steps the loop is going to take at most"
+            )
+        if self._meter.target is not None and steps is None:
+            raise ValueError(
+                "target_epsilon needs the number of steps, for which sigma is calibrated: "
+                "begin_loop(..., steps=1000), say. Or give noise_multiplier instead."
+            )
+        self._mechanism.noise.refresh()
+        self._meter.begin(Phase("loop", declared, steps), iteration=iteration)
+        self._meter.announce(steps or 1)
+
+    def gradients(
+        self,
+        optimizer: Any,
+        loss_fn: Callable[[Any], Any],
+        variables: list[Any],
+        batch: Any,
+        *,
+        sampling: Any,
+        models: Any,
+        jit_compile: bool,
+        run_eagerly: bool,
+    ) -> PrivateGradients:
+        """The step, without what comes after it: see `DPOptimizer.private_gradients`."""
+        drawn = sampling_of(sampling)
+        examples, inside = as_batch(batch), as_models(models)
+        rows = backend.row_count(examples.leaves()[0])
+        require_by_itself(loss_fn, batch)
+        traced = backend.current_graph() is not None
+        with backend.outside_graph():
+            drawn = self._make_ready(optimizer, batch, rows, sampling, drawn, traced=traced)
+
+        options = dataclasses.replace(
+            self._options,
+            gradients=self._slower_engine(),
+            jit_compile=jit_compile,
+            eagerly=run_eagerly,
+        )
+
+        def step(leaves: list[Any]) -> tuple[list[Any], Any, Any, list[Any]]:
+            with backend.outside_graph():
+                self._mechanism.build(variables)
+                self._meter.announce(1)
+            found, loss, self.engine = clipped_sums(  # gradients, clip, sum
+                loss_fn,
+                variables,
+                examples.with_leaves(leaves),
+                inside,
+                clip=self._mechanism.clip(self._meter.max_grad_norm),
+                options=options,
+            )
+
+            def noised(now: StepValues) -> list[Any]:
+                gradients = self._mechanism.noised(found, now)  # noise, divide
+                return [ops.cast(g, v.dtype) for g, v in zip(gradients, variables, strict=True)]
+
+            def nothing() -> list[Any]:
+                return [ops.zeros(v.shape, v.dtype) for v in variables]
+
+            released, gradients = self._meter.spend(
+                noised, nothing, after=found.evidence, sampling=drawn
+            )
+            return gradients, released, loss, []
+
+        leaves = examples.leaves()
+        call: Step = step
+        if not run_eagerly and not traced:
+            call = self._traced_steps.of(
+                step, loss_fn, variables, examples, inside, options=(options, drawn)
+            )
+        gradients, released, loss, _ = call(leaves)
+        if not traced:
+            self._draws.add(drawn, batch, rows)
+        return PrivateGradients.of(
+            optimizer, gradients, variables=variables, released=released, loss=loss
+        )
+
+    def _slower_engine(self) -> str:
+        """The engine to start from: the ghost engine needs a model."""
+        return "vectorized" if self._options.gradients == "auto" else self._options.gradients
+
+    def _make_ready(
+        self, optimizer: Any, batch: Any, rows: Any, source: Any, drawn: Sampling, *, traced: bool
+    ) -> Sampling:
+        """Makes ready for a step, or for tracing it into a graph of yours.
+
+        Returns:
+            How the batch was drawn, by what could be seen of it.
+        """
+        meter, iteration = self._meter, int(optimizer.iterations)
+        origin = None
+        if isinstance(source, ShuffledDataset):
+            if traced:
+                raise PrivacyError(
+                    "In a tf.function it can't be seen where a pass over a ShuffledDataset "
+                    "begins, and so not how often an example takes part. Call private_gradients "
+                    "outside of it (it compiles the step by itself), or draw from a "
+                    "PoissonDataset."
+                )
+            origin = source.origin_of(batch)
+            if origin is None:
+                drawn = dataclasses.replace(UNKNOWN, batch_size=drawn.batch_size)
+        self._mechanism.noise.refresh_after_fork()
+        if meter.limit_reached and not traced and (meter.target is not None or not meter.budgets):
+            meter.require_left()
+        if isinstance(rows, int):
+            self._draws.check(drawn, batch, rows)
+        meter.declare_batches(drawn, iteration=iteration)
+        if origin is not None and self._passes.needs_new_run(meter.run_number, source, origin):
+            if meter.limited:
+                raise PrivacyError(
+                    "A new pass over the ShuffledDataset begins before the last one was over, and "
+                    "the step limit was found for whole passes. Go over all of its batches, or "
+                    "call begin_loop(data) and limit_steps again before the new pass."
+                )
+            meter.declare(drawn, iteration=iteration)
+        meter.find_limit()
+        if not traced:
+            meter.require_left()
+            meter.announce(1)
+        elif meter.scheduled and (meter.phase.kind != "loop" or meter.phase.steps is None):
+            raise ValueError(
+                "In a tf.function, a schedule of noise or clipping norms needs the number of "
+                "steps. Call begin_loop(sampling, steps=...) before the first step."
+            )
+        if origin is not None:
+            self._passes.add(meter.run_number, source, origin)
+        self._warn_if_unknown(drawn, source)
+        return drawn
+
+    def _warn_if_unknown(self, drawn: Sampling, source: Any) -> None:
+        if drawn.sampler != "unknown":
+            return
+        if source is None:
+            self._warn_once(
+                "private_gradients",
+                "private_gradients can't know how you chose the batch, so it is accounted as if "
+                "every example took part in every step, and in no other way than by its own row. "
+                "Draw the batches from a keras_dp.PoissonDataset and pass it as `sampling`, which "
+                "costs far less privacy.",
+            )
+        else:
+            self._warn_once(
+                "private_gradients of other rows",
+                "This batch is not one that the ShuffledDataset handed out (its arrays were "
+                "converted or cut), so nobody can tell which pass it belongs to, and the step is "
+                "accounted as if every example took part in it. Pass on the arrays as they come.",
             )

@@ -24,7 +24,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .errors import PrivacyError, PrivacyWarning
@@ -112,6 +112,37 @@ class Journal:
         """
         with _opened(self.path, _WRITING) as file:
             return self._look(file).ledger
+
+    def occupy(self) -> Callable[[], None]:
+        """Keeps other trainings away from the journal, where the system has file locks.
+
+        Two that run at once would not see each other's steps: each would hold to the
+        budget alone, and pass it together.
+
+        Returns:
+            What ends that.
+
+        Raises:
+            PrivacyError: If another training is using the journal.
+        """
+        try:
+            file = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            return lambda: None  # a folder that can't be written to: the journal itself says so
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                raise PrivacyError(
+                    "Another training is using the journal now, in this process or another, and "
+                    "the two would pass a budget that each of them keeps. Start this one when "
+                    "that one is over, or give trainings of different models a journal each: "
+                    f"{self.path}"
+                ) from None
+            except OSError:
+                pass  # some network disks have no locks
+        return lambda: os.close(file)
 
     def append(self, kind: str, release: Release) -> None:
         """Adds a line, and returns when it is on disk.

@@ -196,7 +196,7 @@ class _Run:
     """
 
     def __init__(self, kinds: Kinds, begun: Callable[[Release], Release]) -> None:
-        self._kinds = kinds
+        self.kinds = kinds
         self._begun = begun
         self._runs: dict[tuple[Any, ...], Release] = {}
         self._counts: dict[tuple[Any, ...], int] = {}
@@ -211,12 +211,12 @@ class _Run:
         return [self._runs[key].with_steps(self._runs[key].steps + n) for key, n in counts.items()]
 
     def _count(self, counts: dict[tuple[Any, ...], int], steps: range) -> None:
-        if isinstance(self._kinds, Release):
+        if isinstance(self.kinds, Release):
             if steps:
-                self._add(counts, self._kinds, len(steps))
+                self._add(counts, self.kinds, len(steps))
             return
         for k in steps:
-            self._add(counts, self._kinds(k), 1)
+            self._add(counts, self.kinds(k), 1)
 
     def _add(self, counts: dict[tuple[Any, ...], int], kind: Release, steps: int) -> None:
         key = kind.mechanism
@@ -274,13 +274,29 @@ class LedgerBook:
         def begun(kind: Release) -> Release:
             run = kind.with_steps(0)
             for known in past:
-                same = known.id in self._own and known.mechanism == kind.mechanism
-                if same and kind.sampler != "shuffled":
+                if known.mechanism != kind.mechanism:
+                    continue
+                if known.id in self._own and kind.sampler != "shuffled":
                     run = known
+                elif known.id == run.id:
+                    run = dataclasses.replace(run, id=_new_id())
             self._own.add(run.id)
             return run
 
         self._run, self._run_began = _Run(kinds, begun), self._count()
+
+    def fork(self) -> None:
+        """From now on, like steps are runs of their own, apart from those so far.
+
+        For a process that goes on beside the one it was copied from: each makes
+        steps that the other doesn't know of, so they must add up where the two
+        ledgers meet.
+        """
+        self._own = set()
+        if self._run is None:
+            return
+        kinds, made = self._run.kinds, self._count() - self._run_began
+        self.open(kinds if isinstance(kinds, Release) else lambda number: kinds(made + number))
 
     def absorb(self, ledger: PrivacyLedger) -> None:
         """Adds what another ledger knows."""

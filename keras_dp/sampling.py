@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import math
 import os
 import threading
+import weakref
 from typing import Any
 
 import keras
 import numpy as np
 from keras import tree
 
+from . import arguments
 from .ledger import Release
 
 
@@ -57,24 +61,6 @@ class Sampling:
 
 
 UNKNOWN = Sampling("unknown")
-
-
-def check_batch_size(batch_size: Any, argument: str = "batch_size") -> int:
-    """The batch size as an `int`.
-
-    Raises:
-        ValueError: If it is no positive integer.
-    """
-    if (
-        isinstance(batch_size, bool)
-        or not isinstance(batch_size, (int, np.integer))
-        or batch_size < 1
-    ):
-        raise ValueError(
-            f"`{argument}` must be a positive integer: the expected number of examples in a "
-            f"batch. Received: {argument}={batch_size!r}"
-        )
-    return int(batch_size)
 
 
 def as_array(leaf: Any, name: str = "x") -> np.ndarray:
@@ -166,8 +152,31 @@ def _secure_sample(count: int, rate: float) -> np.ndarray:
     return np.flatnonzero(words < np.uint64(math.floor(math.ldexp(rate, 64))))
 
 
+class _Draws:
+    """A random generator that several threads and copies of a dataset share.
+
+    A forked process takes a fresh one, unless it is seeded.
+    """
+
+    def __init__(self, seed: int | None) -> None:
+        self.lock = threading.Lock()
+        self._seed = seed
+        self._process = os.getpid()
+        self._random = np.random.default_rng(seed)
+
+    @property
+    def random(self) -> np.random.Generator:
+        """The generator; to be used under `lock`."""
+        if self._seed is None and os.getpid() != self._process:
+            self._process = os.getpid()
+            self._random = np.random.default_rng()
+        return self._random
+
+
 class _ArrayDataset(keras.utils.PyDataset):
-    """Batches of rows of arrays."""
+    """Batches of rows of arrays, drawn by a plan that can't be changed."""
+
+    _sealed = False
 
     def __init__(
         self,
@@ -184,18 +193,29 @@ class _ArrayDataset(keras.utils.PyDataset):
         self.y = as_arrays(y, "y")
         self.sample_weight = as_arrays(sample_weight, "sample_weight")
         self.num_examples = common_length(self.x, self.y, self.sample_weight)
-        self.batch_size = check_batch_size(batch_size)
+        self.batch_size = arguments.positive_integer(
+            "batch_size", batch_size, "the expected number of examples in a batch"
+        )
         if self.batch_size > self.num_examples:
             raise ValueError(
                 f"`batch_size` ({self.batch_size}) is larger than the number of examples "
                 f"({self.num_examples}). Choose a batch size of at most {self.num_examples}."
             )
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise ValueError(f"`seed` must be None or an integer, 0 or more. Received: {seed!r}")
-        self.seed = seed
-        self._lock = threading.Lock()
-        self._process = os.getpid()
-        self._random = np.random.default_rng(seed)
+        self.seed = arguments.seed(seed)
+        self._draws = _Draws(self.seed)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._sealed and not name.startswith("_"):
+            raise AttributeError(
+                f"{type(self).__name__}.{name} can't be changed: accounting rests on what the "
+                "dataset was made with. Make a new one instead."
+            )
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if not name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__}.{name} can't be deleted.")
+        super().__delattr__(name)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -205,13 +225,6 @@ class _ArrayDataset(keras.utils.PyDataset):
     @property
     def num_batches(self) -> int:
         return self.steps_per_epoch
-
-    def _generator(self) -> np.random.Generator:
-        """The random generator; a forked process takes a fresh one."""
-        if self.seed is None and os.getpid() != self._process:
-            self._process = os.getpid()
-            self._random = np.random.default_rng()
-        return self._random
 
     def _batch(self, indices: np.ndarray) -> tuple[Any, ...]:
         def rows(structure: Any) -> Any:
@@ -286,6 +299,7 @@ class PoissonDataset(_ArrayDataset):
             )
         self.secure_mode = bool(secure_mode)
         self._num_batches: int | None = None
+        self._sealed = True
 
     @property
     def sampling_rate(self) -> float:
@@ -311,16 +325,27 @@ class PoissonDataset(_ArrayDataset):
     def __len__(self) -> int:
         return self.num_batches
 
-    def set_num_batches(self, num_batches: int) -> None:
-        """Makes an epoch as many draws as given (draws are independent, so any number will do)."""
-        self._num_batches = num_batches
+    def for_fit(self, num_batches: int | None, *, secure_mode: bool) -> PoissonDataset:
+        """Returns the dataset that one `fit` trains on, which nobody else has.
+
+        Args:
+            num_batches: How many draws are an epoch (they are independent, so any
+                number will do); `None`: `steps_per_epoch`.
+            secure_mode: Whether to draw from the operating system's generator,
+                unless there is a seed.
+        """
+        own = copy.copy(self)
+        own._num_batches = num_batches
+        secure = self.secure_mode or (secure_mode and self.seed is None)
+        object.__setattr__(own, "secure_mode", secure)
+        return own
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         """A fresh Poisson draw, whatever the index."""
         if self.secure_mode:
             return self._batch(_secure_sample(self.num_examples, self.sampling_rate))
-        with self._lock:
-            random = self._generator()
+        with self._draws.lock:
+            random = self._draws.random
             size = random.binomial(self.num_examples, self.sampling_rate)
             indices = random.choice(self.num_examples, size, replace=False, shuffle=False)
         return self._batch(indices)
@@ -368,8 +393,15 @@ class ShuffledDataset(_ArrayDataset):
         seed: int | None = None,
     ) -> None:
         super().__init__(x, y, sample_weight, batch_size=batch_size, seed=seed)
-        self.passes = 0  # begun so far: in each of them an example comes once at most
+        self._passes = 0
+        self._handed_out = HandedOut()
         self.on_epoch_begin()
+        self._sealed = True
+
+    @property
+    def passes(self) -> int:
+        """How many passes were begun so far: in each of them an example comes once at most."""
+        return self._passes
 
     @property
     def sampling(self) -> Sampling:
@@ -384,22 +416,92 @@ class ShuffledDataset(_ArrayDataset):
     def __len__(self) -> int:
         return self.steps_per_epoch
 
+    def for_fit(self, num_batches: int | None, *, secure_mode: bool) -> ShuffledDataset:
+        """Returns the dataset that one `fit` trains on, whose order nobody else can change.
+
+        Args:
+            num_batches: How many batches are an epoch: all of them.
+            secure_mode: Means nothing here: no privacy rests on the order.
+
+        Raises:
+            ValueError: For another number of batches.
+        """
+        if num_batches is not None and num_batches != len(self):
+            raise ValueError(
+                f"fit(steps_per_epoch={num_batches}): an epoch of a ShuffledDataset is one pass "
+                f"of {len(self)} steps, since that is what its accounting rests on. Remove "
+                "`steps_per_epoch`, or use a PoissonDataset."
+            )
+        own = copy.copy(self)
+        own._handed_out = HandedOut()
+        own.on_epoch_begin()
+        return own
+
     def on_epoch_begin(self) -> None:
         """Draws the order of the epoch."""
-        with self._lock:
-            self._order = self._generator().permutation(self.num_examples)
-            self.passes += 1
-            self._served = -1
+        with self._draws.lock:
+            self._order = self._draws.random.permutation(self.num_examples)
+            self._passes += 1
+            self._served: set[int] = set()
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         """The batch at `index` of this epoch's order."""
         if not 0 <= index < len(self):
             raise IndexError(f"There are {len(self)} batches. Received index: {index}")
-        with self._lock:
-            if index <= self._served:  # over the same order again
-                self.passes += 1
-            self._served = index
-        return self._batch(self._order[index * self.batch_size : (index + 1) * self.batch_size])
+        with self._draws.lock:
+            if index in self._served:  # over the same order again
+                self._passes += 1
+                self._served = set()
+            self._served.add(index)
+            number, order = self._passes, self._order
+        batch = self._batch(order[index * self.batch_size : (index + 1) * self.batch_size])
+        self._handed_out.add(batch, (number, index))
+        return batch
+
+    def origin_of(self, batch: Any) -> tuple[int, int] | None:
+        """The pass and the index in it that a batch was handed out for.
+
+        `None` for one that is no longer, or never was, what this dataset handed out.
+        """
+        return self._handed_out.get(batch)
+
+
+class HandedOut:
+    """Remembers batches, by the identity of their arrays, for as long as these live."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Any], Any]] = {}
+
+    def add(self, batch: Any, value: Any) -> None:
+        """Remembers something about a batch."""
+        for array in self._arrays(batch):
+            self._remember(array, value)
+
+    def get(self, batch: Any) -> Any:
+        """What is known of a batch: the same of all of its arrays, or `None`."""
+        found = [self._value(array) for array in self._arrays(batch)]
+        return found[0] if found and all(v == found[0] for v in found) else None
+
+    def knows_any_of(self, batch: Any) -> bool:
+        """Whether any array of the batch was in one that is remembered."""
+        return any(self._value(array) is not None for array in self._arrays(batch))
+
+    def _remember(self, array: Any, value: Any) -> None:
+        key = id(array)
+
+        def forget(_: Any) -> None:
+            self._known.pop(key, None)
+
+        with contextlib.suppress(TypeError):  # a number, say, which has no identity
+            self._known[key] = (weakref.ref(array, forget), value)
+
+    def _value(self, array: Any) -> Any:
+        reference, value = self._known.get(id(array), (lambda: None, None))
+        return value if reference() is array else None
+
+    @staticmethod
+    def _arrays(batch: Any) -> list[Any]:
+        return [t for t in tree.flatten(batch) if t is not None]
 
 
 def split_for_validation(

@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from keras import ops
 
 from . import backend
+from .arguments import is_number
 
 Schedule = float | Callable[[int], Any]
 
@@ -38,11 +38,6 @@ def checked(argument: str, value: Any, *, least: str = "0 or more") -> Schedule:
             f"LearningRateSchedule. Received: {argument}={value!r}"
         )
     return float(value)
-
-
-def is_number(value: Any) -> bool:
-    """Whether something is a real number, not a truth value."""
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def _value(argument: str, schedule: Schedule, step: int) -> float:

@@ -2,80 +2,112 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops, tree
 
-from . import backend, clipping, keras_private
+from . import backend, keras_private
 from .compatibility import require_trainable_privately
 from .errors import PrivacyError
-from .gradients import Batch, Engine, ExampleLoss, Outcome
-
-if TYPE_CHECKING:
-    from .optimizers import DPOptimizer
+from .gradients import Batch, Engine, EngineOptions, ExampleLoss, Outcome
+from .mechanism import Clipped, Mechanism, StepValues
+from .meter import Meter
+from .sampling import Sampling
 
 _checked_losses: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def private_train_step(optimizer: DPOptimizer, model: keras.Model, data: Any) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a private step is made of.
+
+    Attributes:
+        mechanism: Clips, adds noise, divides.
+        meter: Knows sigma and C of the step, and counts it.
+        options: How per-example gradients are computed.
+        make_ready: Makes the optimizer ready for a step on these variables of a model.
+        apply: Hands gradients of these variables to the inner optimizer.
+        warn_once: Warns about a topic, once.
+    """
+
+    mechanism: Mechanism
+    meter: Meter
+    options: EngineOptions
+    make_ready: Callable[[keras.Model, list[Any]], None]
+    apply: Callable[[list[Any], list[Any]], None]
+    warn_once: Callable[[str, str], None]
+
+
+def private_train_step(
+    parts: Parts, model: keras.Model, data: Any, sampling: Sampling | None = None
+) -> tuple[dict[str, Any], str | None]:
     """One step of DP-SGD (Abadi et al. 2016, arXiv 1607.00133, algorithm 1).
 
     Formal guarantee: the weights learn about the examples only through
     `sum_i c_i g_i + N(0, (sigma C)^2)`, whose sensitivity to one example is C;
-    the ledger counts it in the same step; and once the optimizer's step limit
-    is reached nothing more is released.
+    the ledger counts it in the same step; and once the step limit is reached
+    nothing more is released.
 
     Args:
-        optimizer: The DP optimizer that the model was compiled with.
+        parts: What the step is made of.
         model: The model.
         data: `x`, `(x, y)` or `(x, y, sample_weight)`, one row per example;
             0 rows are a step of noise alone.
+        sampling: What must be declared when the step runs; anything, if `None`.
 
     Returns:
-        The model's metrics by name.
+        The model's metrics by name, and the engine that was used.
     """
+    mechanism, meter = parts.mechanism, parts.meter
     batch = Batch(*keras.utils.unpack_x_y_sample_weight(data))
     batch = batch.with_leaves(backend.as_tensors(batch.leaves()))
     rows = backend.row_count(batch.leaves()[0])
-    example_loss = _prepare(optimizer, model, batch)
+    example_loss = _prepare(parts, model, batch)
     variables = example_loss.variables
 
-    engine = Engine(
-        example_loss,
-        clipping.Clip(optimizer.clipping_strategy, optimizer.current_max_grad_norm),
-        gradients=optimizer.gradients,
-        microbatch_size=optimizer.microbatch_size,
-        views=optimizer.augmentation_multiplicity,
-        jit_compile=model.jit_compile,
-        eagerly=model.run_eagerly,
+    # Gradients, clip, sum.
+    options = dataclasses.replace(
+        parts.options, jit_compile=model.jit_compile, eagerly=model.run_eagerly
     )
-    leaves, real = backend.pad_examples(batch.leaves(), engine.padding)
-    padded = batch.with_leaves(leaves)
-    seeds = backend.per_example_seeds(
-        example_loss.seed_states,
-        backend.row_count(leaves[0]),
-        optimizer.augmentation_multiplicity,
-    )
-
+    engine = Engine(example_loss, mechanism.clip(meter.max_grad_norm), options)
+    padded, real, seeds = _padded(example_loss, batch, engine.padding, options.views)
     outcome = engine(padded, real, seeds)
+    found = Clipped(variables, outcome.sums, outcome.norms, real, rows, outcome.norms_by_variable)
     penalty = _regularization(variables)  # of the weights that made the losses
-    optimizer.release(
-        outcome.sums,
-        variables,
-        rows=rows,
-        norms=outcome.norms,
-        real=real,
-        norms_by_variable=outcome.norms_by_variable,
-    )
-    optimizer.engine = engine.name
-    return _metrics(model, batch, rows, real, outcome, penalty)
+
+    def step(now: StepValues) -> Any:
+        gradients = mechanism.noised(found, now)  # noise, divide
+        parts.apply(with_regularizers(gradients, variables), variables)
+        return ops.zeros(())
+
+    meter.spend(step, lambda: ops.zeros(()), after=found.evidence, sampling=sampling)
+    return _metrics(model, batch, rows, real, outcome, penalty), engine.name
 
 
-def _prepare(optimizer: DPOptimizer, model: keras.Model, batch: Batch) -> ExampleLoss:
+def _padded(
+    example_loss: ExampleLoss, batch: Batch, multiple: int, views: int
+) -> tuple[Batch, Any, list[Any]]:
+    """The batch with rows added, which of them are real, and seeds for each."""
+    leaves, real = backend.pad_examples(batch.leaves(), multiple)
+    rows = backend.row_count(leaves[0])
+    seeds = backend.per_example_seeds(example_loss.seed_states, rows, views)
+    return batch.with_leaves(leaves), real, seeds
+
+
+def with_regularizers(gradients: list[Any], variables: list[Any]) -> list[Any]:
+    """Adds the gradients of weight regularizers, which see no data; in the weights' dtypes."""
+    penalties = regularizer_gradients(variables)
+    if penalties is not None:
+        gradients = [g + ops.cast(p, g.dtype) for g, p in zip(gradients, penalties, strict=True)]
+    return [ops.cast(g, v.dtype) for g, v in zip(gradients, variables, strict=True)]
+
+
+def _prepare(parts: Parts, model: keras.Model, batch: Batch) -> ExampleLoss:
     """Builds what is not built yet, and refuses what can't be private."""
     require_trainable_privately(model)
     with backend.outside_graph():
@@ -88,16 +120,14 @@ def _prepare(optimizer: DPOptimizer, model: keras.Model, batch: Batch) -> Exampl
                 "train privately. Add a layer with weights, or set `trainable = True` on one "
                 "and compile again."
             )
-        optimizer.require_same_weights(model, remember=True)
-        if not optimizer.built:
-            optimizer.build(variables)
-        optimizer.prepare(variables)
+        parts.make_ready(model, variables)
         _check_loss(model, batch)
         example_loss = ExampleLoss(model, variables, batch)
-        if optimizer.augmentation_multiplicity > 1 and not keras_private.has_seeds(model):
-            optimizer.tell_once(
+        views = parts.options.views
+        if views > 1 and not keras_private.has_seeds(model):
+            parts.warn_once(
                 "augmentation_multiplicity",
-                f"augmentation_multiplicity={optimizer.augmentation_multiplicity} runs each "
+                f"augmentation_multiplicity={views} runs each "
                 f"example several times, and no layer of the model '{model.name}' has random "
                 "numbers of its own, so each run is the same. Put augmentation layers into the "
                 "model, such as keras.layers.RandomFlip, or leave the argument out.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import weakref
@@ -20,6 +21,7 @@ __all__ = [
     "ENGINES",
     "Batch",
     "Engine",
+    "EngineOptions",
     "ExampleLoss",
     "Outcome",
     "OuterProducts",
@@ -32,6 +34,26 @@ Run = Callable[[list[Any]], Any]
 
 logger = logging.getLogger("keras_dp")
 _told: weakref.WeakSet[Any] = weakref.WeakSet()  # the models whose fallback was logged
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """How per-example gradients are computed: nothing here changes a number.
+
+    Attributes:
+        gradients: The engine to start from; `"auto"` is `"ghost"`.
+        microbatch_size: How many examples are in memory at once, or `None`.
+        views: How often each example is run, with random numbers of its own each
+            time; its gradient, before it is clipped, is the mean.
+        jit_compile: Whether to compile with XLA.
+        eagerly: Whether to run operation by operation, for debugging.
+    """
+
+    gradients: str = "auto"
+    microbatch_size: int | None = None
+    views: int = 1
+    jit_compile: bool = False
+    eagerly: bool = False
 
 
 class Engine:
@@ -49,35 +71,25 @@ class Engine:
     Args:
         example_loss: The loss of one example.
         clip: From per-example norms, (rows, variables), to clip weights.
-        gradients: The engine to start from; `"auto"` is `"ghost"`.
-        microbatch_size: How many examples are in memory at once, or `None`.
-        views: How often each example is run, with random numbers of its own each
-            time; its gradient, before it is clipped, is the mean.
-        jit_compile: Whether to compile with XLA.
-        eagerly: Whether to run operation by operation, for debugging.
+        options: How to compute them.
     """
 
     def __init__(
         self,
         example_loss: ExampleLoss,
         clip: Callable[[Any], Any],
-        *,
-        gradients: str = "auto",
-        microbatch_size: int | None = None,
-        views: int = 1,
-        jit_compile: bool = False,
-        eagerly: bool = False,
+        options: EngineOptions = EngineOptions(),
     ) -> None:
         self.example_loss = example_loss
         self.name: str | None = None
         self._clip = clip
-        self._views = views
+        self._views = views = options.views
         # What one example's loss is to the slower engines.
         self._one = example_loss if views == 1 else MeanOfViews(example_loss, views)
-        self._gradients = gradients
-        self._microbatch_size = microbatch_size
-        self._jit_compile = jit_compile
-        self._eagerly = eagerly
+        self._gradients = options.gradients
+        self._microbatch_size = options.microbatch_size
+        self._jit_compile = options.jit_compile
+        self._eagerly = options.eagerly
         self._run: Callable[[list[Any]], Any] | None = None
 
     @property

@@ -1,48 +1,29 @@
-"""`DPOptimizer`, which makes training private around any Keras optimizer, and its named kin."""
+"""`DPOptimizer`, which makes training private around any Keras optimizer."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import inspect
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from . import accounting, backend, custom, training
-from . import clipping as clippings
-from .clipping import AdaptiveClipping, AddNoise, Clipping, Seen
-from .errors import PrivacyBudgetExceeded, PrivacyError, PrivacyWarning
-from .gradients import ENGINES
-from .ledger import LedgerBook, PrivacyLedger, Release
-from .noise import NoiseSource, SecureNoiseSource
-from .sampling import UNKNOWN, Sampling, ShuffledDataset, check_batch_size
-from .schedules import Schedule, StepSettings, checked, is_number
-
-_NO_LIMIT = 2**62
-_DECLARED_ANEW = (
-    "keras_dp: since this function was compiled, the optimizer was told that batches are drawn "
-    "otherwise, so this step would be accounted wrongly. Call optimizer.begin_loop(sampling) "
-    "before it, or use an optimizer for each way of drawing."
-)
-
-
-class Watcher(Protocol):
-    """What sees the steps of a `fit`, and stands between them and the clipping strategy."""
-
-    def build(self, variables: Sequence[Any]) -> None:
-        """Told the trainable variables, in the order of the sums, before a step."""
-
-    def noised(
-        self, strategy: Clipping, add_noise: AddNoise, sums: list[Any], sigma: Any, seen: Seen
-    ) -> list[Any]:
-        """As the strategy's `noised`, and no less private."""
+from .. import accounting, arguments, backend, custom, training
+from .. import clipping as clippings
+from ..clipping import AdaptiveClipping, Clipping
+from ..errors import PrivacyError, PrivacyWarning
+from ..gate import Gate
+from ..gradients import ENGINES, EngineOptions
+from ..ledger import PrivacyLedger, Release
+from ..mechanism import Mechanism, Watcher
+from ..meter import Budget, Meter, Phase
+from ..noise import NoiseSource, SecureNoiseSource
+from ..sampling import UNKNOWN, Sampling
+from ..schedules import Schedule, checked
 
 
 @keras.saving.register_keras_serializable(package="keras_dp")
@@ -148,12 +129,27 @@ class DPOptimizer(keras.optimizers.Optimizer):
         if noise_multiplier is not None:
             noise_multiplier = checked("noise_multiplier", noise_multiplier)
         _check_noise_choice(noise_multiplier, target_epsilon, target_delta)
+        target = None
         if target_epsilon is not None:
-            target_epsilon = _positive("target_epsilon", target_epsilon, "a privacy budget")
-            target_delta = accounting.check_delta(target_delta, "target_delta")
+            target = Budget(
+                arguments.positive("target_epsilon", target_epsilon, "a privacy budget"),
+                accounting.check_delta(target_delta, "target_delta"),
+            )
         if microbatch_size is not None:
-            microbatch_size = check_batch_size(microbatch_size, "microbatch_size")
-        augmentation_multiplicity = _views(augmentation_multiplicity)
+            microbatch_size = arguments.positive_integer(
+                "microbatch_size", microbatch_size, "how many examples are in memory at once"
+            )
+        options = EngineOptions(
+            arguments.one_of("gradients", gradients, ENGINES),
+            microbatch_size,
+            arguments.positive_integer(
+                "augmentation_multiplicity",
+                augmentation_multiplicity,
+                "how many times each example is run in a step",
+            ),
+        )
+        seed = arguments.seed(seed)
+        _check_secure_mode(secure_mode, seed)
         strategy = clippings.get(clipping)
         if isinstance(strategy, AdaptiveClipping):
             if callable(max_grad_norm):
@@ -161,71 +157,118 @@ class DPOptimizer(keras.optimizers.Optimizer):
                     "Adaptive clipping moves C itself: give `max_grad_norm` as the number to start "
                     f"from, not a schedule. Received: max_grad_norm={max_grad_norm!r}"
                 )
+            strategy = strategy.for_one_optimizer(self)
             strategy.restore(max_grad_norm)
-        _one_of("gradients", gradients, ENGINES)
-        if seed is not None and (
-            isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0
-        ):
-            raise ValueError(f"`seed` must be None or an integer, 0 or more. Received: {seed!r}")
-        _check_secure_mode(secure_mode, seed)
 
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
-        self.max_grad_norm = max_grad_norm
-        self.target_epsilon = target_epsilon
-        self.target_delta = target_delta
-        self.microbatch_size = microbatch_size
-        self.augmentation_multiplicity = augmentation_multiplicity
-        self.clipping = strategy.name
-        self.gradients = gradients
-        self.seed = None if seed is None else int(seed)
-        self.secure_mode = secure_mode
-        self.clipping_strategy = strategy
-        self.engine: str | None = None
-        self.ledger_problems: tuple[str, ...] = ()  # what a ledger on disk showed
-        self.budget: dict[str, Any] | None = None
-        self.last_delta: float | None = None
-
-        self._given_noise_multiplier = noise_multiplier
-        self._given_clipping = clipping
-        self._noise = SecureNoiseSource() if secure_mode else NoiseSource(self.seed)
-        self._releases = backend.Counter()
-        self._limit = backend.Counter(_NO_LIMIT)
-        self._settings = StepSettings(noise_multiplier, max_grad_norm, self._releases)
-        self._divisor = backend.Scalar(0.0)
-        self._book = LedgerBook(self._releases.read)
-        self._in_fit = False
-        self._pass: tuple[ShuffledDataset, int] | None = None  # that the last own step was of
-        self._loop_steps: int | None = None
-        self._sampling: Sampling | None = None  # what is declared now, and its number below
-        self._samplings: list[Sampling] = []
-        self._declared = backend.Counter(-1)
-        self._draws = custom.Draws()
-        self._traced_steps = custom.TracedSteps()
-        self._told: set[str] = set()
+        self._given: dict[str, Any] = {
+            "max_grad_norm": max_grad_norm,
+            "noise_multiplier": noise_multiplier,
+            "target_epsilon": None if target is None else target.epsilon,
+            "target_delta": None if target is None else target.delta,
+            "microbatch_size": microbatch_size,
+            "augmentation_multiplicity": options.views,
+            "clipping": clipping,
+            "gradients": gradients,
+            "seed": seed,
+            "secure_mode": secure_mode,
+        }
+        self._options = options
+        self._mechanism = Mechanism(
+            strategy, SecureNoiseSource() if secure_mode else NoiseSource(seed)
+        )
+        self._meter = Meter(
+            noise_multiplier,
+            max_grad_norm,
+            clipping=strategy.name,
+            seeded=seed is not None,
+            target=target,
+        )
+        self._loop = custom.OwnLoop(self._mechanism, self._meter, options, self.warn_once)
+        self._gate = Gate()
+        self._engine: str | None = None
+        self._last_delta: float | None = None
+        self._ledger_problems: tuple[str, ...] = ()
+        self._warned: set[str] = set()
+        self._endings: list[Callable[[], None]] = []
         self._model: weakref.ref[keras.Model] | None = None
         self._built_for: set[int] = set()  # the weights that the inner optimizer has state for
         self._trained: list[Any] | None = None  # the weights of the step, once it has run
-        self._watcher: Watcher | None = None
-        if noise_multiplier is not None:
-            if noise_multiplier == 0:
-                warnings.warn(
-                    "noise_multiplier=0 adds no noise: training is not private and epsilon is "
-                    "infinite. Give a positive noise_multiplier, or target_epsilon.",
-                    PrivacyWarning,
-                    stacklevel=_outside_package(),
-                )
-            self._declare(UNKNOWN)
+        if noise_multiplier == 0:
+            warnings.warn(
+                "noise_multiplier=0 adds no noise: training is not private and epsilon is "
+                "infinite. Give a positive noise_multiplier, or target_epsilon.",
+                PrivacyWarning,
+                stacklevel=outside_package(),
+            )
+
+    # -- the arguments, as given -------------------------------------------------------------
+
+    @property
+    def max_grad_norm(self) -> Schedule:
+        """C, or the schedule of C, as it was given."""
+        return self._given["max_grad_norm"]
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """sigma of the next step; `None` until it is calibrated, if a target was given."""
+        return self._meter.noise_multiplier
+
+    @property
+    def target_epsilon(self) -> float | None:
+        """The epsilon that sigma is calibrated to, if it is."""
+        return self._given["target_epsilon"]
+
+    @property
+    def target_delta(self) -> float | None:
+        """The delta of `target_epsilon`."""
+        return self._given["target_delta"]
+
+    @property
+    def microbatch_size(self) -> int | None:
+        """How many examples are in memory at once; `None`: the whole batch."""
+        return self._options.microbatch_size
+
+    @property
+    def augmentation_multiplicity(self) -> int:
+        """How many times each example is run in a step."""
+        return self._options.views
+
+    @property
+    def clipping(self) -> str:
+        """The name of the clipping strategy."""
+        return self.clipping_strategy.name
+
+    @property
+    def clipping_strategy(self) -> Clipping:
+        """The clipping strategy."""
+        return self._mechanism.strategy
+
+    @property
+    def gradients(self) -> str:
+        """The engine to start from."""
+        return self._options.gradients
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of the noise, which voids the guarantee; `None` in earnest."""
+        return self._given["seed"]
+
+    @property
+    def secure_mode(self) -> bool:
+        """Whether noise and batches come from the operating system's generator."""
+        return self._given["secure_mode"]
 
     # -- what was spent ------------------------------------------------------------------
 
     @property
     def ledger(self) -> PrivacyLedger:
         """Every private release so far. It only grows."""
-        return self._book.ledger
+        return self._meter.ledger
 
     def get_epsilon(self, delta: float, accountant: str = "pld") -> float:
-        """The epsilon that all training so far has cost.
+        """Returns the epsilon that all training so far has cost.
 
         Adjacency: add-or-remove (zero-out) one example, n public.
 
@@ -243,33 +286,61 @@ class DPOptimizer(keras.optimizers.Optimizer):
         return accounting.ledger_epsilon(self.ledger, accounting.check_delta(delta), accountant)
 
     @property
-    def noise_multiplier(self) -> float | None:
-        """sigma of the next step; `None` until it is calibrated, if a target was given."""
-        return self._settings.noise_multiplier
+    def engine(self) -> str | None:
+        """The engine that computed the last step's gradients; `None` before the first."""
+        return self._loop.engine or self._engine
 
     @property
     def random_source(self) -> str:
         """Where the noise comes from, in words."""
-        return self._noise.description
+        return self._mechanism.noise.description
 
     @property
     def releases(self) -> int:
         """How many steps this optimizer object has released."""
-        return self._releases.read()
+        return self._meter.releases
 
     def runs_after(self, further: int) -> list[Release]:
         """The runs of like steps that are going on, once `further` more steps are made."""
-        return self._book.runs_after(further)
+        return self._meter.runs_after(further)
 
     @property
     def own_runs(self) -> list[Release]:
         """The runs that this optimizer object made."""
-        return self._book.own_runs
+        return self._meter.book.own_runs
+
+    @property
+    def last_delta(self) -> float | None:
+        """The delta that training was last watched at."""
+        return self._last_delta
+
+    def watch_delta(self, delta: float) -> None:
+        """Takes note of the delta that training is watched at, for the report."""
+        self._last_delta = delta
+
+    @property
+    def ledger_problems(self) -> tuple[str, ...]:
+        """What the ledger on disk showed when it was last read."""
+        return self._ledger_problems
+
+    def absorb(self, ledger: PrivacyLedger, problems: Sequence[str] | None = None) -> None:
+        """Adds what another ledger knows: every release, with the larger count.
+
+        Args:
+            ledger: The other ledger.
+            problems: What was found wrong with the file that it comes from.
+        """
+        self._meter.absorb(ledger)
+        if problems is not None:
+            self._ledger_problems = tuple(problems)
 
     # -- the private step ----------------------------------------------------------------
 
     def train_step(self, model: keras.Model, data: Any) -> dict[str, Any]:
-        """The private step that `compile` puts in the place of the model's `train_step`.
+        """Takes the private step that `compile` puts in the place of the model's `train_step`.
+
+        Called by yourself, it is a step on a batch of unknown origin, as by
+        `train_on_batch`.
 
         Args:
             model: The model that was compiled with this optimizer.
@@ -279,124 +350,37 @@ class DPOptimizer(keras.optimizers.Optimizer):
             The model's metrics by name.
 
         Raises:
-            PrivacyError: If the model can't be trained privately, or the noise
-                is not calibrated yet.
+            PrivacyError: If the model can't be trained privately, the noise is
+                not calibrated yet, or another training is going on.
         """
+        sampling = None
+        if not self._gate.inside:
+            with backend.outside_graph():
+                self.begin_train_on_batch("train_step")
+            sampling = UNKNOWN
         if self.noise_multiplier is None:
             raise PrivacyError(
                 "The noise is not calibrated yet: with target_epsilon, sigma follows from the "
                 "number of examples, batch size and epochs, which only `fit` knows. Call `fit`, "
                 "or give noise_multiplier instead of target_epsilon."
             )
-        return training.private_train_step(self, model, data)
-
-    def prepare(self, variables: Sequence[Any]) -> None:
-        """Makes the clipping strategy ready for a step on `variables`.
-
-        Raises:
-            PrivacyError: If the strategy couples the examples of a batch.
-        """
-        self.clipping_strategy.build(variables)
-        clippings.require_apart(self.clipping_strategy, variables)
-        if self._watcher is not None:
-            self._watcher.build(variables)
-        self._settings.announce(1)
-
-    def current_max_grad_norm(self) -> Any:
-        """C of this step as it was given, a scalar tensor."""
-        return self._settings.now("max_grad_norm")
-
-    def release(
-        self,
-        sums: Sequence[Any],
-        variables: Sequence[Any],
-        *,
-        rows: Any,
-        norms: Any,
-        real: Any,
-        norms_by_variable: Any = None,
-    ) -> None:
-        """Noises a clipped sum, records that, and hands it to the inner optimizer.
-
-        Does nothing once the step limit is reached. The divisor is the declared
-        expected batch size, or `rows` where batches are the caller's own.
-
-        Args:
-            sums: Clipped sums, one per variable, in float32 at least.
-            variables: The trainable variables.
-            rows: How many rows the caller handed over.
-            norms: Per-example norms before clipping, (rows and padding,).
-            real: Which of them are no padding.
-            norms_by_variable: Of the gradient of each variable, (rows and padding, variables).
-        """
-
-        variables = list(variables)
-
-        def apply(gradients: list[Any]) -> Any:
-            penalties = training.regularizer_gradients(variables)
-            if penalties is not None:
-                gradients = [
-                    g + ops.cast(p, g.dtype) for g, p in zip(gradients, penalties, strict=True)
-                ]
-            self.inner_optimizer.apply(
-                [ops.cast(g, v.dtype) for g, v in zip(gradients, variables, strict=True)],
-                variables,
-            )
-            return ops.zeros(())
-
-        self._noised(
-            sums,
-            apply,
-            lambda: ops.zeros(()),
-            rows=rows,
-            norms=norms,
-            real=real,
-            norms_by_variable=norms_by_variable,
+        parts = training.Parts(
+            self._mechanism,
+            self._meter,
+            self._options,
+            make_ready=self._make_ready,
+            apply=self.inner_optimizer.apply,
+            warn_once=self.warn_once,
         )
+        logs, self._engine = training.private_train_step(parts, model, data, sampling)
+        return logs
 
-    def _noised(
-        self,
-        sums: Sequence[Any],
-        use: Callable[[list[Any]], Any],
-        instead: Callable[[], Any],
-        *,
-        rows: Any,
-        norms: Any,
-        real: Any,
-        norms_by_variable: Any = None,
-        sampling: Sampling | None = None,
-    ) -> tuple[Any, Any]:
-        """Counts a release, and hands its noised sums, divided, to `use`, in one branch.
-
-        Args:
-            sums, rows, norms, real, norms_by_variable: As for `release`.
-            use: What is done with the gradients.
-            instead: What is done once the step limit is reached.
-            sampling: What must be declared when the step runs; anything, if `None`.
-
-        Returns:
-            Whether there was a release; and what `use` or `instead` returned.
-        """
-
-        def step() -> Any:
-            sigma, norm = self._settings.now("noise_multiplier"), self.current_max_grad_norm()
-            with backend.wait_for([sigma, norm]):
-                self._releases.increment()
-            declared = self._divisor.tensor
-            divisor = ops.where(declared > 0, declared, ops.maximum(ops.cast(rows, "float64"), 1))
-            noised: Callable[..., list[Any]] = self.clipping_strategy.noised
-            if self._watcher is not None and norms_by_variable is not None:
-                noised = functools.partial(self._watcher.noised, self.clipping_strategy)
-            seen = Seen(norms, real, divisor, norm, norms_by_variable)
-            found = noised(self._noise.add_to, list(sums), sigma, seen)
-            return use([s / ops.cast(divisor, s.dtype) for s in found])
-
-        with backend.wait_for([*sums, norms, real]):  # sums alone may be zeros without data
-            within = self._releases.tensor < self._limit.tensor
-            if sampling is not None:
-                number = self._samplings.index(sampling)
-                within = backend.require(self._declared.tensor == number, within, _DECLARED_ANEW)
-            return within, backend.branch(within, step, instead)
+    def _make_ready(self, model: keras.Model, variables: list[Any]) -> None:
+        self.require_same_weights(model, remember=True)
+        if not self.built:
+            self.build(variables)
+        self._mechanism.build(variables)
+        self._meter.announce(1)
 
     # -- loops of one's own ----------------------------------------------------------------
 
@@ -420,25 +404,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
             PrivacyError: While `fit` is running.
             PrivacyBudgetExceeded: If the target is spent.
         """
-        self._refuse_during_fit("begin_loop")
-        declared = custom.sampling_of(sampling)
-        if steps is not None and (
-            isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1
-        ):
-            raise ValueError(f"`steps` must be None or a positive integer. Received: {steps!r}")
-        if self.target_epsilon is not None and steps is None:
-            raise ValueError(
-                "target_epsilon needs the number of steps, for which sigma is calibrated: "
-                "begin_loop(..., steps=1000), say. Or give noise_multiplier instead."
-            )
-        try:
-            self.begin_fit(declared, None if steps is None else int(steps))
-        finally:
-            self._in_fit = False
-        self.budget = None
-        self._loop_steps = steps
-        self._pass = None
-        self.announce(steps or 1)
+        self._refuse_while_busy("begin_loop")
+        self._loop.begin(sampling, steps, iteration=int(self.iterations))
 
     @backend.without_autograph
     def private_gradients(
@@ -529,61 +496,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 "`loss_fn` must be a function of one example that returns its loss. Received: "
                 f"loss_fn={loss_fn!r}"
             )
-        variables, drawn = custom.as_variables(variables), custom.sampling_of(sampling)
-        examples, inside = custom.as_batch(batch), custom.as_models(models)
-        rows = backend.row_count(examples.leaves()[0])
-        custom.require_by_itself(loss_fn, batch)
-        traced = backend.current_graph() is not None
-        with backend.outside_graph():
-            self._begin_own_step(variables, drawn, traced=traced)
-            if isinstance(sampling, ShuffledDataset):
-                self._begin_pass(sampling, drawn, traced=traced)
-            if isinstance(rows, int):
-                self._draws.check(drawn, batch, rows)
-
-        def step(leaves: list[Any]) -> tuple[list[Any], Any, Any, list[Any]]:
-            rows = backend.row_count(leaves[0])
-            clipped = custom.clipped_sums(
-                self,
-                loss_fn,
-                variables,
-                examples.with_leaves(leaves),
-                inside,
-                jit_compile=jit_compile,
-                run_eagerly=run_eagerly,
-            )
-            self.engine = clipped.engine
-            released, gradients = self._noised(
-                clipped.sums,
-                lambda noised: [
-                    ops.cast(g, v.dtype) for g, v in zip(noised, variables, strict=True)
-                ],
-                lambda: [ops.zeros(v.shape, v.dtype) for v in variables],
-                rows=rows,
-                norms=clipped.norms,
-                real=clipped.real,
-                sampling=drawn,
-            )
-            return gradients, released, clipped.loss, []
-
-        leaves = examples.leaves()
-        if not run_eagerly and not traced:
-            options = (jit_compile, self.gradients, self.microbatch_size, drawn)
-            call = self._traced_steps.of(
-                step, loss_fn, variables, examples, inside, options=options
-            )
-        else:
-            call = step
-        gradients, released, loss, _ = call(leaves)
-        if not traced:
-            self._draws.add(drawn, batch, rows)
-        return custom.PrivateGradients.of(
-            self, gradients, variables=variables, released=released, loss=loss
-        )
-
-    def _begin_own_step(self, variables: list[Any], sampling: Sampling, *, traced: bool) -> None:
-        """Makes ready for a step of the caller's own, or for tracing it into their graph."""
-        self._refuse_during_fit("private_gradients")
+        self._refuse_while_busy("private_gradients")
         if self.gradients == "ghost":
             raise ValueError(
                 'gradients="ghost" needs a model; private_gradients has a function. Make the '
@@ -596,58 +509,19 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 "number of steps. Call begin_loop(sampling, steps=...) before the first step, or "
                 "give noise_multiplier instead of target_epsilon."
             )
-        self._build_for(variables)
-        self._noise.refresh_after_fork()
-        if self.step_limit_reached and not traced:
-            raise PrivacyBudgetExceeded(self._spent_in_loop())
-        self._declare_batches(sampling)
-        if self.budget is not None and self._limit.read() == _NO_LIMIT:
-            self.limit_steps(**self.budget)
-        if self.step_limit_reached and not traced:
-            raise PrivacyBudgetExceeded(self._spent_in_loop())
-        if not traced:
-            self.announce(1)
-        elif self._settings.scheduled and self._loop_steps is None:
-            raise ValueError(
-                "In a tf.function, a schedule of noise or clipping norms needs the number of "
-                "steps. Call begin_loop(sampling, steps=...) before the first step."
-            )
-        if sampling == UNKNOWN:
-            self.tell_once(
-                "private_gradients",
-                "private_gradients can't know how you chose the batch, so it is accounted as if "
-                "every example took part in every step. Draw the batches from a "
-                "keras_dp.PoissonDataset and pass it as `sampling`, which costs far less privacy.",
-            )
-
-    def _begin_pass(self, source: ShuffledDataset, sampling: Sampling, *, traced: bool) -> None:
-        """Accounts a pass that begins before the last one was over as a pass of its own.
-
-        Steps are counted as passes by their number, which is right for whole ones only.
-
-        Raises:
-            PrivacyError: If a step limit was found for whole passes, or a graph would hide
-                where they begin.
-        """
-        if traced:
-            raise PrivacyError(
-                "In a tf.function it can't be seen where a pass over a ShuffledDataset begins, and "
-                "so not how often an example takes part. Call private_gradients outside of it "
-                "(it compiles the step by itself), or draw from a PoissonDataset."
-            )
-        last, self._pass = self._pass, (source, source.passes)
-        run_steps = sum(r.steps for r in self._book.runs_after(0))
-        whole = run_steps % source.steps_per_epoch == 0
-        if last is None or last == self._pass or (whole and last[0] is source):
-            return
-        if self._limit.read() != _NO_LIMIT:
-            self._pass = last
-            raise PrivacyError(
-                "A new pass over the ShuffledDataset begins before the last one was over, and the "
-                "step limit was found for whole passes. Go over all of its batches, or call "
-                "begin_loop(data) and limit_steps again before the new pass."
-            )
-        self._declare(sampling)
+        known = custom.as_variables(variables)
+        with backend.outside_graph():
+            self._build_for(known)
+        return self._loop.gradients(
+            self,
+            loss_fn,
+            known,
+            batch,
+            sampling=sampling,
+            models=models,
+            jit_compile=jit_compile,
+            run_eagerly=run_eagerly,
+        )
 
     def _build_for(self, variables: list[Any]) -> None:
         if not self.built:
@@ -662,36 +536,12 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 "optimizer.build(all_variables)."
             )
 
-    def _refuse_during_fit(self, name: str) -> None:
-        if self._in_fit:
+    def _refuse_while_busy(self, name: str) -> None:
+        if self._meter.busy:
             raise PrivacyError(
                 f"{name} was called while `fit` is running, so its step would be accounted as one "
                 "of fit's random batches, which it is not. Call it before or after `fit`."
             )
-
-    def _declare_batches(self, sampling: Sampling) -> None:
-        """Declares how the caller's batches are drawn, if that is new."""
-        if sampling != self._sampling:
-            if self._limit.read() != _NO_LIMIT and self.budget is None:
-                raise PrivacyError(
-                    "The step limit was found for batches that are drawn otherwise, and a step of "
-                    "these may cost more. Call begin_loop(sampling) with the dataset that the "
-                    "batches come from, and then limit_steps again."
-                )
-            self._limit.set(_NO_LIMIT)
-            self._declare(sampling)
-
-    def _spent_in_loop(self) -> str:
-        if self.budget is not None:
-            return _spent(self, **self.budget)
-        if self.target_epsilon is not None:
-            assert self.target_delta is not None
-            return _spent(self, epsilon=self.target_epsilon, delta=self.target_delta)
-        return (
-            f"The step limit is reached: {self.ledger.steps} steps were taken, and one more would "
-            "pass the budget. No step was taken. End the loop when `step_limit_reached` is true, "
-            "or raise the budget if you may (begin_loop, then limit_steps)."
-        )
 
     # -- being watched -----------------------------------------------------------------------
 
@@ -701,25 +551,30 @@ class DPOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: If there is another watcher.
         """
-        if self._watcher not in (None, watcher):
-            raise ValueError(
-                "This model is watched by a PrivacyMonitor already: give `fit` one at a time."
-            )
-        self._watcher = watcher
         model = self._model() if self._model is not None else None
-        if model is not None:
+        if self._mechanism.watch(watcher) and model is not None:
             model.make_train_function(True)  # the step is traced anew, with what is gathered
 
     def unwatch(self) -> None:
         """Has nothing gathered any more."""
-        if self._watcher is None:
-            return
-        self._watcher = None
         model = self._model() if self._model is not None else None
-        if model is not None:
+        if self._mechanism.unwatch() and model is not None:
             model.train_function = None
 
     # -- what `fit` and `train_on_batch` declare --------------------------------------------
+
+    @property
+    def gate(self) -> Gate:
+        """Lets the train function through, once for each batch that was announced."""
+        return self._gate
+
+    def occupied(self, what: str) -> Any:
+        """Keeps other trainings with this optimizer out while a `with` block runs.
+
+        Raises:
+            PrivacyError: If one is going on already.
+        """
+        return self._meter.occupied(what)
 
     def begin_fit(self, sampling: Sampling, planned_steps: int | None) -> None:
         """Declares how the batches to come are drawn; calibrates sigma to a target.
@@ -733,57 +588,49 @@ class DPOptimizer(keras.optimizers.Optimizer):
             ValueError: If sigma must be calibrated and the number of steps is
                 unknown.
         """
-        self._in_fit = True
-        self._noise.refresh()
-        self._limit.set(_NO_LIMIT)
-        if self.target_epsilon is not None and planned_steps != 0:
-            self._calibrate(sampling, planned_steps)
-        if self.noise_multiplier is not None:
-            self._declare(sampling)
+        self._mechanism.noise.refresh()
+        phase = Phase("fit", sampling, planned_steps)
+        self._meter.begin(phase, iteration=int(self.iterations))
+
+    def at_end_of_fit(self, function: Callable[[], None]) -> None:
+        """Has a function called when the `fit` that is running ends, by an error too."""
+        self._endings.append(function)
 
     def end_fit(self) -> None:
         """Declares that batches are of unknown origin again; nobody watches any more."""
-        self._in_fit = False
+        while self._endings:
+            self._endings.pop()()
         self.unwatch()
-        if self.noise_multiplier is None:
-            return
-        self._declare(UNKNOWN)
-        # A target is for the planned steps; a budget is looked at again by whoever goes on.
-        self._limit.set(self.releases if self.target_epsilon is not None else _NO_LIMIT)
+        self._meter.end(iteration=int(self.iterations))
 
-    def begin_train_on_batch(self) -> None:
-        """Declares one batch of the caller's own.
+    def begin_train_on_batch(self, name: str = "train_on_batch") -> None:
+        """Declares one batch of your own.
 
         Raises:
             PrivacyError: If sigma would have to be calibrated, or `fit` is running.
             PrivacyBudgetExceeded: If a budget that `fit` was given is spent.
         """
-        if self._in_fit:
-            raise PrivacyError(
-                "train_on_batch was called while `fit` is running, so its step would be accounted "
-                "as one of fit's random batches, which it is not. Call it before or after `fit`."
-            )
+        self._refuse_while_busy(name)
         if self.target_epsilon is not None:
             raise PrivacyError(
-                "train_on_batch can't be held to target_epsilon: how many batches will follow is "
+                f"{name} can't be held to target_epsilon: how many batches will follow is "
                 "unknown. Use `fit`, or give noise_multiplier and watch get_epsilon."
             )
-        self._noise.refresh_after_fork()
-        self._declare_batches(UNKNOWN)
-        if not self._settings.expects(int(self.iterations)):
-            self._declare(UNKNOWN)
-        self.announce(1)
-        if self.budget is not None:
-            if self._limit.read() == _NO_LIMIT:
-                self.limit_steps(**self.budget)
-            if self.releases >= self._limit.read():
-                raise PrivacyBudgetExceeded(_spent(self, **self.budget))
-        self.tell_once(
+        self._mechanism.noise.refresh_after_fork()
+        self._meter.declare_batches(UNKNOWN, iteration=int(self.iterations))
+        self._meter.announce(1)
+        self._meter.find_limit()
+        self._meter.require_left()
+        self.warn_once(
             "train_on_batch",
-            "train_on_batch can't know how you chose the batch, so it is accounted as if every "
+            f"{name} can't know how you chose the batch, so it is accounted as if every "
             "example took part in every step. `fit` on arrays draws Poisson batches, which cost "
             "far less privacy.",
         )
+
+    def announce(self, steps: int) -> None:
+        """Has sigma and C ready for so many steps to come."""
+        self._meter.announce(steps)
 
     def limit_steps(
         self, *, epsilon: float, delta: float, accountant: str = "pld", at_most: int | None = None
@@ -799,84 +646,18 @@ class DPOptimizer(keras.optimizers.Optimizer):
         Returns:
             How many more steps are allowed (not more than `at_most`).
         """
-        if at_most is None and self._settings.scheduled:
-            raise ValueError(
-                "A budget with a schedule of noise or clipping norms needs the number of steps, "
-                "which this data source doesn't tell. Pass steps_per_epoch to `fit`, or arrays."
-            )
-        allowed = accounting.most_further_steps(
-            lambda steps: self.ledger.merge(self._book.runs_after(steps)),
-            epsilon=epsilon,
-            delta=delta,
-            accountant=accountant,
-            at_most=at_most,
-        )
-        self._limit.set(min(self._limit.read(), self.releases + allowed))
-        return allowed
+        return self._meter.limit(Budget(epsilon, delta, accountant), at_most)
 
     @property
     def step_limit_reached(self) -> bool:
         """Whether no further step may be released."""
-        return self.releases >= self._limit.read()
+        return self._meter.limit_reached
 
-    def tell_once(self, topic: str, message: str) -> None:
+    def warn_once(self, topic: str, message: str) -> None:
         """Warns about a topic, once for this optimizer."""
-        if topic not in self._told:
-            self._told.add(topic)
-            warnings.warn(message, PrivacyWarning, stacklevel=_outside_package())
-
-    def _declare(self, sampling: Sampling) -> None:
-        self._divisor.set(sampling.batch_size)
-        if sampling not in self._samplings:
-            self._samplings.append(sampling)
-        self._sampling = sampling
-        self._declared.set(self._samplings.index(sampling))
-        if not self._settings.scheduled:
-            self._book.open(self._release(sampling, *self._settings.upcoming))
-            return
-        # One pass over shuffled batches is one release of an example: of one kind.
-        whole_pass = sampling.steps_per_epoch if sampling.sampler == "shuffled" else None
-        iteration = int(self.iterations)
-        values = self._settings.begin(iteration, hold=whole_pass or 1)
-        kind = functools.cache(functools.partial(self._release, sampling))
-        self._book.open(lambda number: kind(*values(number)))
-
-    def _release(self, sampling: Sampling, sigma: float, max_grad_norm: float) -> Release:
-        return sampling.release(
-            noise_multiplier=sigma,
-            max_grad_norm=max_grad_norm,
-            clipping=self.clipping,
-            seeded=self.seed is not None,
-        )
-
-    def announce(self, steps: int) -> None:
-        """Has sigma and C ready for so many steps to come."""
-        self._settings.announce(steps)
-
-    def _calibrate(self, sampling: Sampling, planned_steps: int | None) -> None:
-        assert self.target_epsilon is not None and self.target_delta is not None
-        if planned_steps is None:
-            raise ValueError(
-                "target_epsilon needs the number of steps, which this data source doesn't tell. "
-                "Pass steps_per_epoch to `fit`, or arrays, or give noise_multiplier instead."
-            )
-        template = dataclasses.replace(
-            self._release(sampling, 1.0, self._settings.upcoming[1]), seeded=False
-        )
-        spent = self.get_epsilon(self.target_delta)
-        if spent >= self.target_epsilon * (1 - 1e-3) and spent > 0:
-            raise PrivacyBudgetExceeded(
-                _spent(self, epsilon=self.target_epsilon, delta=self.target_delta)
-            )
-        sigma = accounting.calibrate_release(
-            self.ledger,
-            template,
-            steps=planned_steps,
-            epsilon=self.target_epsilon,
-            delta=self.target_delta,
-        )
-        self._settings.noise_multiplier = sigma
-        self._limit.set(self.releases + planned_steps)
+        if topic not in self._warned:
+            self._warned.add(topic)
+            warnings.warn(message, PrivacyWarning, stacklevel=outside_package())
 
     # -- binding and state ----------------------------------------------------------------
 
@@ -901,7 +682,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
             )
         self._trained = None
         self._model = weakref.ref(model)
-        self._book.absorb(ledger)
+        self._meter.absorb(ledger)
 
     def require_same_weights(self, model: keras.Model, *, remember: bool = False) -> None:
         """Refuses to go on if `trainable` or `enable_lora` changed what is trained.
@@ -934,10 +715,6 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 "freezing or unfreezing; the ledger goes on in it."
             )
 
-    def absorb(self, ledger: PrivacyLedger) -> None:
-        """Adds what another ledger knows: every release, with the larger count."""
-        self._book.absorb(ledger)
-
     def save_own_variables(self, store: Any) -> None:
         """Writes the ledger; the inner optimizer writes its own state. No key, no seed."""
         store["ledger"] = np.frombuffer(self.ledger.to_json().encode(), np.uint8)
@@ -951,7 +728,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
             self.build(model.trainable_variables)
         if "ledger" in store.keys():  # noqa: SIM118 - an H5 group has no other way to ask
             text = np.asarray(store["ledger"], np.uint8).tobytes().decode()
-            self._book.absorb(PrivacyLedger.from_json(text))
+            self._meter.absorb(PrivacyLedger.from_json(text))
             if "clipping_norm" in store.keys() and isinstance(  # noqa: SIM118
                 self.clipping_strategy, AdaptiveClipping
             ):
@@ -962,7 +739,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 "those weights has cost is unknown and not counted. That is right only if they "
                 "were trained on public data.",
                 PrivacyWarning,
-                stacklevel=_outside_package(),
+                stacklevel=outside_package(),
             )
 
     # -- what a Keras optimizer does --------------------------------------------------------
@@ -1067,19 +844,9 @@ class DPOptimizer(keras.optimizers.Optimizer):
         self.apply(None)
 
     def _private_config(self) -> dict[str, Any]:
-        return {
-            "max_grad_norm": _serialized(self.max_grad_norm),
-            "noise_multiplier": _serialized(self._given_noise_multiplier),
-            "target_epsilon": self.target_epsilon,
-            "target_delta": self.target_delta,
-            "microbatch_size": self.microbatch_size,
-            "augmentation_multiplicity": self.augmentation_multiplicity,
-            "clipping": _serialized(self._given_clipping),
-            "gradients": self.gradients,
-            "seed": None,  # a seed is for one test, not for whoever loads the file
-            "secure_mode": self.secure_mode,
-            "name": self.name,
-        }
+        given = {name: _serialized(value) for name, value in self._given.items()}
+        # A seed is for one test, not for whoever loads the file.
+        return {**given, "seed": None, "name": self.name}
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, for saving. Neither seed nor generator state."""
@@ -1093,19 +860,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         inner = keras.saving.deserialize_keras_object(
             config.pop("inner_optimizer"), custom_objects=custom_objects
         )
-        return cls(inner, **_deserialized(config, custom_objects))
-
-
-def _spent(
-    optimizer: DPOptimizer, *, epsilon: float, delta: float, accountant: str = "pld", **_: Any
-) -> str:
-    ledger = optimizer.ledger
-    spent = accounting.ledger_epsilon(ledger, delta, accountant)
-    return (
-        f"The privacy budget is spent: {ledger.steps} steps have cost epsilon = {spent:.4f} of "
-        f"{epsilon:g} at delta = {delta:g}, and one more would pass it. No step was taken. Raise "
-        "the budget if you may, or keep the model as it is."
-    )
+        return cls(inner, **deserialized(config, custom_objects))
 
 
 def _serialized(value: Any) -> Any:
@@ -1115,7 +870,7 @@ def _serialized(value: Any) -> Any:
     return keras.saving.serialize_keras_object(value)
 
 
-def _deserialized(config: dict[str, Any], custom_objects: Any) -> dict[str, Any]:
+def deserialized(config: dict[str, Any], custom_objects: Any) -> dict[str, Any]:
     names = ("learning_rate", "max_grad_norm", "noise_multiplier", "clipping")
     return {
         name: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
@@ -1131,24 +886,6 @@ def _listed(paths: Sequence[str], most: int = 4) -> str:
 
 
 # -- checking arguments -----------------------------------------------------------------------
-
-
-def _positive(argument: str, value: Any, meaning: str) -> float:
-    if not is_number(value) or not 0 < value < math.inf:
-        raise ValueError(
-            f"`{argument}` must be a positive, finite number: {meaning}. "
-            f"Received: {argument}={value!r}"
-        )
-    return float(value)
-
-
-def _views(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(
-            "`augmentation_multiplicity` must be an integer, 1 or more: how many times each "
-            f"example is run in a step. Received: augmentation_multiplicity={value!r}"
-        )
-    return int(value)
 
 
 def _check_noise_choice(sigma: Any, epsilon: Any, delta: Any) -> None:
@@ -1197,108 +934,8 @@ def _check_inner(inner: Any) -> None:
         )
 
 
-def _one_of(argument: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"`{argument}` must be one of {', '.join(map(repr, choices))}. "
-            f"Received: {argument}={value!r}"
-        )
-
-
-def _outside_package() -> int:
+def outside_package() -> int:
     """The stack level of the caller's first frame outside this package and Keras, for warnings."""
     modules = (f.frame.f_globals.get("__name__", "") for f in inspect.stack(context=0))
     inside = ("keras_dp.", "keras.", "tensorflow.")
     return next((level for level, m in enumerate(modules) if not m.startswith(inside)), 1)
-
-
-# -- named kin ---------------------------------------------------------------------------------
-
-
-class _Named(DPOptimizer):
-    """A DP optimizer that takes its Keras namesake's own arguments."""
-
-    _keras_class: type[keras.optimizers.Optimizer]
-
-    def __init__(
-        self,
-        *args: Any,
-        max_grad_norm: Schedule,
-        noise_multiplier: Schedule | None = None,
-        target_epsilon: float | None = None,
-        target_delta: float | None = None,
-        microbatch_size: int | None = None,
-        augmentation_multiplicity: int = 1,
-        clipping: str | Clipping = "flat",
-        gradients: str = "auto",
-        seed: int | None = None,
-        secure_mode: bool = False,
-        name: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            self._keras_class(*args, **kwargs),
-            max_grad_norm=max_grad_norm,
-            noise_multiplier=noise_multiplier,
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-            microbatch_size=microbatch_size,
-            augmentation_multiplicity=augmentation_multiplicity,
-            clipping=clipping,
-            gradients=gradients,
-            seed=seed,
-            secure_mode=secure_mode,
-            name=name,
-        )
-
-    def get_config(self) -> dict[str, Any]:
-        """The Keras optimizer's arguments and the private ones, for saving."""
-        return {**self.inner_optimizer.get_config(), **self._private_config()}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> DPOptimizer:
-        """The optimizer that `get_config` described."""
-        return cls(**_deserialized(config, custom_objects))
-
-
-def _named(keras_class: type[keras.optimizers.Optimizer]) -> type[_Named]:
-    """The private namesake of a Keras optimizer, with its signature."""
-    private = inspect.signature(_Named.__init__).parameters.values()
-    own = [
-        p
-        for p in inspect.signature(keras_class.__init__).parameters.values()
-        if p.kind is not p.VAR_KEYWORD and p.name != "name"
-    ]
-    keywords = [p for p in private if p.kind is p.KEYWORD_ONLY]
-    name = f"DP{keras_class.__name__}"
-    doc = f"""`keras.optimizers.{keras_class.__name__}`, made differentially private.
-
-    Takes the arguments of `keras.optimizers.{keras_class.__name__}`, then those of
-    `DPOptimizer` as keywords: `max_grad_norm` and either `noise_multiplier` or
-    `target_epsilon` with `target_delta`. See `DPOptimizer` for what they mean
-    and for the formal guarantee.
-
-    Raises:
-        ValueError: For an argument that makes no sense; the message names it.
-
-    Example:
-
-    >>> import keras_dp
-    >>> optimizer = keras_dp.{name}(0.1, max_grad_norm=1.0, noise_multiplier=1.1)
-    >>> optimizer.get_epsilon(delta=1e-5)
-    0.0
-    """
-    cls = type(
-        name,
-        (_Named,),
-        {"__doc__": doc, "__module__": __name__, "__qualname__": name, "_keras_class": keras_class},
-    )
-    cls.__signature__ = inspect.Signature([*own[1:], *keywords])  # type: ignore[attr-defined]
-    return keras.saving.register_keras_serializable(package="keras_dp")(cls)
-
-
-DPSGD = _named(keras.optimizers.SGD)
-DPAdam = _named(keras.optimizers.Adam)
-DPAdamW = _named(keras.optimizers.AdamW)
-DPAdagrad = _named(keras.optimizers.Adagrad)
-DPRMSprop = _named(keras.optimizers.RMSprop)

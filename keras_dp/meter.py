@@ -1,0 +1,408 @@
+"""How many private steps were spent, how many are left, and what each of them is."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from . import accounting, backend
+from .errors import PrivacyBudgetExceeded, PrivacyError
+from .ledger import LedgerBook, PrivacyLedger, Release
+from .mechanism import StepValues
+from .sampling import UNKNOWN, Sampling
+from .schedules import Schedule, StepSettings
+
+__all__ = ["BATCHES", "Budget", "Meter", "Phase"]
+
+_NO_LIMIT = 2**62
+_DECLARED_ANEW = (
+    "keras_dp: since this function was compiled, the optimizer was told that batches are drawn "
+    "otherwise, so this step would be accounted wrongly. Call optimizer.begin_loop(sampling) "
+    "before it, or use an optimizer for each way of drawing."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """An epsilon that may not be passed.
+
+    Attributes:
+        epsilon: The budget for all training of the weights.
+        delta: The delta that belongs to it.
+        accountant: `"pld"` or `"rdp"`.
+    """
+
+    epsilon: float
+    delta: float
+    accountant: str = "pld"
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What the steps that are taken now belong to.
+
+    Attributes:
+        kind: `"fit"`; `"loop"`, a training loop of your own that was declared
+            beforehand; or `"batches"`, single batches of your own.
+        sampling: How the batches are drawn.
+        steps: How many steps are planned at most, where that is known.
+    """
+
+    kind: str
+    sampling: Sampling
+    steps: int | None = None
+
+
+BATCHES = Phase("batches", UNKNOWN)
+
+
+class Meter:
+    """Counts private steps, limits them, and knows what each of them is.
+
+    Knows no model, no optimizer and no data. The count, the limit, sigma, C and
+    the divisor stand in tensors beside the model, which the step reads when it
+    runs and which nothing saves or restores; so no weight file can set them back.
+
+    Args:
+        noise_multiplier: sigma, a number or a schedule; `None` if it is to be
+            calibrated to `target`.
+        max_grad_norm: C, a number or a schedule.
+        clipping: The name of the clipping strategy, for the ledger.
+        seeded: Whether the noise comes from a seed that somebody chose.
+        target: The budget that sigma is calibrated to, if it is.
+    """
+
+    def __init__(
+        self,
+        noise_multiplier: Schedule | None,
+        max_grad_norm: Schedule,
+        *,
+        clipping: str,
+        seeded: bool,
+        target: Budget | None = None,
+    ) -> None:
+        self.target = target
+        self.budgets: tuple[Budget, ...] = ()
+        self.phase = BATCHES
+        self._clipping = clipping
+        self._seeded = seeded
+        self._releases = backend.Counter()
+        self._limit = backend.Counter(_NO_LIMIT)
+        self._settings = StepSettings(noise_multiplier, max_grad_norm, self._releases)
+        self._divisor = backend.Scalar(0.0)
+        self._book = LedgerBook(self._releases.read)
+        self._samplings: list[Sampling] = []
+        self._declared = backend.Counter(-1)  # the number of the sampling that is declared
+        self._sampling: Sampling | None = None
+        self.run_number = 0  # how many runs of steps were begun
+        self._process = os.getpid()
+        self._busy = threading.Lock()
+        if noise_multiplier is not None:
+            self.declare(UNKNOWN, iteration=0)
+
+    # -- what was spent, and what is left --------------------------------------------------
+
+    @property
+    def book(self) -> LedgerBook:
+        """Where the runs of steps are kept."""
+        return self._book
+
+    @property
+    def ledger(self) -> PrivacyLedger:
+        """Every private release so far."""
+        self._notice_fork()
+        return self._book.ledger
+
+    @property
+    def releases(self) -> int:
+        """How many steps were made here."""
+        return self._releases.read()
+
+    def runs_after(self, further: int) -> list[Release]:
+        """The runs of like steps that are going on, once `further` more steps are made."""
+        self._notice_fork()
+        return self._book.runs_after(further)
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit to the steps."""
+        return self._limit.read() != _NO_LIMIT
+
+    @property
+    def limit_reached(self) -> bool:
+        """Whether no further step may be released."""
+        return self.releases >= self._limit.read()
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """sigma of the next step; `None` until it is calibrated, if there is a target."""
+        return self._settings.noise_multiplier
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether sigma or C depends on the step."""
+        return self._settings.scheduled
+
+    def absorb(self, ledger: PrivacyLedger) -> None:
+        """Adds what another ledger knows: every release, with the larger count."""
+        self._book.absorb(ledger)
+
+    # -- phases ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def occupied(self, what: str) -> Iterator[None]:
+        """Keeps every other training with this meter out for a while.
+
+        Raises:
+            PrivacyError: If one is going on already, in this thread or another.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise PrivacyError(
+                f"{what} was called while another training with this optimizer is going on, whose "
+                "step limit and accounting it would change. Call it before or after: no fit "
+                "within a fit (from a callback), and no two threads that train one model."
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a training that keeps others out is going on."""
+        return self._busy.locked()
+
+    def begin(self, phase: Phase, *, iteration: int) -> None:
+        """Begins a phase: calibrates sigma to the target, and declares how batches are drawn.
+
+        Forgets the step limit and the budgets of the phase before.
+
+        Args:
+            phase: What the steps to come belong to.
+            iteration: The number of the next step, for schedules.
+
+        Raises:
+            PrivacyBudgetExceeded: If the target is spent.
+            ValueError: If sigma must be calibrated and the number of steps is
+                unknown.
+        """
+        self.phase = phase
+        self.budgets = ()
+        self._limit.set(_NO_LIMIT)
+        if self.target is not None and phase.steps != 0:
+            self._calibrate(self.target, phase, iteration)
+        if self.noise_multiplier is not None:
+            self.declare(phase.sampling, iteration=iteration)
+
+    def end(self, *, iteration: int) -> None:
+        """Ends a phase: from now on batches are of unknown origin.
+
+        Where there was a target or a budget, nothing more is released until it is
+        declared anew what follows.
+        """
+        spent = self.target is not None or bool(self.budgets)
+        self.phase = BATCHES
+        if self.noise_multiplier is None:
+            return
+        self.declare(UNKNOWN, iteration=iteration)
+        self._limit.set(self.releases if spent else _NO_LIMIT)
+
+    def declare(self, sampling: Sampling, *, iteration: int) -> None:
+        """Declares how the batches to come are drawn; a run of steps of its own begins."""
+        self.run_number += 1
+        self._divisor.set(sampling.batch_size)
+        if sampling not in self._samplings:
+            self._samplings.append(sampling)
+        self._sampling = sampling
+        self._declared.set(self._samplings.index(sampling))
+        if not self._settings.scheduled:
+            self._book.open(self._release(sampling, *self._settings.upcoming))
+            return
+        # One pass over shuffled batches is one release of an example: of one kind.
+        whole_pass = sampling.steps_per_epoch if sampling.sampler == "shuffled" else None
+        values = self._settings.begin(iteration, hold=whole_pass or 1)
+        kind = functools.cache(functools.partial(self._release, sampling))
+        self._book.open(lambda number: kind(*values(number)))
+
+    def declare_batches(self, sampling: Sampling, *, iteration: int) -> None:
+        """Declares single batches of your own, if they are drawn otherwise than those before.
+
+        Raises:
+            PrivacyError: If a step limit was found for other batches.
+        """
+        if sampling != self._sampling:
+            if self.limited and not self.budgets:
+                raise PrivacyError(
+                    "The step limit was found for batches that are drawn otherwise, and a step of "
+                    "these may cost more. Call begin_loop(sampling) with the dataset that the "
+                    "batches come from, and then limit_steps again."
+                )
+            self.declare(sampling, iteration=iteration)
+            self._limit.set(_NO_LIMIT)
+        elif not self._settings.expects(iteration):
+            self.declare(sampling, iteration=iteration)
+
+    def find_limit(self) -> None:
+        """Finds anew how many steps the budgets allow, where that isn't known."""
+        if self.budgets and self.target is None and (not self.limited or self.limit_reached):
+            self._limit.set(_NO_LIMIT)
+            for budget in self.budgets:
+                self._apply(budget, None)
+
+    def require_left(self) -> None:
+        """Goes on only if a further step may be released.
+
+        Raises:
+            PrivacyBudgetExceeded: If none may.
+        """
+        if self.limit_reached:
+            raise PrivacyBudgetExceeded(self._spent())
+
+    def limit(self, budget: Budget, planned: int | None) -> int:
+        """Stops releasing before a budget would be passed, to the exact step.
+
+        Several budgets all hold.
+
+        Args:
+            budget: The budget.
+            planned: No more steps than this are planned (spares a search).
+
+        Returns:
+            How many more steps are allowed (not more than are planned).
+
+        Raises:
+            ValueError: If there is a schedule, and the number of steps is unknown.
+        """
+        if planned is None and self._settings.scheduled:
+            raise ValueError(
+                "A budget with a schedule of noise or clipping norms needs the number of steps, "
+                "which this data source doesn't tell. Pass steps_per_epoch to `fit`, or arrays."
+            )
+        self.budgets = (*(b for b in self.budgets if b != budget), budget)
+        return self._apply(budget, planned)
+
+    def _apply(self, budget: Budget, planned: int | None) -> int:
+        allowed = accounting.most_further_steps(
+            lambda steps: self.ledger.merge(self._book.runs_after(steps)),
+            epsilon=budget.epsilon,
+            delta=budget.delta,
+            accountant=budget.accountant,
+            at_most=planned,
+        )
+        self._limit.set(min(self._limit.read(), self.releases + allowed))
+        return allowed
+
+    def _spent(self) -> str:
+        known = [*self.budgets, *([] if self.target is None else [self.target])]
+        if not known:
+            return (
+                f"The step limit is reached: {self.ledger.steps} steps were taken, and one more "
+                "would pass the budget. No step was taken. End the loop when `step_limit_reached` "
+                "is true, or raise the budget if you may (begin_loop, then limit_steps)."
+            )
+        spent = {
+            b: accounting.ledger_epsilon(self.ledger, b.delta, b.accountant) / b.epsilon
+            for b in known
+        }
+        return self.spent_message(max(known, key=lambda b: spent[b]))
+
+    def spent_message(self, budget: Budget) -> str:
+        """Says that a budget is spent."""
+        ledger = self.ledger
+        spent = accounting.ledger_epsilon(ledger, budget.delta, budget.accountant)
+        return (
+            f"The privacy budget is spent: {ledger.steps} steps have cost epsilon = {spent:.4f} "
+            f"of {budget.epsilon:g} at delta = {budget.delta:g}, and one more would pass it. No "
+            "step was taken. Raise the budget if you may, or keep the model as it is."
+        )
+
+    def _release(self, sampling: Sampling, sigma: float, max_grad_norm: float) -> Release:
+        return sampling.release(
+            noise_multiplier=sigma,
+            max_grad_norm=max_grad_norm,
+            clipping=self._clipping,
+            seeded=self._seeded,
+        )
+
+    def _calibrate(self, target: Budget, phase: Phase, iteration: int) -> None:
+        if phase.steps is None:
+            raise ValueError(
+                "target_epsilon needs the number of steps, which this data source doesn't tell. "
+                "Pass steps_per_epoch to `fit`, or arrays, or give noise_multiplier instead."
+            )
+        template = dataclasses.replace(
+            self._release(phase.sampling, 1.0, self._settings.upcoming[1]), seeded=False
+        )
+        spent = accounting.ledger_epsilon(self.ledger, target.delta)
+        if spent >= target.epsilon * (1 - 1e-3) and spent > 0:
+            raise PrivacyBudgetExceeded(self.spent_message(target))
+        self._settings.noise_multiplier = accounting.calibrate_release(
+            self.ledger,
+            template,
+            steps=phase.steps,
+            epsilon=target.epsilon,
+            delta=target.delta,
+        )
+        self._limit.set(self.releases + phase.steps)
+
+    def _notice_fork(self) -> None:
+        """After a fork the two sides' steps are runs of their own, which add up."""
+        if os.getpid() != self._process:
+            self._process = os.getpid()
+            self._busy = threading.Lock()
+            self._book.fork()
+
+    # -- in the step -------------------------------------------------------------------------
+
+    def announce(self, steps: int) -> None:
+        """Has sigma and C ready for so many steps to come."""
+        self._notice_fork()
+        self._settings.announce(steps)
+
+    def max_grad_norm(self) -> Any:
+        """C of this step, as it was given, a scalar tensor."""
+        return self._settings.now("max_grad_norm")
+
+    def now(self) -> StepValues:
+        """sigma, C and the declared batch size of this step, to be read before it is counted."""
+        return StepValues(
+            self._settings.now("noise_multiplier"), self.max_grad_norm(), self._divisor.tensor
+        )
+
+    def spend(
+        self,
+        step: Callable[[StepValues], Any],
+        otherwise: Callable[[], Any],
+        *,
+        after: list[Any],
+        sampling: Sampling | None = None,
+    ) -> tuple[Any, Any]:
+        """Counts a step and takes it, in one branch; once the limit is reached, neither.
+
+        Args:
+            step: The step, given what it is made with.
+            otherwise: What is done in its place once the limit is reached.
+            after: Tensors that must be there first.
+            sampling: What must be declared when the step runs; anything, if `None`.
+
+        Returns:
+            Whether there was a step; and what `step` or `otherwise` returned.
+        """
+
+        def counted() -> Any:
+            now = self.now()
+            with backend.wait_for([now.noise_multiplier, now.max_grad_norm]):
+                self._releases.increment()
+            return step(now)
+
+        with backend.wait_for(after):
+            within = self._releases.tensor < self._limit.tensor
+            if sampling is not None:
+                number = self._samplings.index(sampling)
+                within = backend.require(self._declared.tensor == number, within, _DECLARED_ANEW)
+            return within, backend.branch(within, counted, otherwise)
