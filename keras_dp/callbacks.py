@@ -153,6 +153,7 @@ class PrivacyBudget(keras.callbacks.Callback):
         what = f"Finding how many steps epsilon = {self.epsilon:g} allows"
         with said_if_slow(what, silent=not self.params.get("verbose", 1)):
             allowed = self._optimizer.limit_steps(**budget, at_most=planned)
+        self._optimizer.keep_to_budget(**budget)
         self._limited = planned is None or allowed < planned
         if self._journal is not None:
             self._journal.cap(self._optimizer, allowed)

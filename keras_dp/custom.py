@@ -658,6 +658,8 @@ class OwnLoop:
         """
         meter, iteration = self._meter, int(optimizer.iterations)
         origin = None
+        if isinstance(rows, int):
+            self._draws.check(drawn, batch, rows)
         if isinstance(source, ShuffledDataset):
             if traced:
                 raise PrivacyError(
@@ -672,8 +674,6 @@ class OwnLoop:
         self._mechanism.noise.refresh_after_fork()
         if meter.limit_reached and not traced and (meter.target is not None or not meter.budgets):
             meter.require_left()
-        if isinstance(rows, int):
-            self._draws.check(drawn, batch, rows)
         meter.declare_batches(drawn, iteration=iteration)
         if origin is not None and self._passes.needs_new_run(meter.run_number, source, origin):
             if meter.limited:

@@ -99,6 +99,7 @@ class Meter:
         self._samplings: list[Sampling] = []
         self._declared = backend.Counter(-1)  # the number of the sampling that is declared
         self._sampling: Sampling | None = None
+        self._stale = False  # whether the limit is of other steps than those to come
         self.run_number = 0  # how many runs of steps were begun
         self._process = os.getpid()
         self._busy = threading.Lock()
@@ -193,6 +194,7 @@ class Meter:
         """
         self.phase = phase
         self.budgets = ()
+        self._stale = False
         self._limit.set(_NO_LIMIT)
         if self.target is not None and phase.steps != 0:
             self._calibrate(self.target, phase, iteration)
@@ -211,6 +213,7 @@ class Meter:
             return
         self.declare(UNKNOWN, iteration=iteration)
         self._limit.set(self.releases if spent else _NO_LIMIT)
+        self._stale = bool(self.budgets)
 
     def declare(self, sampling: Sampling, *, iteration: int) -> None:
         """Declares how the batches to come are drawn; a run of steps of its own begins."""
@@ -243,16 +246,17 @@ class Meter:
                     "batches come from, and then limit_steps again."
                 )
             self.declare(sampling, iteration=iteration)
-            self._limit.set(_NO_LIMIT)
+            self._stale = True
         elif not self._settings.expects(iteration):
             self.declare(sampling, iteration=iteration)
 
     def find_limit(self) -> None:
-        """Finds anew how many steps the budgets allow, where that isn't known."""
-        if self.budgets and self.target is None and (not self.limited or self.limit_reached):
+        """Finds how many steps the budgets of the fit before allow, where that isn't known."""
+        if self._stale and self.target is None:
             self._limit.set(_NO_LIMIT)
             for budget in self.budgets:
-                self._apply(budget, None)
+                self.limit(budget, None)
+        self._stale = False
 
     def require_left(self) -> None:
         """Goes on only if a further step may be released.
@@ -263,10 +267,14 @@ class Meter:
         if self.limit_reached:
             raise PrivacyBudgetExceeded(self._spent())
 
+    def keep(self, budget: Budget) -> None:
+        """Holds single batches after this fit to a budget, too. Several all hold."""
+        self.budgets = (*self.budgets, budget)
+
     def limit(self, budget: Budget, planned: int | None) -> int:
         """Stops releasing before a budget would be passed, to the exact step.
 
-        Several budgets all hold.
+        Several limits all hold.
 
         Args:
             budget: The budget.
@@ -283,10 +291,6 @@ class Meter:
                 "A budget with a schedule of noise or clipping norms needs the number of steps, "
                 "which this data source doesn't tell. Pass steps_per_epoch to `fit`, or arrays."
             )
-        self.budgets = (*(b for b in self.budgets if b != budget), budget)
-        return self._apply(budget, planned)
-
-    def _apply(self, budget: Budget, planned: int | None) -> int:
         allowed = accounting.most_further_steps(
             lambda steps: self.ledger.merge(self._book.runs_after(steps)),
             epsilon=budget.epsilon,

@@ -218,7 +218,7 @@ def poisson_batches_vary_in_size_and_repeat_examples():
 def noise_has_the_sensitivity_of_the_clip():
     """What `release` multiplies sigma by is what one example can change."""
     optimizer = noiseless_optimizer(C)
-    clip = Clip(optimizer.clipping_strategy, optimizer.current_max_grad_norm)
+    clip = Clip(optimizer.clipping_strategy, optimizer._meter.max_grad_norm)
     sensitivity = float(optimizer.clipping_strategy.sensitivity(C))
     norms = backend.as_tensors([np.array([0.0, 0.1, C, 3.0, 1e6, np.inf, np.nan], "float32")])[0]
     weights = np.asarray(clip(norms[:, None]))

@@ -128,13 +128,13 @@ def engine_outcome(
     not real are appended.
     """
     from keras_dp import backend, keras_private
-    from keras_dp.gradients import Batch, Engine, ExampleLoss
+    from keras_dp.gradients import Batch, Engine, EngineOptions, ExampleLoss
 
     batch = Batch(x, y, sample_weight)
     batch = batch.with_leaves(backend.as_tensors(batch.leaves()))
     keras_private.build_from_batch(model, batch.x, batch.y, batch.sample_weight)
     one = ExampleLoss(model, list(model.trainable_variables), batch)
-    engine = Engine(one, clip or flat(max_grad_norm), **engine_args)
+    engine = Engine(one, clip or flat(max_grad_norm), EngineOptions(**engine_args))
     rows = len(batch.leaves()[0])
     leaves, real = backend.pad_examples(batch.leaves(), rows + padding)
     leaves, more = backend.pad_examples(leaves, engine.padding)

@@ -111,7 +111,7 @@ class KeyIsSaved(Case):
         x, y = tiny.data(16)
         model = tiny.compiled()
         model.fit(x, y, batch_size=8, verbose=0)
-        state = model.optimizer._noise._generator._generator.state.numpy()
+        state = model.optimizer._mechanism.noise._generator._generator.state.numpy()
         return state[2:].tobytes(), saved_numbers(model, self.tmp_path / "a.weights.h5")
 
     def theirs(self):

@@ -16,8 +16,8 @@ from keras_dp import PoissonDataset, PrivacyError, ShuffledDataset, backend
 from keras_dp.backend import tensorflow as tensorflow_backend
 from keras_dp.clipping import Clip, FlatClipping
 from keras_dp.gradients.per_example import OuterProducts
+from keras_dp.meter import Meter
 from keras_dp.noise import NoiseSource
-from keras_dp.optimizers import DPOptimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::keras_dp.PrivacyWarning")
 
@@ -110,13 +110,13 @@ def rule_that_omits_its_kernel():
 
 
 def division_by_the_drawn_size():
-    declare = DPOptimizer._declare
+    declare = Meter.declare
 
-    def undeclared(self, sampling):
-        declare(self, sampling)
+    def undeclared(self, sampling, *, iteration):
+        declare(self, sampling, iteration=iteration)
         self._divisor.set(0.0)  # which stands for the rows that are handed over
 
-    return DPOptimizer, "_declare", undeclared
+    return Meter, "declare", undeclared
 
 
 def padding_that_counts():

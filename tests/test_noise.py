@@ -541,13 +541,13 @@ def test_secure_gaussians_fill_the_low_bits_of_double_precision():
 def test_secure_mode_is_saved_and_nothing_of_its_noise(tmp_path):
     model = secure_model()
     found = noise_of(model, one_epoch)
-    assert vars(model.optimizer._noise) == {}
+    assert vars(model.optimizer._mechanism.noise) == {}
     path = tmp_path / "model.keras"
     model.save(path)
     for _ in range(2):
         loaded = keras.saving.load_model(path, custom_objects={"no_gradient": no_gradient})
         assert loaded.optimizer.secure_mode is True
-        assert type(loaded.optimizer._noise) is SecureNoiseSource
+        assert type(loaded.optimizer._mechanism.noise) is SecureNoiseSource
         found += noise_of(loaded, one_epoch)
     found += noise_of(model, one_epoch)
     assert all(unrelated(a, b) for i, a in enumerate(found) for b in found[:i])
@@ -560,7 +560,7 @@ def test_every_optimizer_takes_secure_mode_and_keeps_it_when_copied(kin):
         optimizer = cls(0.1, max_grad_norm=C, noise_multiplier=SIGMA, secure_mode=secure)
         again = cls.from_config(optimizer.get_config())
         assert optimizer.secure_mode is again.secure_mode is secure
-        assert type(again._noise) is (SecureNoiseSource if secure else NoiseSource)
+        assert type(again._mechanism.noise) is (SecureNoiseSource if secure else NoiseSource)
 
 
 def test_secure_mode_and_a_seed_contradict_each_other():

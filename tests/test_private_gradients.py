@@ -528,7 +528,8 @@ def test_a_graph_that_would_hide_where_a_pass_begins_is_refused():
             loss_fn, model.trainable_variables, batch, sampling=data, models=[model]
         )[0]
 
-    with pytest.raises(PrivacyError, match="where a pass over a ShuffledDataset begins"):
+    # TensorFlow wraps what is raised while it traces, and keeps the message.
+    with pytest.raises(Exception, match=r"where a pass over a ShuffledDataset begins"):
         step(data[0])
     assert optimizer.ledger.steps == 0
 
@@ -603,7 +604,7 @@ def test_a_compiled_step_past_the_limit_returns_zeros_and_changes_nothing():
 
     optimizer.begin_loop(data)
     allowed = optimizer.limit_steps(epsilon=6.0, delta=DELTA, at_most=3)
-    optimizer._limit.set(allowed)
+    optimizer._meter._limit.set(allowed)
     seen = []
     for _ in range(5):
         before = tiny.weights_of(model)
@@ -744,12 +745,13 @@ def test_batches_that_can_not_be_such_draws_are_refused():
         step((x[:13], y[:13]))
     batch = data[0]
     step(batch)
-    with pytest.raises(PrivacyError, match="used for the step before"):
+    with pytest.raises(PrivacyError, match="used for a step before"):
         step(batch)
     shuffled = keras_dp.ShuffledDataset(x, y, batch_size=16)
     with pytest.raises(PrivacyError, match="have 16"):
         step((x[:15], y[:15]), shuffled)
-    step((x[:2], y[:2]), shuffled)
+    with pytest.warns(keras_dp.PrivacyWarning, match="not one that the ShuffledDataset"):
+        step((x[:2], y[:2]), shuffled)
     steps = optimizer.ledger.steps
     with pytest.raises(PrivacyError, match="vary in size"):
         for _ in range(30):

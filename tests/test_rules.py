@@ -27,7 +27,7 @@ from reference import (
 
 import keras_dp
 from keras_dp import backend, keras_private
-from keras_dp.gradients import Batch, Engine, ExampleLoss, ghost
+from keras_dp.gradients import Batch, Engine, EngineOptions, ExampleLoss, ghost
 from keras_dp.gradients.per_example import Instantiated, OuterProducts, Rows, combined
 from keras_dp.gradients.rules import convolution, registry
 from keras_dp.gradients.rules.convolution import Filters
@@ -742,7 +742,7 @@ def sums_and_norm_of_one(model, x, y, engine, seed):
     loss = ExampleLoss(model, list(model.trainable_variables), batch)
     assert loss.seed_states
     seeds = [tf.constant([[seed, 5 + k]], s.dtype) for k, s in enumerate(loss.seed_states)]
-    run = Engine(loss, flat(0.01), gradients=engine)
+    run = Engine(loss, flat(0.01), EngineOptions(engine))
     outcome = run(batch, tf.constant([True]), seeds)
     assert run.name == engine
     return [np.asarray(s) for s in outcome.sums], float(outcome.norms[0])
@@ -973,7 +973,7 @@ def test_sizes_known_only_when_the_step_runs(name):
         batch, rows = Batch(x, y), tf.shape(x)[0]
         loss = ExampleLoss(model, list(model.trainable_variables), batch)
         seeds = backend.per_example_seeds(loss.seed_states, rows)
-        engine = Engine(loss, flat(clip_norm), gradients="ghost")
+        engine = Engine(loss, flat(clip_norm), EngineOptions("ghost"))
         outcome = engine(batch, tf.fill([rows], True), seeds)
         names.append(engine.name)
         return outcome.sums, outcome.norms

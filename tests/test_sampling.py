@@ -21,6 +21,7 @@ import tiny
 
 import keras_dp
 from keras_dp import sampling, training
+from keras_dp.mechanism import Clipped
 
 N, BATCH, STEPS = 2000, 100, 200
 Q = BATCH / N
@@ -115,19 +116,21 @@ def seen(monkeypatch):
     """The rows that reach the private step, batch by batch; it releases noise alone."""
     batches = []
 
-    def record(optimizer, model, data):
+    def record(parts, model, data, sampling):
         x, *_ = keras.utils.unpack_x_y_sample_weight(data)
         batches.append(np.asarray(x)[:, 0].astype(int))
         variables = model.trainable_variables
-        optimizer.build(variables)
-        optimizer.release(
-            [tf.zeros(v.shape) for v in variables],
-            variables,
-            rows=len(x),
-            norms=tf.zeros(len(x)),
-            real=tf.ones(len(x), tf.bool),
-        )
-        return {"loss": 0.0}
+        parts.make_ready(model, variables)
+        sums = [tf.zeros(v.shape) for v in variables]
+        norms, real = tf.zeros(len(x)), tf.ones(len(x), tf.bool)
+        found = Clipped(variables, sums, norms, real, len(x))
+
+        def step(now):
+            parts.apply(parts.mechanism.noised(found, now), variables)
+            return tf.zeros(())
+
+        parts.meter.spend(step, lambda: tf.zeros(()), after=found.evidence)
+        return {"loss": 0.0}, "none"
 
     monkeypatch.setattr(training, "private_train_step", record)
     return batches

@@ -648,6 +648,10 @@ class DPOptimizer(keras.optimizers.Optimizer):
         """
         return self._meter.limit(Budget(epsilon, delta, accountant), at_most)
 
+    def keep_to_budget(self, *, epsilon: float, delta: float, accountant: str = "pld") -> None:
+        """Holds single batches after this `fit` to its budget, too."""
+        self._meter.keep(Budget(epsilon, delta, accountant))
+
     @property
     def step_limit_reached(self) -> bool:
         """Whether no further step may be released."""
