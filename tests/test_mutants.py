@@ -167,10 +167,10 @@ def draws_without_replacement():
     get = PoissonDataset.__getitem__
 
     def batch(self, index):
-        if not getattr(self, "waiting", ()):
-            self.waiting = list(np.random.default_rng().permutation(self.num_examples))
+        if not getattr(self, "_waiting", ()):
+            self._waiting = list(np.random.default_rng().permutation(self.num_examples))
         size = len(get(self, index)[0])
-        taken, self.waiting = self.waiting[:size], self.waiting[size:]
+        taken, self._waiting = self._waiting[:size], self._waiting[size:]
         return self._batch(np.array(taken, int))
 
     return PoissonDataset, "__getitem__", batch
