@@ -20,6 +20,7 @@ except ImportError as error:
 if keras.backend.backend() not in _SUPPORTED:
     raise ImportError(f"Keras is using its {keras.backend.backend()!r} backend. {_MEND}")
 
+from .operations import AsGraph, require_nothing_kept, traced  # noqa: E402
 from .tensorflow import (  # noqa: E402
     BrokenMatmul,
     Counter,
@@ -81,6 +82,7 @@ from .tensorflow import (  # noqa: E402
 )
 
 __all__ = [
+    "AsGraph",
     "BrokenMatmul",
     "Counter",
     "LossScale",
@@ -128,12 +130,14 @@ __all__ = [
     "repeat_first_row",
     "replica_count",
     "require",
+    "require_nothing_kept",
     "roots",
     "row_count",
     "scaled_rows",
     "shaped_like",
     "shared_gradient",
     "total_norms",
+    "traced",
     "vectorized_engine",
     "wait_for",
     "with_row_of",
