@@ -183,6 +183,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         self.clipping_strategy = strategy
         self.engine: str | None = None
         self.ledger_problems: tuple[str, ...] = ()  # what a ledger on disk showed
+        self.unseen: str | None = None  # what ran on the examples that can't be looked through
         self.budget: dict[str, Any] | None = None
         self.last_delta: float | None = None
 

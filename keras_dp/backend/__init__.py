@@ -20,7 +20,13 @@ except ImportError as error:
 if keras.backend.backend() not in _SUPPORTED:
     raise ImportError(f"Keras is using its {keras.backend.backend()!r} backend. {_MEND}")
 
-from .operations import AsGraph, require_nothing_kept, traced  # noqa: E402
+from .operations import (  # noqa: E402
+    AsGraph,
+    current_graph,
+    operation_count,
+    require_nothing_kept,
+    traced,
+)
 from .tensorflow import (  # noqa: E402
     BrokenMatmul,
     Counter,
@@ -39,7 +45,6 @@ from .tensorflow import (  # noqa: E402
     column,
     compiled_candidate,
     copy_of,
-    current_graph,
     dataset_length,
     dense,
     depthwise_filter_gradients,
@@ -122,6 +127,7 @@ __all__ = [
     "no_gradient_of",
     "numbered_seeds",
     "of_known_sizes",
+    "operation_count",
     "outside_graph",
     "pad_examples",
     "per_example_seeds",

@@ -147,7 +147,7 @@ def require_nothing_kept(graph: Any, start: int = 0, *, of: str | None = None) -
     hold examples, without noise.
 
     Args:
-        graph: What was traced.
+        graph: What was traced; `None` where nothing is.
         start: The number of the operation to begin with.
         of: Whose operations these are; `None` for a model, of whose layers the
             operations bear the names.
@@ -155,6 +155,8 @@ def require_nothing_kept(graph: Any, start: int = 0, *, of: str | None = None) -
     Raises:
         PrivacyError: Naming the operation.
     """
+    if graph is None:
+        return
     for op, called in _operations(graph, start):
         why = _carries(op)
         if why is not None:
@@ -195,6 +197,17 @@ def _follows_from_data(tensor: Any) -> bool:
     return False
 
 
+def current_graph() -> Any:
+    """The graph that is being traced; `None` while operations run at once."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def operation_count() -> int:
+    """How many operations the graph that is being traced has so far; 0 where none is."""
+    graph = current_graph()
+    return 0 if graph is None else len(graph.get_operations())
+
+
 def traced(function: Callable[[], Any]) -> Any:
     """The graph of what a function of no arguments does, which doesn't run.
 
@@ -220,10 +233,9 @@ class AsGraph:
         self._traced = tf.function(self._looked_through, autograph=False, reduce_retracing=True)
 
     def _looked_through(self, *tensors: Any) -> Any:
-        graph = tf.compat.v1.get_default_graph()
-        start = len(graph.get_operations())
+        start = operation_count()
         result = tf.convert_to_tensor(self._function(*tensors))
-        require_nothing_kept(graph, start, of=self._of)
+        require_nothing_kept(current_graph(), start, of=self._of)
         return result
 
     def __call__(self, *tensors: Any) -> Any:

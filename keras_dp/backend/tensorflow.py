@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from .operations import all_operations, require_nothing_kept
+from .operations import all_operations, current_graph, require_nothing_kept
 
 Tensor = Any
 # One example's loss, and whatever else should come back for it, from the
@@ -479,11 +479,6 @@ class LossScale:
             return tf.identity(value), lambda g: g * tf.cast(self._scale, g.dtype)
 
         return same(loss), rest
-
-
-def current_graph() -> Any:
-    """The graph that is being traced; `None` while operations run at once."""
-    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 def copy_of(tensor: Tensor) -> Tensor:
