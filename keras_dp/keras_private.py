@@ -155,7 +155,7 @@ def _is_known_code(part: Any) -> bool:
         return True
     # A function in a Lambda, in a loss or metric that wraps it, or as an activation.
     inside = (getattr(part, name, None) for name in ("function", "fn", "_fn", "activation"))
-    code = [f for f in inside if inspect.isroutine(f)]
+    code: list[Any] = [f for f in inside if inspect.isroutine(f)]
     code.append(part if inspect.isroutine(part) or inspect.isclass(part) else type(part))
     return all(str(c.__module__).partition(".")[0] in _KNOWN_CODE for c in code)
 

@@ -260,7 +260,9 @@ def _updated(
             "`compute_metrics`; to show a number, make it a keras.metrics.Metric that is an "
             "attribute of the model, and update that."
         )
-    return logs, [(v, scope.state_mapping[k]) for k, v in metrics.items() if k in scope.state_mapping]
+    return logs, [
+        (v, scope.state_mapping[k]) for k, v in metrics.items() if k in scope.state_mapping
+    ]
 
 
 _UPDATE = "the metrics (`metrics=`, `compute_metrics`)"

@@ -247,5 +247,3 @@ class AsGraph:
         if tf.executing_eagerly():
             return self._traced(*(tf.convert_to_tensor(t) for t in tensors))
         return self._looked_through(*tensors)
-
-

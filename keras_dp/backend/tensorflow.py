@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from .operations import all_operations, current_graph, require_nothing_kept
+from .operations import all_operations, require_nothing_kept
 
 Tensor = Any
 # One example's loss, and whatever else should come back for it, from the
