@@ -60,8 +60,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
     Formal guarantee: with respect to adding, removing or zeroing out one
     example (a row of the training data), n being public, the weights after any
     number of steps are `(get_epsilon(delta), delta)`-differentially private.
-    Metrics and losses that training prints, validation data, and the choice of
-    hyper-parameters are not covered.
+    Metrics and losses that training prints, whatever is decided by looking at
+    them, validation data, and the choice of hyper-parameters are not covered.
 
     Learning rate, schedules, momentum, weight decay and averaging are those of
     the inner optimizer, and `learning_rate` and `iterations` read (and set) its.
