@@ -883,7 +883,9 @@ def loop_engine(
         return sums, norms, losses, extra
 
     traced = tf.function(example, autograph=False)
-    spec = traced.get_concrete_function(tf.TensorSpec((), tf.int32)).structured_outputs
+    concrete = traced.get_concrete_function(tf.TensorSpec((), tf.int32))
+    require_nothing_kept(concrete.graph)  # now: what follows fails for sizes that aren't known
+    spec = concrete.structured_outputs
     flat_spec = tf.nest.flatten(spec[1:])
     arrays = [
         tf.TensorArray(s.dtype, size=rows, element_shape=s.shape, infer_shape=False)
