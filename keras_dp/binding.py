@@ -23,6 +23,7 @@ from keras import tree
 
 from . import arguments, backend, keras_private
 from .compatibility import require_trainable_privately
+from .decisions import raw_decisions
 from .errors import PrivacyError, PrivacyWarning
 from .ledger import PrivacyLedger, Release
 from .optimizers import DPOptimizer
@@ -137,8 +138,9 @@ def _check_can_bind(model: keras.Model, optimizer: DPOptimizer, arguments: dict[
         if own is not getattr(keras.Model, name):
             raise PrivacyError(
                 f"The class {type(model).__name__} overrides `{name}`, which private training "
-                "has to replace. Move what it does into `compute_loss` (the loss of a batch) and "
-                "`compute_metrics`, which keras_dp calls for each example, and remove the override."
+                "has to replace. Move the loss into `compute_loss`, which keras_dp calls for each "
+                "example, and what updates metrics into `compute_metrics`, which it calls for the "
+                "whole batch and which may assign to metrics alone; then remove the override."
             )
     replicas = backend.replica_count(model)
     if replicas > 1:
@@ -316,6 +318,9 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
             declaration = _FitDeclaration(
                 optimizer, sampling, steps, given.get("initial_epoch", 0), given.get("epochs", 1)
             )
+            decided = raw_decisions(given.get("callbacks"))
+            if decided is not None:
+                warnings.warn(decided, PrivacyWarning, stacklevel=2)
             try:
                 with _joined(declaration, given, self):
                     return original(self, **given)

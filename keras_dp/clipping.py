@@ -62,12 +62,16 @@ class Seen:
 class Clipping:
     """How an example's gradient is scaled down; the base of every strategy.
 
-    A strategy of your own subclasses it, defines `__call__`, and is given to an
-    optimizer as `clipping=`. Two promises are kept for it, whatever it returns:
-    an example whose scaled gradient is longer than `sensitivity` is scaled
-    down to that, and one with a gradient that isn't finite contributes nothing.
-    What it must see to itself: the weight of an example follows from that
-    example's norms alone. That is tried on made-up norms before training.
+    A strategy of your own subclasses it, defines `__call__` (and `sensitivity`,
+    `norm`, `build` or `get_config` where it needs them), and is given to an
+    optimizer as `clipping=`. Whatever it returns, an example whose scaled
+    gradient is longer than `sensitivity` is scaled down to that, and one with a
+    gradient that isn't finite contributes nothing. Nor can it keep what it
+    sees: it always runs as a graph, also under `run_eagerly`, so its Python
+    code sees no number, and one that assigns to a variable, calls Python or
+    prints is refused, as is one that defines `noised`. What it must see to
+    itself: the weight of an example follows from that example's norms alone.
+    That is tried on made-up norms before training, not proved.
 
     Formal guarantee: with `w_iv` the weight of example i for variable v,
     `sum_v ||w_iv g_iv||^2 <= sensitivity^2` for every example, so adding,
@@ -127,6 +131,9 @@ class Clipping:
 
     def noised(self, add_noise: AddNoise, sums: list[Any], sigma: Any, seen: Seen) -> list[Any]:
         """The sums with Gaussian noise: one Gaussian mechanism of noise multiplier sigma.
+
+        Sealed: a strategy from outside of keras_dp that defines it is refused, because
+        it sees norms and sums without noise.
 
         Args:
             add_noise: Adds noise of a standard deviation to tensors.
@@ -217,7 +224,7 @@ class Clip:
         """Clip weights, (rows,) or (rows, variables), from norms, (rows, variables)."""
         given = self.max_grad_norm
         bound = self.strategy.norm(ops.cast(given() if callable(given) else given, norms.dtype))
-        weights = ops.cast(self.strategy(norms, bound), norms.dtype)
+        weights = ops.cast(weights_of(self.strategy, norms, bound), norms.dtype)
         finite = ops.isfinite(_total(norms))
         if len(weights.shape) > 1:
             finite = ops.expand_dims(finite, 1)
@@ -234,22 +241,91 @@ class Clip:
         return ops.where(ops.isfinite(weights), weights, ops.zeros_like(weights)) * factor
 
 
+_graphs: weakref.WeakKeyDictionary[Clipping, backend.AsGraph] = weakref.WeakKeyDictionary()
+
+
+def weights_of(strategy: Clipping, norms: Any, max_grad_norm: Any) -> Any:
+    """What a strategy returns, run as a graph if it isn't ours: its Python sees no norm.
+
+    Raises:
+        PrivacyError: If it could keep or carry out the norms.
+    """
+    if type(strategy) in _BY_NAME.values():
+        return strategy(norms, max_grad_norm)
+    if strategy not in _graphs:
+        itself = weakref.ref(strategy)
+
+        def call(norms: Any, max_grad_norm: Any) -> Any:
+            found = itself()
+            assert found is not None
+            return found(norms, max_grad_norm)
+
+        _graphs[strategy] = backend.AsGraph(call, f"the clipping strategy {strategy.name}")
+    return _graphs[strategy](norms, max_grad_norm)
+
+
+def require_sealed(strategy: Clipping) -> None:
+    """Refuses a strategy from outside that would see norms and sums before they are noised.
+
+    Raises:
+        PrivacyError: If it brings a `noised` of its own.
+    """
+    owner = next(c for c in type(strategy).__mro__ if "noised" in vars(c))
+    if owner not in (Clipping, *_BY_NAME.values()) or "noised" in vars(strategy):
+        raise PrivacyError(
+            f"The clipping strategy {strategy.name} defines `noised`, which sees the norms and "
+            "the sums of the examples without noise: what it kept of them, no epsilon would "
+            "cover. Remove it. A strategy of your own defines `__call__` (and `sensitivity`, "
+            "`norm`, `build` and `get_config` where it needs them); for a C that follows the "
+            "norms privately use keras_dp.clipping.AdaptiveClipping."
+        )
+
+
+def _require_steady(strategy: Clipping, bound: Any) -> None:
+    """Requires that the clip and the noise, which ask apart, see the same C and sensitivity.
+
+    Raises:
+        PrivacyError: If `norm` and `sensitivity` write to a state, or differ from call to call.
+        ValueError: If the sensitivity isn't positive and finite.
+    """
+
+    def both(given: Any) -> Any:
+        found = strategy.norm(given), strategy.sensitivity(given)
+        return ops.stack([ops.cast(v, "float64") for v in found])
+
+    whose = f"the clipping strategy {strategy.name}"
+    graphs = [backend.AsGraph(both, whose) for _ in range(2)]  # each traces Python anew
+    found = [np.asarray(ops.convert_to_numpy(graphs[k](bound))) for k in (0, 0, 1)]
+    sensitivity = float(found[0][1])
+    if not 0 < sensitivity < np.inf:
+        raise ValueError(
+            f"The sensitivity of the clipping strategy {strategy.name} must be positive and "
+            f"finite. For max_grad_norm=1 it is {sensitivity}."
+        )
+    if any(not np.array_equal(found[0], other) for other in found[1:]):
+        raise PrivacyError(
+            f"`norm` or `sensitivity` of the clipping strategy {strategy.name} return another "
+            "value each time, so that the noise would not be that of the clip. Let them follow "
+            "from `max_grad_norm` and settings alone."
+        )
+
+
 def require_apart(strategy: Clipping, variables: Sequence[Any]) -> None:
     """Tries on made-up norms that one example's weight doesn't depend on the others.
 
     Raises:
-        PrivacyError: If it does.
+        PrivacyError: If it does, or if the strategy could keep what it sees.
         ValueError: If the strategy returns weights of a wrong shape, or for one example alone
             can't return any.
     """
+    require_sealed(strategy)
     rows, count = 5, len(variables)
     norms = np.random.default_rng(0).exponential(2.0, (rows, count)).astype("float32")
     bound = ops.cast(1.0, "float32")
 
     def weights(part: np.ndarray) -> np.ndarray:
-        found = np.asarray(
-            ops.convert_to_numpy(strategy(ops.convert_to_tensor(part), bound)), "float64"
-        )
+        given = ops.convert_to_tensor(part)
+        found = np.asarray(ops.convert_to_numpy(weights_of(strategy, given, bound)), "float64")
         if found.shape not in ((len(part),), part.shape):
             raise ValueError(
                 f"The clipping strategy {strategy.name} must return one weight for each example, "
@@ -258,12 +334,7 @@ def require_apart(strategy: Clipping, variables: Sequence[Any]) -> None:
             )
         return found
 
-    sensitivity = float(ops.convert_to_numpy(strategy.sensitivity(bound)))
-    if not 0 < sensitivity < np.inf:
-        raise ValueError(
-            f"The sensitivity of the clipping strategy {strategy.name} must be positive and "
-            f"finite. For max_grad_norm=1 it is {sensitivity}."
-        )
+    _require_steady(strategy, bound)
     together = weights(norms)
     alone = np.concatenate([weights(norms[i : i + 1]) for i in range(rows)])
     if not np.allclose(together, alone, rtol=1e-4, atol=1e-6, equal_nan=True):
@@ -436,7 +507,9 @@ class AdaptiveClipping(Clipping):
         """Noises the sums and the count, and moves C by what the noised count says."""
         split = SplitNoise.of(sigma, seen.batch_size)
         bound = self._norm.tensor
-        noised = add_noise(sums, split.of_sum * bound)
+        # What the clip asks, also of a subclass.
+        clipped_to = self.sensitivity(self.norm(ops.convert_to_tensor(seen.max_grad_norm)))
+        noised = add_noise(sums, split.of_sum * ops.cast(clipped_to, split.of_sum.dtype))
         share = split.share(add_noise, seen.norms <= ops.cast(bound, seen.norms.dtype), seen)
         self._share.assign(share)
         self._norm.assign(bound * ops.exp(self.rate * (self.quantile - share)))
@@ -467,8 +540,10 @@ def get(clipping: Any) -> Clipping:
 
     Raises:
         ValueError: If it is neither.
+        PrivacyError: If it would see what isn't noised.
     """
     if isinstance(clipping, Clipping):
+        require_sealed(clipping)
         return clipping
     if not isinstance(clipping, str) or clipping not in _BY_NAME:
         raise ValueError(

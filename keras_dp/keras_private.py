@@ -6,6 +6,7 @@ All of it stands here, so that a new version of Keras is checked in one place.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "call_name_of",
     "call_of",
     "can_convert_arrays",
+    "code_from_outside",
     "compile_loss_of",
     "layers_with_losses",
     "logits_of",
@@ -132,6 +134,36 @@ def loss_of(
     return model._compute_loss(
         x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
     )
+
+
+_KNOWN_CODE = ("keras", "keras_hub", "tensorflow")
+
+
+def code_from_outside(model: keras.Model) -> list[str]:
+    """The layers, losses and metrics of a model whose Python code isn't that of Keras."""
+    compiled = [
+        *tree.flatten(getattr(model, "loss", None)),
+        *tree.flatten(getattr(model._compile_metrics, "_user_metrics", None)),
+        *tree.flatten(getattr(model._compile_metrics, "_user_weighted_metrics", None)),
+    ]
+    parts = [*all_layers(model), *(c for c in compiled if c is not None), *model.metrics]
+    return list(dict.fromkeys(_name_of(p) for p in parts if not _is_known_code(p)))
+
+
+def _is_known_code(part: Any) -> bool:
+    if isinstance(part, str):
+        return True
+    # A function in a Lambda, in a loss or metric that wraps it, or as an activation.
+    inside = (getattr(part, name, None) for name in ("function", "fn", "_fn", "activation"))
+    code: list[Any] = [f for f in inside if inspect.isroutine(f)]
+    code.append(part if inspect.isroutine(part) or inspect.isclass(part) else type(part))
+    return all(str(c.__module__).partition(".")[0] in _KNOWN_CODE for c in code)
+
+
+def _name_of(part: Any) -> str:
+    name = getattr(part, "name", None) or getattr(part, "__name__", "")
+    kind = "" if inspect.isroutine(part) or inspect.isclass(part) else type(part).__name__
+    return f"'{name}' ({kind})" if name and kind else f"'{name}'" if name else kind
 
 
 def compile_loss_of(model: keras.Model) -> CompileLoss | None:

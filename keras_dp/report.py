@@ -39,7 +39,9 @@ METHODS = {
 }
 SOFTWARE = "keras_dp: open source, Apache-2.0; every epsilon is computed by dp-accounting."
 NOT_COVERED = (
-    "Metrics and losses that training reported: they are computed from the examples without noise.",
+    "Metrics and losses that training reported, and whatever was decided by looking at them (by "
+    "you, or by a callback that stops training, moves the learning rate or chooses a checkpoint): "
+    "they are computed from the examples without noise.",
     "Validation data, and whatever was decided by looking at it.",
     "The choice of hyper-parameters by several runs on the same data.",
     "The number of examples n, which is treated as public.",
@@ -374,6 +376,7 @@ def privacy_report(model: keras.Model, *, delta: float | None = None) -> Privacy
         warnings=(
             *_doubts(ledger, epsilon, delta),
             *map(str, getattr(optimizer, "ledger_problems", ())),
+            *filter(None, [getattr(optimizer, "unseen", None)]),
         ),
         versions={p: _version(p) for p in _PACKAGES} | {"python": platform.python_version()},
     )

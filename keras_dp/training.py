@@ -33,6 +33,7 @@ class Parts:
         make_ready: Makes the optimizer ready for a step on these variables of a model.
         apply: Hands gradients of these variables to the inner optimizer.
         warn_once: Warns about a topic, once.
+        note_unseen: Has the statement say what ran that can't be looked through.
     """
 
     mechanism: Mechanism
@@ -41,6 +42,7 @@ class Parts:
     make_ready: Callable[[keras.Model, list[Any]], None]
     apply: Callable[[list[Any], list[Any]], None]
     warn_once: Callable[[str, str], None]
+    note_unseen: Callable[[str], None]
 
 
 def private_train_step(
@@ -79,6 +81,9 @@ def private_train_step(
     outcome = engine(padded, real, seeds)
     found = Clipped(variables, outcome.sums, outcome.norms, real, rows, outcome.norms_by_variable)
     penalty = _regularization(variables)  # of the weights that made the losses
+    if model.run_eagerly:
+        seen = _look_through_metrics(model, batch, rows, real, outcome, penalty)
+        _say_what_is_unseen(parts, model, traced=seen and engine.traced)
 
     def step(now: StepValues) -> Any:
         gradients = mechanism.noised(found, now)  # noise, divide
@@ -219,19 +224,21 @@ def _metrics(
     outcome: Outcome,
     penalty: Any,
 ) -> dict[str, Any]:
-    """Updates the metrics with the real examples of the batch, and returns all of them."""
-    written = {id(v) for v, _ in outcome.metric_updates}
+    """Updates the metrics with the real examples of the batch, and returns all of them.
+
+    What runs here sees the examples without noise, so nothing but metrics is written.
+
+    Raises:
+        PrivacyError: If something else would be.
+    """
 
     def update() -> dict[str, Any]:
-        loss = backend.mean_over(outcome.losses, real)
-        loss = loss + ops.cast(penalty, loss.dtype)
-        tracker = keras_private.loss_tracker_of(model)
-        if not any(id(v) in written for v in tracker.variables):
-            tracker.update_state(loss, sample_weight=ops.cast(rows, "float32"))
-        for variable, per_example in outcome.metric_updates:
-            variable.assign_add(ops.sum(backend.real_examples(per_example, rows), axis=0))
-        outputs = tree.map_structure(_real_with_mask(rows), outcome.outputs)
-        return model.compute_metrics(batch.x, batch.y, outputs, sample_weight=batch.sample_weight)
+        start = backend.operation_count()
+        logs, written = _updated(model, batch, rows, real, outcome, penalty)
+        backend.require_nothing_kept(backend.current_graph(), start, of=_UPDATE)
+        for variable, value in written:
+            variable.assign(value)
+        return logs
 
     if isinstance(rows, int):
         return update() if rows > 0 else model.get_metrics_result()
@@ -250,6 +257,95 @@ def _metrics(
 
     values = backend.branch(rows > 0, updated, unchanged)
     return dict(zip(names, values, strict=True))
+
+
+def _updated(
+    model: keras.Model, batch: Batch, rows: Any, real: Any, outcome: Outcome, penalty: Any
+) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
+    """The metrics after a batch of at least one row, and what becomes of their variables.
+
+    Raises:
+        PrivacyError: If computing them assigns to a variable of anything but a metric.
+    """
+    by_engine = {id(v) for v, _ in outcome.metric_updates}
+    loss = backend.mean_over(outcome.losses, real)
+    loss = loss + ops.cast(penalty, loss.dtype)
+    tracker = keras_private.loss_tracker_of(model)
+    with keras.StatelessScope() as scope:
+        if not any(id(v) in by_engine for v in tracker.variables):
+            tracker.update_state(loss, sample_weight=ops.cast(rows, "float32"))
+        for variable, per_example in outcome.metric_updates:
+            variable.assign_add(ops.sum(backend.real_examples(per_example, rows), axis=0))
+        outputs = tree.map_structure(_real_with_mask(rows), outcome.outputs)
+        logs = model.compute_metrics(batch.x, batch.y, outputs, sample_weight=batch.sample_weight)
+    metrics = {id(v): v for v in model.metrics_variables}
+    # What is drawn here advances no generator: the state of one could hold anything.
+    dropped = {id(v) for v in keras_private.seed_states_of(model)}
+    foreign = [k for k in scope.state_mapping if k not in metrics and k not in dropped]
+    if foreign:
+        known = {id(v): v for v in model.variables}
+        names = [f"'{known[k].path}'" if k in known else "one of no layer" for k in foreign]
+        raise PrivacyError(
+            f"Computing the metrics of the model '{model.name}' assigns to variables of no metric "
+            f"({', '.join(names)}). Metrics see the examples without noise, and what is written "
+            "there stays in the model and its files. Take the assignment out of "
+            "`compute_metrics`; to show a number, make it a keras.metrics.Metric that is an "
+            "attribute of the model, and update that."
+        )
+    return logs, [
+        (v, scope.state_mapping[k]) for k, v in metrics.items() if k in scope.state_mapping
+    ]
+
+
+_UPDATE = "the metrics (`metrics=`, `compute_metrics`)"
+_closed_metrics: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+
+
+def _look_through_metrics(
+    model: keras.Model, batch: Batch, rows: Any, real: Any, outcome: Outcome, penalty: Any
+) -> bool:
+    """Traces what updates the metrics, where the step runs eagerly, before anything is released.
+
+    Returns:
+        Whether it could be traced.
+
+    Raises:
+        PrivacyError: If it writes to anything but metrics, or could carry out what it sees.
+    """
+    known = [type(model).compute_metrics, *model.metrics]
+    if _closed_metrics.get(model) == known or rows == 0:
+        return True
+
+    def look() -> Any:
+        logs, written = _updated(model, batch, rows, real, outcome, penalty)
+        return [ops.convert_to_tensor(v) for v in (*logs.values(), *(v for _, v in written))]
+
+    try:
+        graph = backend.traced(look)
+    except PrivacyError:
+        raise
+    except Exception:
+        return False
+    backend.require_nothing_kept(graph, of=_UPDATE)
+    _closed_metrics[model] = known
+    return True
+
+
+def _say_what_is_unseen(parts: Parts, model: keras.Model, *, traced: bool) -> None:
+    """Says, here and in the statement, whose Python code runs on the examples themselves."""
+    code = keras_private.code_from_outside(model)
+    if not code:
+        return
+    shown = ", ".join(code[:5]) + (", ..." if len(code) > 5 else "")
+    how = "" if traced else ", and can't be traced to be looked through"
+    text = (
+        f"With run_eagerly=True the Python code of {shown} saw the examples themselves, without "
+        f"noise{how}. What it keeps or sends is not covered by any epsilon."
+    )
+    parts.note_unseen(text)
+    parts.warn_once(
+        "eager", f"{text} Train without run_eagerly, which is meant for debugging on made-up data."
+    )
 
 
 def _real_with_mask(rows: Any) -> Callable[[Any], Any]:

@@ -323,7 +323,8 @@ def test_the_usual_callbacks_work(tmp_path):
         keras.callbacks.CSVLogger(tmp_path / "log.csv"),
         keras.callbacks.TerminateOnNaN(),
     ]
-    fitted = model.fit(X, Y, batch_size=16, epochs=2, callbacks=callbacks, verbose=0)
+    with pytest.warns(keras_dp.PrivacyWarning, match="TerminateOnNaN stops training"):
+        fitted = model.fit(X, Y, batch_size=16, epochs=2, callbacks=callbacks, verbose=0)
     assert set(fitted.history) == {"loss", "mae", "epsilon"}
     assert keras.saving.load_model(tmp_path / "1.keras").optimizer.ledger.steps == 4
     assert keras.saving.load_model(tmp_path / "2.keras").optimizer.ledger.steps == 8
@@ -336,7 +337,8 @@ def test_rule_6_early_stopping_restores_weights_and_keeps_the_ledger():
     stop = keras.callbacks.EarlyStopping(
         "loss", patience=1, min_delta=1e9, restore_best_weights=True
     )
-    fitted = model.fit(X, Y, batch_size=16, epochs=9, callbacks=[stop], verbose=0)
+    with pytest.warns(keras_dp.PrivacyWarning, match="EarlyStopping stops training by 'loss'"):
+        fitted = model.fit(X, Y, batch_size=16, epochs=9, callbacks=[stop], verbose=0)
     epochs = len(fitted.history["loss"])
     assert epochs < 9
     assert model.optimizer.ledger.steps == 4 * epochs

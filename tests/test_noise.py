@@ -84,6 +84,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.filterwarnings("ignore:With run_eagerly=True the Python code of 'no_gradient'")
 def test_noise_is_gaussian_of_sigma_c_once_per_step(mode):
     """Two steps: variances add up to 2 (sigma C)^2, whatever the mode."""
     (noise,) = noise_of(noise_model(**MODES[mode]), one_epoch)
@@ -366,6 +367,7 @@ def secure_noise(count, stddev=1.0, onto=0.0, dtype="float32"):
 
 
 @pytest.mark.parametrize("mode", SECURE_MODES)
+@pytest.mark.filterwarnings("ignore:With run_eagerly=True the Python code of 'no_gradient'")
 def test_secure_noise_is_gaussian_of_sigma_c_once_per_step(mode):
     (noise,) = noise_of(secure_model(**SECURE_MODES[mode]), one_epoch)
     wanted = SIGMA * np.sqrt(2)
@@ -473,6 +475,7 @@ def test_secure_noise_takes_four_words_from_the_operating_system_for_each_number
 
 
 @pytest.mark.parametrize("mode", ["graph", "eager"])
+@pytest.mark.filterwarnings("ignore:With run_eagerly=True the Python code of 'no_gradient'")
 def test_without_entropy_secure_mode_stops_and_trains_nothing(mode, monkeypatch):
     model = secure_model(**SECURE_MODES[mode])
     start = model.get_weights()

@@ -20,6 +20,13 @@ except ImportError as error:
 if keras.backend.backend() not in _SUPPORTED:
     raise ImportError(f"Keras is using its {keras.backend.backend()!r} backend. {_MEND}")
 
+from .operations import (  # noqa: E402
+    AsGraph,
+    current_graph,
+    operation_count,
+    require_nothing_kept,
+    traced,
+)
 from .tensorflow import (  # noqa: E402
     BrokenMatmul,
     Counter,
@@ -38,7 +45,6 @@ from .tensorflow import (  # noqa: E402
     column,
     compiled_candidate,
     copy_of,
-    current_graph,
     dataset_length,
     dense,
     depthwise_filter_gradients,
@@ -81,6 +87,7 @@ from .tensorflow import (  # noqa: E402
 )
 
 __all__ = [
+    "AsGraph",
     "BrokenMatmul",
     "Counter",
     "LossScale",
@@ -120,6 +127,7 @@ __all__ = [
     "no_gradient_of",
     "numbered_seeds",
     "of_known_sizes",
+    "operation_count",
     "outside_graph",
     "pad_examples",
     "per_example_seeds",
@@ -128,12 +136,14 @@ __all__ = [
     "repeat_first_row",
     "replica_count",
     "require",
+    "require_nothing_kept",
     "roots",
     "row_count",
     "scaled_rows",
     "shaped_like",
     "shared_gradient",
     "total_norms",
+    "traced",
     "vectorized_engine",
     "wait_for",
     "with_row_of",

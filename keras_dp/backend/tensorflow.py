@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ..errors import PrivacyError
+from .operations import all_operations, require_nothing_kept
 
 Tensor = Any
 # One example's loss, and whatever else should come back for it, from the
@@ -481,11 +481,6 @@ class LossScale:
         return same(loss), rest
 
 
-def current_graph() -> Any:
-    """The graph that is being traced; `None` while operations run at once."""
-    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-
-
 def copy_of(tensor: Tensor) -> Tensor:
     """The same values in a tensor of its own."""
     return tf.identity(tensor)
@@ -888,7 +883,9 @@ def loop_engine(
         return sums, norms, losses, extra
 
     traced = tf.function(example, autograph=False)
-    spec = traced.get_concrete_function(tf.TensorSpec((), tf.int32)).structured_outputs
+    concrete = traced.get_concrete_function(tf.TensorSpec((), tf.int32))
+    require_nothing_kept(concrete.graph)  # now: what follows fails for sizes that aren't known
+    spec = concrete.structured_outputs
     flat_spec = tf.nest.flatten(spec[1:])
     arrays = [
         tf.TensorArray(s.dtype, size=rows, element_shape=s.shape, infer_shape=False)
@@ -989,7 +986,7 @@ def compiled_candidate(
 
     Raises:
         BrokenMatmul: If what was traced would meet a fault of this TensorFlow build.
-        PrivacyError: If it may not write, and does, to a variable or a table.
+        PrivacyError: If it may not write, and could keep or carry out what it sees.
         Exception: Whatever tracing the model raised.
     """
     function = tf.function(engine, autograph=False, jit_compile=jit_compile or None)
@@ -1001,7 +998,7 @@ def compiled_candidate(
     finally:
         _tracing.for_xla = False
     if not may_write:
-        require_no_writes(concrete.graph)
+        require_nothing_kept(concrete.graph)
     if not jit_compile and emits_broken_matmul(concrete.graph):
         raise BrokenMatmul(
             "oneDNN multiplies a batch of single matrices with a shared matrix wrongly"
@@ -1014,20 +1011,6 @@ def compiled_candidate(
         return list(sums), norms, losses, list(extra)
 
     return run
-
-
-# Random generators' states (`RngSkip`) hold nothing of the data.
-_WRITES = (
-    "Assign",
-    "ResourceScatter",
-    "ResourceStridedSliceAssign",
-    "ResourceApply",
-    "ResourceSparseApply",
-    "LookupTableInsert",
-    "LookupTableImport",
-    "LookupTableRemove",
-    "QueueEnqueue",
-)
 
 
 class BrokenMatmul(RuntimeError):
@@ -1050,27 +1033,6 @@ def require_xla_can_compile(graph: Any) -> None:
                     )
 
 
-def require_no_writes(graph: Any) -> None:
-    """Refuses a graph that writes to a variable or a table.
-
-    What a layer assigns to variables by way of Keras is caught and dropped. What
-    it writes past Keras (a `tf.Variable`, `variable.value.assign`, a hash table)
-    would keep what it saw of the examples, without noise.
-
-    Raises:
-        PrivacyError: Naming the operation, whose name tells the layer.
-    """
-    for op in all_operations(graph):
-        if op.type.startswith(_WRITES):
-            raise PrivacyError(
-                f"The operation '{op.name}' ({op.type}), of the layer of that name, writes to a "
-                "variable or table past Keras, which would keep what it saw of the examples "
-                "without noise. Create the variable by the layer's `add_weight(trainable=False)` "
-                "and assign to it by its own `assign` (private training drops what is written), "
-                "or take the writing out."
-            )
-
-
 def emits_broken_matmul(graph: Any) -> bool:
     """Whether a graph multiplies (N, 1, m, k) with one shared (k, n) on the CPU.
 
@@ -1090,23 +1052,6 @@ def emits_broken_matmul(graph: Any) -> bool:
         return right.rank < 3 or all(size == 1 for size in right[:-2])
 
     return any(broken(op) for op in all_operations(graph))
-
-
-def all_operations(graph: Any, start: int = 0, _seen: set[str] | None = None) -> Iterator[Any]:
-    """The operations of a graph, from number `start` on, and of every function they call."""
-    seen = set() if _seen is None else _seen
-    for op in graph.get_operations()[start:]:
-        yield op
-        for name in ("f", "body", "cond", "then_branch", "else_branch", "branches"):
-            try:
-                called = op.get_attr(name)
-            except ValueError:
-                continue
-            for function in called if isinstance(called, list) else [called]:
-                if function.name not in seen:
-                    seen.add(function.name)
-                    called_graph = graph._get_function(function.name).graph
-                    yield from all_operations(called_graph, 0, seen)
 
 
 # -- made-up examples ----------------------------------------------------------------------

@@ -82,6 +82,7 @@ class Engine:
     ) -> None:
         self.example_loss = example_loss
         self.name: str | None = None
+        self.traced = True  # whether all that the model does could be looked through
         self._clip = clip
         self._views = views = options.views
         # What one example's loss is to the slower engines.
@@ -167,11 +168,12 @@ class Engine:
 
     def _build_eager_loop(self, leaves: list[Any]) -> Run:
         whole = self._whole(self._chunk(backend.loop_engine))
-        try:  # to see what the model writes to; one for debugging need not be traceable
+        try:  # to see what the model keeps; one for debugging need not be traceable
             backend.compiled_candidate(whole, leaves, jit_compile=False)
         except PrivacyError:
             raise
         except Exception:
+            self.traced = False
             logger.debug("The model can't be traced.", exc_info=True)
         return whole
 

@@ -41,8 +41,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
     Formal guarantee: with respect to adding, removing or zeroing out one
     example (a row of the training data), n being public, the weights after any
     number of steps are `(get_epsilon(delta), delta)`-differentially private.
-    Metrics and losses that training prints, validation data, and the choice of
-    hyper-parameters are not covered.
+    Metrics and losses that training prints, whatever is decided by looking at
+    them, validation data, and the choice of hyper-parameters are not covered.
 
     Learning rate, schedules, momentum, weight decay and averaging are those of
     the inner optimizer, and `learning_rate` and `iterations` read (and set) its.
@@ -191,6 +191,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         self._last_delta: float | None = None
         self._ledger_problems: tuple[str, ...] = ()
         self._warned: set[str] = set()
+        self._unseen: str | None = None
         self._endings: list[Callable[[], None]] = []
         self._model: weakref.ref[keras.Model] | None = None
         self._built_for: set[int] = set()  # the weights that the inner optimizer has state for
@@ -319,6 +320,11 @@ class DPOptimizer(keras.optimizers.Optimizer):
         self._last_delta = delta
 
     @property
+    def unseen(self) -> str | None:
+        """What ran on the examples that can't be looked through, in words."""
+        return self._unseen
+
+    @property
     def ledger_problems(self) -> tuple[str, ...]:
         """What the ledger on disk showed when it was last read."""
         return self._ledger_problems
@@ -371,9 +377,13 @@ class DPOptimizer(keras.optimizers.Optimizer):
             make_ready=self._make_ready,
             apply=self.inner_optimizer.apply,
             warn_once=self.warn_once,
+            note_unseen=self._note_unseen,
         )
         logs, self._engine = training.private_train_step(parts, model, data, sampling)
         return logs
+
+    def _note_unseen(self, text: str) -> None:
+        self._unseen = text
 
     def _make_ready(self, model: keras.Model, variables: list[Any]) -> None:
         self.require_same_weights(model, remember=True)
