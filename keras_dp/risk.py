@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from . import accounting
+from . import accounting, people
 from .ledger import PrivacyLedger, Release
 from .losses import Gaussian, Loss
 
@@ -119,7 +119,7 @@ def attack_risk(
     (0.040, 0.224)
     """
     delta, rates = accounting.check_delta(delta), _check_rates(false_positive_rates)
-    examples = accounting.people.check_examples_per_person(examples_per_person)
+    examples = people.check_examples_per_person(examples_per_person)
     if isinstance(ledger, Loss):
         loss, epsilon = ledger, ledger.epsilon(delta)
     else:
@@ -127,9 +127,9 @@ def attack_risk(
         epsilon = accounting.ledger_epsilon(
             releases,
             delta,
-            examples_per_person=examples,  # type: ignore[arg-type]
+            examples_per_person=examples,
         )
-        loss = accounting.privacy_loss(releases, examples)  # type: ignore[arg-type]
+        loss = accounting.privacy_loss(releases, examples)
     return AttackRisk(
         examples_per_person=examples,
         delta=delta,
