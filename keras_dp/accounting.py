@@ -399,12 +399,19 @@ def privacy_loss(
     counts = _counts(_releases(ledger))
     if examples > 1 or check_accountant(accountant) == "rdp":
         return people.loss(counts, examples, accountant)
-    mixed = any(rate < 1 for rate, _, _ in counts)
-    if mixed and math.isfinite(_epsilon(counts, 1e-5, "pld")):
+    return _loss_of_one(counts)
+
+
+@functools.lru_cache(maxsize=16)
+def _loss_of_one(counts: _Counts) -> losses.Loss:
+    """The privacy loss for people with one example."""
+    if all(rate == 1 for rate, _, _ in counts):
+        return people.loss(counts, 1)
+    if math.isfinite(_epsilon(counts, 1e-5, "pld")):
         found = _pld(counts, 1)
         if found is not None:
             return losses.Distribution(found, slack=100 * _rounding(counts))
-    return people.loss(counts, 1, "rdp" if mixed else "pld")
+    return people.loss(counts, 1, "rdp")
 
 
 def remaining_steps(

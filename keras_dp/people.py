@@ -62,6 +62,7 @@ def check_examples_per_person(value: Any, name: str = "examples_per_person") -> 
     )
 
 
+@functools.lru_cache(maxsize=32)
 def loss(counts: Counts, examples: int, accountant: str = "pld") -> Loss:
     """The privacy loss of composed mechanisms, for people with up to so many examples.
 

@@ -140,9 +140,12 @@ def attack_risk(
     )
 
 
+NO_PROMISE = Gaussian(math.inf)
+
+
 def unlimited(delta: float, examples_per_person: int = 1) -> AttackRisk:
     """The risk where nothing is promised: an attack may be right about everybody."""
-    return attack_risk(Gaussian(math.inf), delta=delta, examples_per_person=examples_per_person)
+    return attack_risk(NO_PROMISE, delta=delta, examples_per_person=examples_per_person)
 
 
 def percent(rate: float) -> str:
