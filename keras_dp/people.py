@@ -264,8 +264,11 @@ def _spread(rate: float, sigma: float, examples: int) -> tuple[float, float, flo
     lengths, variances = [], []
     for mechanism in _mechanisms(rate, sigma, examples):
         bounds = mechanism.connect_dots_bounds()
-        length = max(bounds.epsilon_upper - bounds.epsilon_lower, 1e-12)
-        lengths.append(length)
+        length = bounds.epsilon_upper - bounds.epsilon_lower
+        lengths.append(max(length, 1e-12))
+        if not 1e-9 < length < _COARSEST * _MOST_STEP_POINTS:  # nearly constant, or hopeless
+            variances.append(float(bounds.epsilon_upper) ** 2)
+            continue
         epsilons = np.linspace(bounds.epsilon_lower, bounds.epsilon_upper, 4001)
         deltas = np.asarray(mechanism.get_delta_for_epsilon(epsilons), float)
         # P[loss > l] = delta(l) - delta'(l), and E[L^2] from its tails on both sides.
