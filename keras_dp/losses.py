@@ -77,8 +77,8 @@ class Gaussian(Loss):
 
     def true_positive_rates(self, false_positive_rates: Any) -> np.ndarray:
         rates = np.asarray(false_positive_rates, float)
-        if self.mu == math.inf:
-            return np.ones_like(rates)
+        if self.mu in (0, math.inf):
+            return rates.copy() if self.mu == 0 else np.ones_like(rates)
         return np.clip(special.ndtr(special.ndtri(rates) + self.mu), rates, 1.0)
 
     @property

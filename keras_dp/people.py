@@ -41,6 +41,7 @@ _FINEST = 1e-4  # discretisation of the privacy loss, as in accounting
 _COARSEST = 0.2  # beyond it a distribution says less than Renyi divergences do
 _ACCURACY = 5e-4  # about how much of an epsilon the discretisation may add
 _MOST_STEP_POINTS = 2**18
+_MOST_TERMS = 2**22  # points times examples, while a step's loss is discretised
 _MOST_POINTS = 2**21
 _MOST_QUADRATURE = 4 * 10**6  # points times numbers of examples
 _ROUNDING = 1e-17  # of delta, for each step: ten times what a Fourier transform shows
@@ -131,7 +132,7 @@ def _step_divergences(rate: float, sigma: float, examples: int) -> np.ndarray:
     with _without_warnings():
         bound = rdp_privacy_accountant.RdpAccountant(ORDERS).compose(step).rdp
     found = np.asarray(bound, float).clip(min=0.0)
-    if rate < 1 and examples > 1:
+    if rate < 1 and (examples > 1 or not np.isfinite(found).all()):
         found = np.minimum(found, _mixture_divergences(rate, sigma, examples))
     return found
 
@@ -296,6 +297,7 @@ def _interval(counts: Counts, examples: int) -> float:
         spread = max(times * variance, 1e-300)
         order = min(max(length * math.sqrt(70 / spread), 1), 20)
         width += min(times * length, 70 * length / order + spread * order / length)
-    wanted = max(_FINEST, finest, longest / _MOST_STEP_POINTS, width / _MOST_POINTS)
+    points = min(_MOST_STEP_POINTS, _MOST_TERMS // (examples + 1))
+    wanted = max(_FINEST, finest, longest / points, width / _MOST_POINTS)
     # Rounded down to a power of two times the finest, unless points are what bounds it.
     return _FINEST * 2.0 ** math.floor(math.log2(wanted / _FINEST) + 1e-9)

@@ -126,7 +126,7 @@ def test_renyi_divergences_of_several_examples_are_the_integral(q, sigma, k):
     held = np.arange(k + 1)
     chances = stats.binom.pmf(held, k, q)
     found = people._mixture_divergences(q, sigma, k)
-    for order in (1.5, 3.0, 8.0):
+    for order in (1.5, 2.0, 3.0):
 
         def integrand(x, power):
             ratio = special.logsumexp((held * x - held**2 / 2) / sigma**2, b=chances)
@@ -172,7 +172,7 @@ def test_nothing_costs_nothing_and_no_noise_everything(release, wanted):
     ],
 )
 def test_extreme_settings_have_a_figure_above_that_of_one_example(release):
-    for k in (2, 100, 1000):
+    for k in (2, 200):
         found = accounting.ledger_epsilon([release], 1e-5, examples_per_person=k)
         assert found >= 0.999 * accounting.ledger_epsilon([release], 1e-5) and not math.isnan(found)
 
