@@ -20,6 +20,14 @@ What has to hold, or the guarantee is void:
   the others found, trains a new model, and costs at most what was declared.
 - **Nothing but the best run is shown to anybody**: not the other models and
   scores, not the number of runs, not how long it took.
+
+Example:
+
+>>> from keras_dp import tuning
+>>> declared = tuning.plan(num_examples=64, batch_size=16, noise_multiplier=2.0, epochs=1)
+>>> best = tuning.BestOfRuns(declared, mean_runs=10, distribution="geometric")
+>>> best.draw([0.1, 0.3]) in (0.1, 0.3)
+True
 """
 
 from __future__ import annotations
@@ -372,7 +380,7 @@ def select(
     ...     distribution="geometric",
     ... )
     >>> selected.candidate in (0.01, 0.1), round(selected.epsilon(1e-3), 2)
-    (True, 3.14)
+    (True, 1.67)
     """
     best = BestOfRuns(
         declared,
