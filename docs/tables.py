@@ -1,4 +1,4 @@
-"""Writes the generated tables of architecture.md: what imports what, and which test holds which rule.
+"""Writes the generated tables of architecture.md: imports, and the tests of each rule.
 
     python docs/tables.py
 

@@ -46,7 +46,9 @@ __all__ = [
     "fix_model",
     "privacy_report",
     "register_rule",
+    "risk",
     "save_inference_model",
+    "tuning",
 ]
 
 # All of it is loaded at once, lest `keras.saving.load_model` meet a DP optimizer
@@ -56,7 +58,7 @@ if not _only_plans():
     from . import backend as _backend  # noqa: F401 - says which backends of Keras will do
 
     # isort: split
-    from . import accounting, auditing, clipping
+    from . import accounting, auditing, clipping, risk, tuning
     from .auditing import AuditResult
     from .binding import install as _install
     from .callbacks import PrivacyBudget

@@ -33,6 +33,7 @@ import numpy as np
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import rdp_privacy_accountant
 
+from . import losses, people
 from .ledger import PrivacyLedger, Release
 
 ACCOUNTANTS = ("pld", "rdp")
@@ -97,6 +98,7 @@ def compute_epsilon(
     epochs: int | None = None,
     steps: int | None = None,
     accountant: str = "pld",
+    examples_per_person: int = 1,
 ) -> float:
     """The epsilon that DP-SGD on Poisson-sampled batches will have spent.
 
@@ -115,6 +117,9 @@ def compute_epsilon(
         epochs: Epochs to train. Give either this or `steps`.
         steps: Optimizer steps to train. Give either this or `epochs`.
         accountant: `"pld"` (tight) or `"rdp"`.
+        examples_per_person: The most examples that one person has in the
+            training data. The guarantee is then for adding or removing all of
+            somebody's examples: see `ledger_epsilon`.
 
     Returns:
         Epsilon; `inf` if `noise_multiplier` is 0.
@@ -134,7 +139,9 @@ def compute_epsilon(
     rate, total = _plan(num_examples, batch_size, epochs, steps)
     sigma = _number("noise_multiplier", noise_multiplier, least=0.0)
     delta, accountant = check_delta(delta), check_accountant(accountant)
-    return _epsilon(((rate, sigma, total),) if total else (), delta, accountant)
+    return _epsilon_of(
+        ((rate, sigma, total),) if total else (), delta, accountant, examples_per_person
+    )
 
 
 def calibrate_noise_multiplier(
@@ -309,7 +316,10 @@ def calibrate_batch_size(
 
 
 def ledger_epsilon(
-    ledger: PrivacyLedger | Iterable[Release], delta: float, accountant: str = "pld"
+    ledger: PrivacyLedger | Iterable[Release],
+    delta: float,
+    accountant: str = "pld",
+    examples_per_person: int = 1,
 ) -> float:
     """The epsilon of everything that a ledger says was released.
 
@@ -323,6 +333,12 @@ def ledger_epsilon(
         ledger: The releases.
         delta: The delta of the (epsilon, delta) guarantee, in (0, 1).
         accountant: `"pld"` (tight) or `"rdp"`.
+        examples_per_person: The most examples, k, that one person has in the
+            data. Neighbouring data sets then differ in all of one person's
+            examples. A Poisson-sampled step is a mixture of Gaussians over how
+            many of the k it holds, which is exact (Ganesh 2024, arXiv
+            2401.10294); everything else is a Gaussian of k times the
+            sensitivity, as all k may be in one batch.
 
     Returns:
         Epsilon: 0.0 before any step; `inf` after a step without noise.
@@ -338,7 +354,64 @@ def ledger_epsilon(
     >>> round(accounting.ledger_epsilon(ledger, delta=1e-5), 3)
     4.377
     """
-    return _epsilon(_counts(_releases(ledger)), check_delta(delta), check_accountant(accountant))
+    counts = _counts(_releases(ledger))
+    return _epsilon_of(
+        counts, check_delta(delta), check_accountant(accountant), examples_per_person
+    )
+
+
+def _epsilon_of(counts: _Counts, delta: float, accountant: str, examples_per_person: int) -> float:
+    examples = people.check_examples_per_person(examples_per_person)
+    if examples > 1:
+        return people.epsilon(counts, examples, delta, accountant)
+    return _epsilon(counts, delta, accountant)
+
+
+def privacy_loss(
+    ledger: PrivacyLedger | Iterable[Release],
+    examples_per_person: int = 1,
+    accountant: str = "pld",
+) -> losses.Loss:
+    """What everything that a ledger says was released tells about one person.
+
+    Args:
+        ledger: The releases.
+        examples_per_person: The most examples that one person has in the data.
+        accountant: `"pld"`: the tightest form that is known. `"rdp"`: Renyi
+            divergences.
+
+    Returns:
+        The privacy loss, never less than it is: the bound on every attack
+        follows from it (`keras_dp.risk`).
+
+    Raises:
+        ValueError: If an argument has a wrong type or value.
+
+    Example:
+
+    >>> from keras_dp import accounting
+    >>> from keras_dp.ledger import Release
+    >>> loss = accounting.privacy_loss([Release("unknown", noise_multiplier=1.0, steps=1)])
+    >>> round(loss.epsilon(1e-5), 3), round(loss.advantage, 3)
+    (4.377, 0.383)
+    """
+    examples = people.check_examples_per_person(examples_per_person)
+    counts = _counts(_releases(ledger))
+    if examples > 1 or check_accountant(accountant) == "rdp":
+        return people.loss(counts, examples, accountant)
+    return _loss_of_one(counts)
+
+
+@functools.lru_cache(maxsize=16)
+def _loss_of_one(counts: _Counts) -> losses.Loss:
+    """The privacy loss for people with one example."""
+    if all(rate == 1 for rate, _, _ in counts):
+        return people.loss(counts, 1)
+    if math.isfinite(_epsilon(counts, 1e-5, "pld")):
+        found = _pld(counts, 1)
+        if found is not None:
+            return losses.Distribution(found, slack=100 * _rounding(counts))
+    return people.loss(counts, 1, "rdp")
 
 
 def remaining_steps(
@@ -657,16 +730,30 @@ def _rdp_epsilon(counts: _Counts, delta: float) -> float:
 
 def _pld_epsilon(counts: _Counts, delta: float, coarser: int) -> float:
     """Epsilon from privacy loss distributions; `inf` where they can't tell."""
-    # Plain Gaussians with the same sigma are one with less noise.
-    counts = tuple((q, s / math.sqrt(t), 1) if q == 1 else (q, s, t) for q, s, t in counts)
-    rounding = _ROUNDING * sum(times for _, _, times in counts)
-    interval = coarser * _interval(counts)
-    if delta < max(_LEAST_DELTA, 100 * rounding) or interval > _COARSEST:
+    if delta < max(_LEAST_DELTA, 100 * _rounding(counts)):
         return math.inf
+    found = _pld(counts, coarser)
+    return math.inf if found is None else float(found.get_epsilon_for_delta(delta))
+
+
+def _rounding(counts: _Counts) -> float:
+    return _ROUNDING * sum(times for rate, _, times in counts if rate < 1)
+
+
+def _pld(counts: _Counts, coarser: int) -> Any:
+    """The privacy loss distribution; `None` where it would be too coarse to tell."""
+    # Plain Gaussians with the same sigma are one with less noise.
+    counts = tuple(
+        (q, min(s, _ENDLESS_NOISE) / (math.sqrt(t) if q == 1 else 1), 1 if q == 1 else t)
+        for q, s, t in counts
+    )
+    interval = coarser * _interval(counts)
+    if interval > _COARSEST:
+        return None
     first, *others = (_composed_pld(*count, interval) for count in counts)
     for other in others:
         first = first.compose(other)
-    return float(first.get_epsilon_for_delta(delta))
+    return first
 
 
 @functools.lru_cache(maxsize=8)  # up to 32 MB each

@@ -29,6 +29,11 @@ _DESCRIPTIONS = {
     "noise": "The least noise multiplier with which a plan stays within an epsilon.",
     "steps": "The most steps, and whole epochs, that stay within an epsilon.",
     "batch": "The largest batch size, Poisson-sampled, with which a plan stays within an epsilon.",
+    "risk": (
+        "What a plan tells an attacker: how well any attack can find out who was in the data, for "
+        "people with one example and with several."
+    ),
+    "select": "What it costs to choose the best of several runs of a plan, drawn at random.",
     "table": (
         "The trade-off over noise, batch size and epochs: epsilon for each combination; or, given "
         "--epsilon, the noise multiplier that reaches it."
@@ -182,7 +187,7 @@ def _add_arguments(name: str, command: argparse.ArgumentParser) -> None:
             + ("; several (default: 0.6 0.8 1.0 1.5 2.5)" if many else ""),
             **many,
         )
-    if name != "epsilon":
+    if name not in _FORWARD:
         aims.add_argument(
             "--epsilon",
             required=name != "table",
@@ -219,13 +224,48 @@ def _add_arguments(name: str, command: argparse.ArgumentParser) -> None:
             help="how batches are drawn: poisson, as fit does with arrays (default); shuffled, "
             "each example once an epoch; unknown, as for tf.data pipelines and generators",
         )
-    command.add_argument(
-        "--accountant",
-        choices=(*_ACCOUNTANTS, "all"),
-        default="all",
-        help="which accountant to ask (default: all; the tightest counts)",
-    )
-    if name == "table":
+    if name in _FORWARD:
+        several: dict[str, Any] = {"default": 1}
+        if name == "risk":
+            several = {"default": [1, 2, 4, 8], "nargs": "+"}
+        command.add_argument(
+            "-k",
+            "--examples-per-person",
+            type=_few,
+            metavar="K",
+            help="the most examples that one person has in the data"
+            + ("; several (default: 1 2 4 8)" if name == "risk" else " (default: 1)"),
+            **several,
+        )
+    if name == "select":
+        command.add_argument(
+            "--runs",
+            type=_runs,
+            default=10.0,
+            metavar="R",
+            help="how many runs there are, on average (default: 10)",
+        )
+        command.add_argument(
+            "--distribution",
+            choices=("logarithmic", "geometric", "poisson"),
+            default="logarithmic",
+            help="of the number of runs (default: logarithmic, which costs least and varies most)",
+        )
+        command.add_argument(
+            "--score-noise",
+            type=_score_noise,
+            metavar="SIGMA",
+            help="noise on a score from private data, over how much one example can change it "
+            "(default: the score is computed on public data)",
+        )
+    if name not in ("risk", "select"):
+        command.add_argument(
+            "--accountant",
+            choices=(*_ACCOUNTANTS, "all"),
+            default="all",
+            help="which accountant to ask (default: all; the tightest counts)",
+        )
+    if name in ("risk", "table"):
         command.add_argument(
             "--picture",
             metavar="FILE",
@@ -252,6 +292,25 @@ def _integer(number: float) -> int:
     if number != int(number):
         raise ValueError
     return int(number)
+
+
+def _few(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if 1 <= (number := int(text)) <= 1000:
+            return number
+    raise argparse.ArgumentTypeError(
+        f"must be a whole number from 1 to 1000, such as 4. Received: {_short(text)}"
+    )
+
+
+def _runs(text: str) -> float:
+    return _number(text, "must be a number from 1 to 10000, such as 10", lambda x: 1 <= x <= 10_000)
+
+
+def _score_noise(text: str) -> float:
+    return _number(
+        text, "must be a finite number of 0.000001 or more, such as 5", lambda x: x >= 1e-6
+    )
 
 
 def _sigma(text: str) -> float:
@@ -332,17 +391,17 @@ def _accountants(options: argparse.Namespace) -> tuple[str, ...]:
 def _run_epsilon(options: argparse.Namespace) -> _Answer:
     from . import planning
 
-    plan = _plan_of(options)
+    plan, k = _plan_of(options), options.examples_per_person
     with _working("epsilon"):
-        figures = {a: plan.epsilon(a) for a in _accountants(options)}
+        figures = {a: plan.epsilon(a, k) for a in _accountants(options)}
         best = min(figures, key=lambda a: figures[a])
         others = {
-            sampling: min(plan.sampled(sampling).epsilon(a) for a in figures)
+            sampling: min(plan.sampled(sampling).epsilon(a, k) for a in figures)
             for sampling in planning.SAMPLINGS
         }
     data = _data(options, plan, figures[best], best, figures) | {"epsilon_by_sampling": others}
     text = [
-        f"epsilon = {_figure(figures[best])} at delta = {plan.delta:g}",
+        f"epsilon = {_figure(figures[best])} at delta = {plan.delta:g}{_for_people(k)}",
         *_about(data, plan, {a: _figure(e) for a, e in figures.items()}),
         "",
         "epsilon by how batches are drawn",
@@ -463,6 +522,124 @@ def _search(
     return _Answer([headline(plan, epsilon), *_about(data, plan, seen), *_assumed(data)], data)
 
 
+def _run_risk(options: argparse.Namespace) -> _Answer:
+    from . import planning
+    from .risk import percent
+
+    plan, people = _plan_of(options), _distinct(options.examples_per_person)
+    if options.picture is not None:
+        _check_picture(options.picture)
+    with _working("risk", len(people)) as done:
+        found = []
+        for k in people:
+            found.append(plan.risk(k))
+            done()
+    rates = [f"{100 * rate:g} %" for rate in found[0].false_positive_rates]
+    rows = [["examples", "epsilon", *(f"at {rate}" for rate in rates), "advantage"]]
+    for risk in found:
+        bounds = (*risk.true_positive_rates, risk.advantage)
+        rows.append([str(risk.examples_per_person), _figure(risk.epsilon), *map(percent, bounds)])
+    first, doubts = found[0], plan.doubts(found[0].epsilon)
+    unit = "one person, with as many examples as the first column says"
+    data: dict[str, Any] = {
+        "command": "risk",
+        "version": _version(),
+        "num_examples": plan.num_examples,
+        "batch_size": plan.batch_size,
+        "noise_multiplier": plan.noise_multiplier,
+        "steps": plan.steps,
+        "epochs": plan.epochs,
+        "sampling": plan.sampling,
+        "delta": plan.delta,
+        "private": all(math.isfinite(risk.epsilon) for risk in found),
+        "people": [
+            {
+                "examples_per_person": risk.examples_per_person,
+                "epsilon": risk.epsilon,
+                "true_positive_rates": [
+                    {"false_positive_rate": fpr, "true_positive_rate": tpr}
+                    for fpr, tpr in zip(
+                        risk.false_positive_rates, risk.true_positive_rates, strict=True
+                    )
+                ],
+                "advantage": risk.advantage,
+            }
+            for risk in found
+        ],
+        "assumptions": plan.assumptions(people[-1])
+        | ({"unit": unit} if len(people) > 1 else {})
+        | {"delta": f"{plan.delta:g}, {_delta_of(options)[1]}"},
+        "warnings": doubts,
+    }
+    several = f"{first.examples_per_person} examples"
+    text = [
+        "An attack that is wrong about 1 % of the people who are not in the data finds at most "
+        f"{percent(first.at(0.01))} of those who are, with "
+        f"{'one example' if first.examples_per_person == 1 else several}.",
+        "",
+        f"true positives, at most, by false positives; epsilon at delta = {plan.delta:g}",
+        *_aligned(rows),
+        *_assumed(data),
+    ]
+    if options.picture is not None:
+        try:
+            planning.draw_risk(plan, people, options.picture)
+            text += ["", f"Picture: {options.picture}"]
+        except (OSError, ValueError) as error:
+            doubts.append(f"The picture {options.picture!a} was not written: {error}")
+            return _Answer(text, data, status=1)
+    return _Answer(text, data)
+
+
+def _run_select(options: argparse.Namespace) -> _Answer:
+    from .repetition import DISTRIBUTIONS, Repetition
+
+    plan, k, runs = _plan_of(options), options.examples_per_person, options.runs
+    with _working("select"):
+        costs = {
+            name: plan.best_of(Repetition(name, runs), options.score_noise, k)
+            for name in DISTRIBUTIONS
+        }
+        one = {a: plan.epsilon(a, k) for a in _ACCOUNTANTS}
+        row = math.ceil(runs)
+        in_a_row = plan.in_a_row(row, k)
+    epsilon = costs[options.distribution]
+    score = "on public data"
+    if options.score_noise is not None:
+        score = f"on private data, with noise of {options.score_noise:g} times what one example can"
+        score += " change"
+    data = _data(options, plan, epsilon, "rdp", one) | {
+        "mean_runs": runs,
+        "distribution": options.distribution,
+        "score_noise_multiplier": options.score_noise,
+        "epsilon_by_distribution": costs,
+        "epsilon_in_a_row": in_a_row,
+    }
+    data["assumptions"] |= {
+        "covers": "the best run's model and score; no metrics, validation data or other runs",
+        "runs": "their number is drawn at random and secret; candidates are drawn at random, too",
+        "score": f"computed {score}",
+    }
+    text = [
+        f"epsilon = {_figure(epsilon)} at delta = {plan.delta:g}{_for_people(k)}, for the best of "
+        f"{runs:g} runs on average ({options.distribution})",
+        "",
+        *_columns(
+            [
+                ["one run", ", ".join(f"{a} {_figure(e)}" for a, e in one.items())],
+                *([f"best, {name}", _figure(cost)] for name, cost in costs.items()),
+                [f"{row:,} in a row", f"{_figure(in_a_row)}, if all were published"],
+            ]
+        ),
+        *_assumed(data),
+    ]
+    return _Answer(text, data)
+
+
+def _for_people(examples: int) -> str:
+    return "" if examples == 1 else f" for people with up to {examples} examples"
+
+
 def _run_table(options: argparse.Namespace) -> _Answer:
     from . import planning
 
@@ -520,11 +697,14 @@ def _run_table(options: argparse.Namespace) -> _Answer:
     return _Answer(text, data)
 
 
+_FORWARD = ("epsilon", "risk", "select")  # what a plan costs, in place of a plan for a cost
 _COMMANDS: Mapping[str, Callable[[argparse.Namespace], _Answer]] = {
     "epsilon": _run_epsilon,
     "noise": _run_noise,
     "steps": _run_steps,
     "batch": _run_batch,
+    "risk": _run_risk,
+    "select": _run_select,
     "table": _run_table,
 }
 
@@ -554,7 +734,7 @@ def _data(
     accountant: str,
     by_accountant: Mapping[str, float | None],
 ) -> dict[str, Any]:
-    source = _delta_of(options)[1]
+    source, k = _delta_of(options)[1], getattr(options, "examples_per_person", 1)
     return {
         "command": options.command,
         "version": _version(),
@@ -566,13 +746,14 @@ def _data(
         "steps_per_epoch": plan.steps_per_epoch,
         "sampling": plan.sampling,
         "delta": plan.delta,
+        "examples_per_person": k,
         "epsilon": epsilon,
         "private": math.isfinite(epsilon),
         "target_epsilon": getattr(options, "epsilon", None),
         "accountant": accountant,
         "by_accountant": dict(by_accountant),
         "noise_on_average": plan.noise_on_average,
-        "assumptions": plan.assumptions() | {"delta": f"{plan.delta:g}, {source}"},
+        "assumptions": plan.assumptions(k) | {"delta": f"{plan.delta:g}, {source}"},
         "warnings": plan.doubts(epsilon),
     }
 
@@ -617,6 +798,10 @@ def _grid(cells: Sequence[Cell], epochs: Sequence[int]) -> list[str]:
     heads = [f"{count:,} epochs" if count > 1 else "1 epoch" for count in epochs]
     rows = [["batch size", "epsilon" if aimed else "noise multiplier", *heads]]
     rows += [[f"{size:,}", f"{left:g}", *shown] for (size, left), shown in lines.items()]
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True))

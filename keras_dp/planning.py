@@ -11,13 +11,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from . import accounting
+from . import accounting, risk
 from .accounting import steps_per_epoch
 from .ledger import Release
+from .losses import Loss
+from .repetition import Repetition, selection_loss
 
 SAMPLINGS = ("poisson", "shuffled", "unknown")
 ADJACENCY = "add-or-remove (zero-out) one example; n public"
 UNIT = "one example: one row of the training data"
+PERSON = "one person, with at most {} examples of the training data"
 COVERS = "the weights of this one training run; neither metrics, nor validation data, nor tuning"
 
 
@@ -76,8 +79,8 @@ class Plan:
         """This plan, with batches drawn in another way."""
         return dataclasses.replace(self, sampling=sampling)
 
-    def epsilon(self, accountant: str = "pld") -> float:
-        """What the plan costs.
+    def epsilon(self, accountant: str = "pld", examples_per_person: int = 1) -> float:
+        """What the plan costs, for people with up to so many examples.
 
         Example:
 
@@ -85,7 +88,51 @@ class Plan:
         >>> round(Plan(60_000, 256, 1.3, 15 * 235, 1e-5).epsilon(), 2)
         0.86
         """
-        return accounting.ledger_epsilon((self.release,), self.delta, accountant)
+        return accounting.ledger_epsilon(
+            (self.release,), self.delta, accountant, examples_per_person
+        )
+
+    def loss(self, examples_per_person: int = 1) -> Loss:
+        """What the plan tells about one person."""
+        return accounting.privacy_loss((self.release,), examples_per_person)
+
+    def risk(self, examples_per_person: int = 1) -> risk.AttackRisk:
+        """How well any attack can tell who was in the data, at most."""
+        return risk.attack_risk(
+            (self.release,), delta=self.delta, examples_per_person=examples_per_person
+        )
+
+    def best_of(
+        self,
+        repetition: Repetition,
+        score_noise_multiplier: float | None = None,
+        examples_per_person: int = 1,
+    ) -> float:
+        """What the best of several runs of the plan costs: epsilon, by Renyi differential privacy.
+
+        Args:
+            repetition: How many runs there are.
+            score_noise_multiplier: sigma of the noise on a score that is
+                computed on private data; `None`: on public data.
+            examples_per_person: The most examples that one person has.
+        """
+        each = [self.release]
+        if score_noise_multiplier is not None:
+            each.append(Release("unknown", score_noise_multiplier, 1))
+        loss = selection_loss(each, repetition, examples_per_person=examples_per_person)
+        return loss.epsilon(self.delta)
+
+    def in_a_row(self, runs: int, examples_per_person: int = 1) -> float:
+        """What so many runs cost, all of which are published."""
+        release = self.release
+        whole = [release.with_steps(release.steps * runs)]
+        if self.sampling == "shuffled":  # every run begins passes of its own
+            passes = math.ceil(self.epochs) * runs
+            whole = [dataclasses.replace(release, steps=passes, steps_per_epoch=1)]
+        return min(
+            accounting.ledger_epsilon(whole, self.delta, a, examples_per_person)
+            for a in accounting.ACCOUNTANTS
+        )
 
     def with_noise_for(self, epsilon: float, accountant: str = "pld") -> Plan:
         """This plan with the least noise that keeps it within an epsilon.
@@ -135,7 +182,7 @@ class Plan:
             )
         return found
 
-    def assumptions(self) -> dict[str, str]:
+    def assumptions(self, examples_per_person: int = 1) -> dict[str, str]:
         """What epsilon rests on, in words."""
         n, per_epoch = self.num_examples, self.steps_per_epoch
         sampling = {
@@ -149,7 +196,10 @@ class Plan:
             ),
             "unknown": "unknown: every example may be in every batch",
         }
-        return common_assumptions() | {"sampling": sampling[self.sampling]}
+        unit = {} if examples_per_person == 1 else {"unit": PERSON.format(examples_per_person)}
+        if unit:
+            unit["adjacency"] = "add-or-remove (zero-out) all examples of one person; n public"
+        return common_assumptions() | unit | {"sampling": sampling[self.sampling]}
 
 
 def common_assumptions() -> dict[str, str]:
@@ -346,6 +396,30 @@ def draw(cells: Iterable[Cell], path: str) -> None:
     figure.suptitle(
         f"n = {plan.num_examples:,}, δ = {plan.delta:g}, {plan.sampling} sampling", fontsize=10
     )
+    figure.savefig(path, dpi=150)
+
+
+def draw_risk(plan: Plan, examples_per_person: Sequence[int], path: str) -> None:
+    """Draws how well any attack can tell who was in the data, beside the line of guessing.
+
+    Args:
+        plan: What is planned.
+        examples_per_person: Numbers of examples, a curve for each.
+        path: The file to write; its ending says the format.
+
+    Raises:
+        ImportError: If Matplotlib isn't installed.
+        OSError: If the file can't be written.
+    """
+    figure = require_matplotlib()(figsize=(9, 4.8), layout="constrained")
+    curves = [
+        (f"{k} example{'' if k == 1 else 's'} a person", plan.loss(k)) for k in examples_per_person
+    ]
+    title = (
+        f"n = {plan.num_examples:,}, batches of {plan.batch_size:,}, σ = "
+        f"{plan.noise_multiplier:g}, {plan.epochs:,.4g} epochs, {plan.sampling} sampling"
+    )
+    risk.draw(curves, figure, title)
     figure.savefig(path, dpi=150)
 
 

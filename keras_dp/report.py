@@ -5,26 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import keras
 
-from . import accounting
+from . import accounting, people, risk, tuning
 from .binding import ledger_of
 from .ledger import PrivacyLedger, Release
+from .losses import Loss, Renyi
 from .optimizers import DPOptimizer
+from .planning import require_matplotlib
+from .repetition import Repetition, selection_loss
+from .risk import AttackRisk, percent
 
-_SCHEMA = 3
+_SCHEMA = 4
 _PACKAGES = ("keras-dp", "keras", "tensorflow", "dp-accounting", "numpy")
 _NO_NOISE = 1e-9  # a sigma that accounting takes for none
 
 SETTING = "central"
 UNIT = "example"
-ADJACENCY = "add-or-remove (zero-out) one example; n public"
 DATA_ACCESSES = (
     "Every training step listed under the releases: all that the ledger knows to have gone into "
     "these weights, over every call of fit and every resumed training."
@@ -38,15 +42,23 @@ METHODS = {
     "rdp": "Renyi differential privacy: a looser upper bound, for comparison",
 }
 SOFTWARE = "keras_dp: open source, Apache-2.0; every epsilon is computed by dp-accounting."
+_TUNING = "The choice of hyper-parameters by several runs on the same data."
 NOT_COVERED = (
     "Metrics and losses that training reported, and whatever was decided by looking at them (by "
     "you, or by a callback that stops training, moves the learning rate or chooses a checkpoint): "
     "they are computed from the examples without noise.",
     "Validation data, and whatever was decided by looking at it.",
-    "The choice of hyper-parameters by several runs on the same data.",
+    _TUNING,
     "The number of examples n, which is treated as public.",
     "Data that the weights, or layers adapted to data, had seen before private training.",
-    "Somebody who has several examples in the data: the promise to them is weaker.",
+    "Somebody who has more examples in the data than is stated: the promise to them is weaker.",
+)
+
+_BOTH = "privacy loss distributions; {} by Renyi differential privacy"
+_THEM = {"it": "it", "they": "them"}
+_NO_PLD = (
+    "Renyi differential privacy here too: for a choice among several runs no privacy loss "
+    "distribution is known"
 )
 
 # How the batches came about, and who vouches for it.
@@ -63,15 +75,24 @@ class PrivacyReport:
     """What the training of a model has cost, and what that does not cover.
 
     `str(report)` is the statement for people (Markdown), `report.to_json()` the
-    one for machines. It answers the list of Ponomareva et al. 2023 (arXiv
-    2303.00654, section 5.3.3). `docs/privacy-report.md` explains every field,
-    and `docs/privacy-report.schema.json` is the JSON Schema.
+    one for machines, and `report.draw(path)` a picture. It answers the list of
+    Ponomareva et al. 2023 (arXiv 2303.00654, section 5.3.3).
+    `docs/privacy-report.md` explains every field, and
+    `docs/privacy-report.schema.json` is the JSON Schema.
 
     Args:
-        model: The model's name.
+        model: The model's name; of several, their names in one line.
+        models: The name of each model that the report is about.
+        examples_per_person: The most examples of one person that the guarantee
+            is for: 1, unless more were asked for.
         delta: The probability with which the guarantee may fail.
         epsilon: epsilon at `delta`, by accountant (`"pld"`, `"rdp"`); infinite
             where training had no protection.
+        attack_risk: How well any attack can tell whether a person was in the
+            data, at most: for people with 1, 2, 4, 8 and `examples_per_person`
+            examples.
+        selections: Where a model was chosen as the best of several runs: how,
+            as a dictionary.
         epsilon_if_shuffled: What epsilon would be, had each example been in
             one batch of every epoch in the place of Poisson-drawn batches.
         steps: Releases, in all.
@@ -92,8 +113,12 @@ class PrivacyReport:
     """
 
     model: str
+    models: tuple[str, ...]
+    examples_per_person: int
     delta: float
     epsilon: dict[str, float]
+    attack_risk: tuple[AttackRisk, ...]
+    selections: tuple[dict[str, Any], ...]
     epsilon_if_shuffled: dict[str, float]
     steps: int
     resumes: int
@@ -111,20 +136,129 @@ class PrivacyReport:
         return not self.seeded and all(map(math.isfinite, self.epsilon.values()))
 
     @property
+    def risk(self) -> AttackRisk:
+        """How well any attack can tell, at most, for those whom the guarantee is for."""
+        (found,) = (
+            r for r in self.attack_risk if r.examples_per_person == self.examples_per_person
+        )
+        return found
+
+    @property
+    def tuning_covered(self) -> bool:
+        """Whether the guarantee covers that the model was chosen among several runs."""
+        chosen = [selection["model"] for selection in self.selections]
+        return sorted(chosen) == sorted(self.models)
+
+    @property
+    def not_covered(self) -> tuple[str, ...]:
+        """What the guarantee doesn't cover."""
+        return tuple(t for t in NOT_COVERED if not (self.tuning_covered and t == _TUNING))
+
+    @property
+    def unit_of_privacy(self) -> str:
+        """What one person's data is taken to be."""
+        return UNIT if self.examples_per_person == 1 else "person"
+
+    @property
+    def adjacency(self) -> str:
+        """How two neighbouring data sets differ."""
+        return f"add-or-remove (zero-out) {self._whose}; n public"
+
+    @property
+    def _whose(self) -> str:
+        k = self.examples_per_person
+        return "one example" if k == 1 else f"all examples of one person, at most {k}"
+
+    @property
+    def accounting(self) -> dict[str, str]:
+        """How each accountant works, in words."""
+        if not self.selections:
+            return METHODS
+        return {"pld": _NO_PLD} | {name: METHODS[name] for name in METHODS if name != "pld"}
+
+    @property
+    def summary(self) -> tuple[str, str, str]:
+        """What an attacker can and can't learn, for readers who know no differential privacy."""
+        it, these = ("they", "These models") if len(self.models) > 1 else ("it", "This model")
+        have = "have" if it == "they" else "has"
+        if not self.private:
+            return (
+                f"{these} {'come' if it == 'they' else 'comes'} with no promise: an attacker who "
+                f"sees {_THEM[it]} may find out for certain whether somebody's data were used in "
+                "training, and what they say.",
+                f"The reason: {self._void}.",
+                f"Treat {_THEM[it]} as if {it} held the training data themselves.",
+            )
+        if not self.steps:
+            return (
+                f"No private step taken: by the ledger, {these.lower()} {have} learned nothing "
+                "from the data.",
+                "So there is nothing that an attacker could learn from "
+                f"{_THEM[it]} about anybody in the data.",
+                "That changes with the first step of training: make a new statement then.",
+            )
+        found = self.risk.at(0.01)
+        can = "can hardly tell" if found < 0.1 else "can't always tell"
+        if found > 0.5:
+            can = "can often tell"
+        k = self.examples_per_person
+        whom = "one row" if k == 1 else f"up to {k} rows"
+        more = [r for r in self.attack_risk if r.examples_per_person > k]
+        weaker = ""
+        if more:
+            rows = _listed([str(r.examples_per_person) for r in more])
+            rates = _listed([percent(r.at(0.01)) for r in more])
+            weaker = f"; for somebody with {rows} rows the figure is at most {rates}"
+        return (
+            f"An attacker who sees {these.lower()}, and knows everything else, {can} whether your "
+            "data were used in training: an attack that is wrong about 1 % of the people whose "
+            f"data were not used is right about at most {percent(found)} of those whose data were "
+            "(blind guessing: 1 %).",
+            f"That holds for every attack, now and later, on somebody who has {whom} in the "
+            f"data{weaker}.",
+            f"It doesn't hide what is true of people in general, which {these.lower()} may show "
+            "and which may be true of you whether or not your data were used, nor what the end of "
+            "this page lists.",
+        )
+
+    @property
+    def _void(self) -> str:
+        return "noise or batches came from a chosen seed" if self.seeded else "epsilon is infinite"
+
+    @property
     def statement(self) -> str:
         """The guarantee as a formal sentence; epsilon rounded up."""
         if not self.private:
-            why = (
-                "noise or batches came from a chosen seed" if self.seeded else "epsilon is infinite"
-            )
-            return f"No guarantee holds: {why}."
+            return f"No guarantee holds: {self._void}."
         bound = math.ceil(self.epsilon["pld"] * 1e6) / 1e6
+        differ = "one example" if self.examples_per_person == 1 else self._whose
         return (
-            "For any two data sets that differ in one example, which one has and the other has "
+            f"For any two data sets that differ in {differ}, which one has and the other has "
             "not (or has zeroed out), n being public, and for any set S of outputs: "
             "Pr[the first gives an output in S] <= exp(epsilon) * Pr[the second does] + delta, "
             f"with epsilon = {bound:.6f} and delta = {self.delta:g}."
         )
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Draws how well any attack can tell who was in the data, beside the line of guessing.
+
+        Args:
+            path: The file to write; its ending says the format.
+
+        Raises:
+            ImportError: If Matplotlib isn't installed.
+            OSError: If the file can't be written.
+        """
+        figure = require_matplotlib()(figsize=(9, 4.8), layout="constrained")
+        curves = []
+        for found in self.attack_risk:
+            k = found.examples_per_person
+            loss: Loss = _loss(self.releases, self.selections, k)
+            if not self.private:
+                loss = risk.NO_PROMISE
+            curves.append((f"{_count(k, 'example')} a person", loss))
+        risk.draw(curves, figure, f"Attacks on '{self.model}': who was in the data?")
+        figure.savefig(path, dpi=150)
 
     @property
     def assumptions(self) -> tuple[dict[str, Any], ...]:
@@ -148,6 +282,26 @@ class PrivacyReport:
             stated.append((once, not self._asserted("shuffled")))
         if "unknown" in samplers:
             stated.append(("No batch of the caller's own held an example twice.", False))
+        if self.examples_per_person > 1:
+            most = f"Nobody has more than {self.examples_per_person} examples in the data."
+            stated.append((most, False))
+        if self.selections:
+            stated.append(("The number of runs was drawn with fresh entropy, beforehand.", True))
+            stated.append(("No run that was offered cost more than was declared.", True))
+            stated.append(
+                ("Each run drew its candidate at random, whatever other runs had found.", False)
+            )
+            stated.append(
+                (
+                    "Nobody sees the number of runs, how long they took, or any model or score "
+                    "but the best.",
+                    False,
+                )
+            )
+        for noise in sorted({str(s["score_noise_multiplier"]) for s in self.selections}):
+            known = "public data only" if noise == "None" else f"noise of sigma = {noise} only"
+            scored = "from" if noise == "None" else "from private data through"
+            stated.append((f"Scores were computed {scored} {known}.", False))
         stated += [
             (
                 "The ledger is complete: these weights were trained nowhere else, and files it "
@@ -166,21 +320,37 @@ class PrivacyReport:
         data = {
             "schema": _SCHEMA,
             "model": self.model,
+            "models": self.models,
             "private": self.private,
+            "summary": self.summary,
             "statement": self.statement,
+            "examples_per_person": self.examples_per_person,
             "delta": self.delta,
             "epsilon": self.epsilon,
+            "attack_risk": [
+                {
+                    "examples_per_person": r.examples_per_person,
+                    "epsilon": r.epsilon,
+                    "true_positive_rates": [
+                        {"false_positive_rate": f, "true_positive_rate": t}
+                        for f, t in zip(r.false_positive_rates, r.true_positive_rates, strict=True)
+                    ],
+                    "advantage": r.advantage,
+                }
+                for r in self.attack_risk
+            ],
+            "selections": self.selections,
             "epsilon_if_shuffled": self.epsilon_if_shuffled,
             "warnings": self.warnings,
             "setting": SETTING,
             "data_accesses": DATA_ACCESSES,
             "output": OUTPUT,
-            "unit_of_privacy": UNIT,
-            "adjacency": ADJACENCY,
-            "accounting": METHODS,
+            "unit_of_privacy": self.unit_of_privacy,
+            "adjacency": self.adjacency,
+            "accounting": self.accounting,
             "assumptions": self.assumptions,
-            "tuning_covered": False,
-            "not_covered": NOT_COVERED,
+            "tuning_covered": self.tuning_covered,
+            "not_covered": self.not_covered,
             "steps": self.steps,
             "segments": len(self.releases),
             "resumes": self.resumes,
@@ -196,14 +366,26 @@ class PrivacyReport:
 
     def __str__(self) -> str:
         pld, rdp = (_figure(self.epsilon[name]) for name in ("pld", "rdp"))
+        several = len(self.models) > 1
+        whose = "Their" if several else "Its"
         promise = (
-            f"Its training is ({pld}, {self.delta:g})-differentially private (epsilon by privacy "
-            f"loss distributions; {rdp} by Renyi differential privacy). {self.statement}"
+            f"{whose} training is ({pld}, {self.delta:g})-differentially private (epsilon by "
+            f"{'Renyi differential privacy' if self.selections else _BOTH.format(rdp)}). "
+            f"{self.statement}"
         )
+        if self.examples_per_person > 1:
+            promise = f"For people with up to {self.examples_per_person} examples: {promise}"
+        if not self.private:
+            promise = f"{whose} training is NOT private: see the doubts below."
+        elif not self.steps:
+            promise = f"No private step taken. {promise}"
+        names = "', '".join(self.models)
         lines = [
-            f"# Privacy statement of the model '{self.model}'",
+            f"# Privacy statement of the model{'s' if several else ''} '{names}'",
             "",
-            promise if self.private else "Its training is NOT private: see the doubts below.",
+            " ".join(self.summary),
+            "",
+            promise,
             "",
             f"| epsilon at delta = {self.delta:g} | PLD | RDP |",
             "|---|---|---|",
@@ -221,17 +403,25 @@ class PrivacyReport:
             ]
         if self.warnings:
             lines += _section("Doubts", self.warnings)
+        lines += _table_of_risks(self.attack_risk, self.private)
         lines += _section(
             "What is promised",
             [
                 "Setting: central; whoever trains sees the data and is trusted.",
                 f"Data accesses covered: {DATA_ACCESSES}",
                 f"Output covered: {OUTPUT}",
-                "Unit of privacy: one example, one row of the training data.",
-                "Adjacency: add or remove (zero out) one example; the number of examples is "
+                "Unit of privacy: "
+                + (
+                    "one example, one row of the training data."
+                    if self.examples_per_person == 1
+                    else f"one person, with at most {self.examples_per_person} examples."
+                ),
+                f"Adjacency: add or remove (zero out) {self._whose}; the number of examples is "
                 "public.",
             ],
         )
+        if self.selections:
+            lines += _section("How it was chosen", map(_chosen, self.selections))
         lines += ["", "## What was released", "", *_table_of(self.releases)]
         again = f", {self.resumes} of them going on with an earlier one's settings"
         lines += [
@@ -244,19 +434,63 @@ class PrivacyReport:
         ]
         lines += _section(
             "How it was accounted",
-            [f"{name.upper()}: {method}." for name, method in METHODS.items()],
+            [f"{name.upper()}: {method}." for name, method in self.accounting.items()],
         )
         lines += ["", "It rests on this:", ""]
         for assumption in self.assumptions:
             seen_to = "seen to by keras_dp" if assumption["verified"] else "not verified"
             lines.append(f"- {assumption['text']} ({seen_to})")
-        lines += _section("What the guarantee does not cover", NOT_COVERED)
+        lines += _section("What the guarantee does not cover", self.not_covered)
         made_with = ", ".join(f"{name} {v}" for name, v in self.versions.items())
         return "\n".join([*lines, "", f"{SOFTWARE} Made with {made_with}."])
 
 
 def _section(title: str, items: Iterable[str]) -> list[str]:
     return ["", f"## {title}", "", *(f"- {item}" for item in items)]
+
+
+def _table_of_risks(risks: Sequence[AttackRisk], private: bool) -> list[str]:
+    """Attacks, for people with one example and with several."""
+    rates = [f"{100 * rate:g} %" for rate in risks[0].false_positive_rates]
+    lines = [
+        "",
+        "## What an attacker can find out",
+        "",
+        "Somebody who sees all that was released guesses who was in the data. If the guess is "
+        "wrong about so many of those who weren't (the head of a column), it is right about at "
+        "most so many of those who were:",
+        "",
+        f"| examples of a person | epsilon | {' | '.join(f'at {r} wrong' for r in rates)} "
+        "| advantage |",
+        "|---|---|" + "---|" * len(rates) + "---|",
+    ]
+    for found in risks:
+        cells = [str(found.examples_per_person), _figure(found.epsilon)]
+        cells += [percent(rate) for rate in (*found.true_positive_rates, found.advantage)]
+        lines.append(f"| {' | '.join(cells)} |")
+    if private:
+        lines += ["", f"Blind guessing is right about {', '.join(rates[:-1])} and {rates[-1]}."]
+    return lines
+
+
+def _chosen(selection: Mapping[str, Any]) -> str:
+    noise = selection["score_noise_multiplier"]
+    score = "public data" if noise is None else f"private data, with noise of sigma = {noise:g}"
+    declared = [Release(**r) for r in selection["declared"]]
+    each = ", ".join(
+        f"{_count(r.steps, 'step')} of sampler '{r.sampler}' with sigma = {r.noise_multiplier:g}"
+        for r in declared
+    )
+    return (
+        f"'{selection['model']}' is the best of several private runs. Their number was drawn at "
+        f"random ({selection['distribution']} distribution, {selection['mean_runs']:g} on "
+        f"average) and is secret; the score was computed on {score}; each run cost at most {each}. "
+        "The figures above include the choice (Papernot and Steinke 2022, arXiv 2110.03620)."
+    )
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _table_of(releases: tuple[dict[str, Any], ...]) -> list[str]:
@@ -316,23 +550,35 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def privacy_report(model: keras.Model, *, delta: float | None = None) -> PrivacyReport:
-    """States what the training of a model has cost.
+def privacy_report(
+    model: keras.Model | Sequence[keras.Model],
+    *,
+    delta: float | None = None,
+    examples_per_person: int = 1,
+) -> PrivacyReport:
+    """States what the training of a model has cost, or of several models together.
 
-    Adjacency: add-or-remove (zero-out) one example, n public.
+    Adjacency: add-or-remove (zero-out) one example, n public; or all the
+    examples of one person. A model that `keras_dp.tuning` chose among several
+    runs is stated with what the choice cost.
 
     Args:
-        model: A model that was trained with a DP optimizer.
+        model: A model that was trained with a DP optimizer; or a list of them,
+            trained on the same data and released together: then their costs
+            are composed.
         delta: The delta to state epsilon for. Default: that of the last
             `PrivacyBudget` or of `target_delta`, else the largest power of ten
             below 1/n.
+        examples_per_person: The most examples that one person has in the data:
+            the guarantee is then for people, not for rows. The risk of people
+            with 1, 2, 4 and 8 examples is always stated.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: If the model has never been compiled with a DP optimizer,
-            or delta is not in (0, 1).
+        ValueError: If a model has never been compiled with a DP optimizer,
+            delta is not in (0, 1), or there is no model.
 
     Example:
 
@@ -344,42 +590,154 @@ def privacy_report(model: keras.Model, *, delta: float | None = None) -> Privacy
     >>> report.steps, report.private
     (2, True)
     """
-    optimizer: Any = getattr(model, "optimizer", None)
-    private = isinstance(optimizer, DPOptimizer)
-    ledger = PrivacyLedger(tuple(r for r in ledger_of(model) if r.steps))
-    if not private and not ledger.steps:
+    models = _models(model)
+    examples = people.check_examples_per_person(examples_per_person)
+    optimizers = [_optimizer_of(m) for m in models]
+    ledger, chosen = PrivacyLedger(), []
+    for m in models:
+        ledger = ledger.merge(r for r in _ledger_to_state(m) if r.steps)
+        procedure = tuning.procedure_of(m)
+        if procedure is not None:
+            chosen.append(_selection(m.name, procedure))
+    sizes = [r.num_examples for r in ledger if r.num_examples]
+    if delta is None:
+        deltas = [o.last_delta or o.target_delta for o in optimizers if o is not None]
+        delta = min((d for d in deltas if d), default=None)
+    if delta is None:
+        delta = 10.0 ** -(math.floor(math.log10(max(sizes))) + 1) if sizes else 1e-5
+    delta = accounting.check_delta(delta)
+    selections = tuple(chosen)
+    epsilon = _epsilon(ledger, selections, delta, examples)
+    seeded = any(r.seeded for r in ledger)
+    releases = tuple({**dataclasses.asdict(r), "sampler_basis": _basis(r)} for r in ledger)
+    private = not seeded and all(map(math.isfinite, epsilon.values()))
+    return PrivacyReport(
+        model=", ".join(m.name for m in models),
+        models=tuple(m.name for m in models),
+        examples_per_person=examples,
+        delta=delta,
+        epsilon=epsilon,
+        attack_risk=tuple(
+            _risk(releases, selections, delta, k) if private else risk.unlimited(delta, k)
+            for k in sorted({*risk.EXAMPLES_PER_PERSON, examples})
+        ),
+        selections=selections,
+        epsilon_if_shuffled=_epsilon(
+            map(_shuffled, ledger), [*map(_all_shuffled, selections)], delta, examples
+        ),
+        steps=ledger.steps,
+        resumes=len(ledger) - len({r.mechanism for r in ledger}),
+        releases=releases,
+        engine=_common([o.engine for o in optimizers if o is not None and o.engine]),
+        precision=_common([m.dtype_policy.name for m in models]) or "unknown",
+        random_source="a chosen seed" if seeded else _random_source(optimizers),
+        seeded=seeded,
+        warnings=(
+            *_doubts(ledger, epsilon, delta),
+            *(_PASSED_OVER.format(m.name) for m in models if tuning.was_passed_over(m)),
+            *(str(p) for o in optimizers for p in getattr(o, "ledger_problems", ())),
+            *filter(None, (getattr(o, "unseen", None) for o in optimizers)),
+        ),
+        versions={p: _version(p) for p in _PACKAGES} | {"python": platform.python_version()},
+    )
+
+
+_PASSED_OVER = (
+    "'{}' was one of several runs of which another was chosen: the cost of that choice holds only "
+    "as long as no other run's model is shown to anybody."
+)
+
+
+def _models(model: Any) -> list[keras.Model]:
+    models = list(model) if isinstance(model, (list, tuple)) else [model]
+    for m in models:
+        if not isinstance(m, keras.Model):
+            raise ValueError(
+                "`model` must be a Keras model, or a list of them. "
+                f"Received: model of type {type(m).__name__}"
+            )
+    if not models:
+        raise ValueError("`model` is an empty list: pass the models that are released together.")
+    return models
+
+
+def _optimizer_of(model: keras.Model) -> Any:
+    optimizer = getattr(model, "optimizer", None)
+    return optimizer if isinstance(optimizer, DPOptimizer) else None
+
+
+def _ledger_to_state(model: keras.Model) -> PrivacyLedger:
+    ledger = ledger_of(model)
+    if _optimizer_of(model) is None and not ledger.steps:
         raise ValueError(
             f"The model '{model.name}' has not been trained privately, so there is nothing to "
             "state. Compile it with keras_dp.DPSGD(...) or another DP optimizer, and train it."
         )
-    sizes = [r.num_examples for r in ledger if r.num_examples]
-    if delta is None:
-        delta = (optimizer.last_delta or optimizer.target_delta) if private else None
-    if delta is None:
-        delta = 10.0 ** -(math.floor(math.log10(max(sizes))) + 1) if sizes else 1e-5
-    delta = accounting.check_delta(delta)
-    epsilon = _epsilon(ledger, delta)
-    seeded = any(r.seeded for r in ledger)
-    source = getattr(optimizer, "random_source", None) or "operating system entropy"
-    return PrivacyReport(
-        model=model.name,
-        delta=delta,
-        epsilon=epsilon,
-        epsilon_if_shuffled=_epsilon(map(_shuffled, ledger), delta),
-        steps=ledger.steps,
-        resumes=len(ledger) - len({r.mechanism for r in ledger}),
-        releases=tuple({**dataclasses.asdict(r), "sampler_basis": _basis(r)} for r in ledger),
-        engine=optimizer.engine if private else None,
-        precision=model.dtype_policy.name,
-        random_source="a chosen seed" if seeded else str(source),
-        seeded=seeded,
-        warnings=(
-            *_doubts(ledger, epsilon, delta),
-            *map(str, getattr(optimizer, "ledger_problems", ())),
-            *filter(None, [getattr(optimizer, "unseen", None)]),
-        ),
-        versions={p: _version(p) for p in _PACKAGES} | {"python": platform.python_version()},
-    )
+    return ledger
+
+
+def _common(words: Sequence[str]) -> str | None:
+    return ", ".join(dict.fromkeys(words)) or None
+
+
+def _random_source(optimizers: Sequence[Any]) -> str:
+    sources = [str(o.random_source) for o in optimizers if o is not None]
+    return _common(sources) or "operating system entropy"
+
+
+def _selection(name: str, procedure: tuning.Procedure) -> dict[str, Any]:
+    return {
+        "model": name,
+        "distribution": procedure.repetition.distribution,
+        "mean_runs": procedure.repetition.mean_runs,
+        "score_noise_multiplier": procedure.score_noise_multiplier,
+        "declared": tuple(map(dataclasses.asdict, procedure.declared)),
+        "chosen": tuple(map(dataclasses.asdict, procedure.chosen)),
+    }
+
+
+def _loss(
+    releases: Iterable[Mapping[str, Any]], selections: Sequence[Mapping[str, Any]], examples: int
+) -> Loss:
+    """What releases and choices among runs tell about one person, together."""
+    paid: dict[tuple[Any, ...], int] = {}  # steps of the chosen runs, which the choice pays for
+    for selection in selections:
+        for release in (Release(**r) for r in selection["chosen"]):
+            key = (release.id, release.mechanism)
+            paid[key] = max(paid.get(key, 0), release.steps)
+    further = []
+    for given in releases:
+        release = Release(**{k: v for k, v in given.items() if k != "sampler_basis"})
+        left = release.steps - paid.get((release.id, release.mechanism), 0)
+        if left > 0:
+            further.append(release.with_steps(left))
+    if not selections:
+        return accounting.privacy_loss(further, examples)
+    divergences = selection_loss((), None, further, examples_per_person=examples).divergences
+    for selection in selections:
+        each_run = (
+            *(Release(**r) for r in selection["declared"]),
+            *tuning.score_releases(selection["score_noise_multiplier"]),
+        )
+        repetition = Repetition(selection["distribution"], selection["mean_runs"])
+        loss = selection_loss(each_run, repetition, examples_per_person=examples)
+        divergences = divergences + loss.divergences
+    return Renyi(divergences)
+
+
+def _risk(
+    releases: Sequence[Mapping[str, Any]],
+    selections: Sequence[Mapping[str, Any]],
+    delta: float,
+    examples: int,
+) -> AttackRisk:
+    loss = _loss(releases, selections, examples)
+    found = risk.attack_risk(loss, delta=delta, examples_per_person=examples)
+    if selections:
+        return found
+    ledger = [Release(**{k: v for k, v in r.items() if k != "sampler_basis"}) for r in releases]
+    epsilon = accounting.ledger_epsilon(ledger, delta, examples_per_person=examples)
+    return dataclasses.replace(found, epsilon=epsilon)
 
 
 def _basis(release: Release) -> str:
@@ -387,9 +745,19 @@ def _basis(release: Release) -> str:
     return "asserted" if release.asserted and basis == "verified" else basis
 
 
-def _epsilon(ledger: Iterable[Release], delta: float) -> dict[str, float]:
+def _epsilon(
+    ledger: Iterable[Release],
+    selections: Sequence[Mapping[str, Any]],
+    delta: float,
+    examples: int,
+) -> dict[str, float]:
     releases = PrivacyLedger(tuple(ledger))
-    return {a: accounting.ledger_epsilon(releases, delta, a) for a in accounting.ACCOUNTANTS}
+    if selections:
+        loss = _loss(map(dataclasses.asdict, releases), selections, examples)
+        return dict.fromkeys(accounting.ACCOUNTANTS, loss.epsilon(delta))
+    return {
+        a: accounting.ledger_epsilon(releases, delta, a, examples) for a in accounting.ACCOUNTANTS
+    }
 
 
 def _shuffled(release: Release) -> Release:
@@ -400,6 +768,15 @@ def _shuffled(release: Release) -> Release:
     return dataclasses.replace(
         release, sampler="shuffled", steps=max(passes, 1), steps_per_epoch=1, sampling_rate=None
     )
+
+
+def _all_shuffled(selection: Mapping[str, Any]) -> dict[str, Any]:
+    """How a model was chosen, had all runs passed over shuffled data."""
+    parts = {
+        part: tuple(dataclasses.asdict(_shuffled(Release(**r))) for r in selection[part])
+        for part in ("declared", "chosen")
+    }
+    return {**selection, **parts}
 
 
 def _doubts(ledger: PrivacyLedger, epsilon: dict[str, float], delta: float) -> list[str]:

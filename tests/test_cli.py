@@ -281,7 +281,7 @@ def test_an_infinite_epsilon_is_null_and_not_private(capsys):
 def test_the_tightest_accountant_is_named_whichever_it_is(capsys, monkeypatch):
     figures = {"pld": 2.0, "rdp": 1.5}
     monkeypatch.setattr(
-        planning.Plan, "epsilon", lambda plan, accountant="pld": figures[accountant]
+        planning.Plan, "epsilon", lambda plan, accountant="pld", examples=1: figures[accountant]
     )
     line = "epsilon -n 1000 -b 10 -s 1 -e 3"
     got = answer(line, capsys)
@@ -291,7 +291,9 @@ def test_the_tightest_accountant_is_named_whichever_it_is(capsys, monkeypatch):
     assert answer(f"{line} --accountant pld", capsys)["by_accountant"] == {"pld": 2.0}
 
 
-@pytest.mark.parametrize("command", ["epsilon", "noise", "steps", "batch", "table"])
+@pytest.mark.parametrize(
+    "command", ["epsilon", "noise", "steps", "batch", "table", "risk", "select"]
+)
 def test_the_assumptions_are_said(command, capsys):
     lines = {
         "epsilon": "-b 10 -s 1 -e 3",
@@ -299,8 +301,11 @@ def test_the_assumptions_are_said(command, capsys):
         "steps": "-b 10 -s 1 --epsilon 2",
         "batch": "-s 1 -e 3 --epsilon 4",
         "table": "-b 10 -s 1 -e 3",
+        "risk": "-b 10 -s 1 -e 3 -k 1",
+        "select": "-b 10 -s 1 -e 3",
     }
-    got = answer(f"{command} -n 1000 {lines[command]} --accountant rdp", capsys)
+    rdp = "" if command in ("risk", "select") else "--accountant rdp"
+    got = answer(f"{command} -n 1000 {lines[command]} {rdp}", capsys)
     assumed = got["assumptions"]
     assert assumed["adjacency"] == "add-or-remove (zero-out) one example; n public"
     assert "row" in assumed["unit"] and "oisson" in assumed["sampling"]
@@ -311,7 +316,9 @@ def test_the_assumptions_are_said(command, capsys):
 
 
 def examples():
-    return re.findall(r"```console\n\$ keras-dp ([^\n]+)\n(.*?)\n```", DOCUMENT, flags=re.S)
+    people = (ROOT / "docs" / "people.md").read_text(encoding="utf-8")
+    blocks = r"```console\n\$ keras-dp ([^\n]+)\n(.*?)\n```"
+    return re.findall(blocks, DOCUMENT + people, flags=re.S)
 
 
 @pytest.mark.parametrize("line, said", examples(), ids=[line for line, _ in examples()])
@@ -358,6 +365,9 @@ PLAN = {"-n": "1000", "-b": "10", "-s": "1", "-e": "3"}
         ("table", {"--picture": "a.doc"}, ["--picture", ".png", "'a.doc'"]),
         ("table", {"--picture": "no/a.png"}, ["--picture", "folder that exists", "'no/a.png'"]),
         ("table", {"--picture": "''"}, ["--picture", ".png", "''"]),
+        ("risk", {"-k": "x"}, ["-k/--examples-per-person", "from 1 to 1000", "'x'"]),
+        ("risk", {"--accountant": "rdp"}, ["--accountant"]),
+        ("select", {"--runs": "0"}, ["--runs", "from 1 to 10000", "'0'"]),
         ("guess", {}, ["guess", "epsilon", "table"]),
     ],
 )
@@ -421,12 +431,15 @@ OPTIONS = [
     "--sampling",
     "--picture",
     "--json",
+    "-k",
+    "--runs",
+    "--score-noise",
 ]
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    command=st.sampled_from(["epsilon", "noise", "steps", "batch", "table"]),
+    command=st.sampled_from(["epsilon", "noise", "steps", "batch", "table", "risk", "select"]),
     wrong=st.dictionaries(st.sampled_from(OPTIONS), TEXTS, max_size=3),
     left_out=st.sets(st.sampled_from(["-n", "-b", "-s", "-e"]), max_size=2),
 )
@@ -438,7 +451,8 @@ def test_no_command_line_ends_in_a_traceback(command, wrong, left_out):
         "batch": {"-n", "-s", "-e"},
     }.get(command, set(PLAN))
     given = {k: v for k, v in given.items() if k in known | {"--epsilon"}} | wrong
-    line = [command, "--accountant", "rdp"]
+    line = [command]
+    line += ["-k", "2"] if command in ("risk", "select") else ["--accountant", "rdp"]
     line += itertools.chain(*((k, v) for k, v in given.items() if k not in left_out))
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -33,6 +33,7 @@ def run(source, namespace):
         "docs/guide.md",
         "docs/models.md",
         "docs/monitor.md",
+        "docs/people.md",
     ],
 )
 @pytest.mark.filterwarnings("ignore::keras_dp.PrivacyWarning")
@@ -66,6 +67,7 @@ def test_a_wrong_number_in_a_comment_is_found():
         "docs/models.md",
         "docs/monitor.md",
         "docs/accuracy.md",
+        "docs/people.md",
         "docs/planning.md",
         "docs/privacy-report.md",
     ],

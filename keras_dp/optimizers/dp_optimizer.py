@@ -268,7 +268,9 @@ class DPOptimizer(keras.optimizers.Optimizer):
         """Every private release so far. It only grows."""
         return self._meter.ledger
 
-    def get_epsilon(self, delta: float, accountant: str = "pld") -> float:
+    def get_epsilon(
+        self, delta: float, accountant: str = "pld", examples_per_person: int = 1
+    ) -> float:
         """Returns the epsilon that all training so far has cost.
 
         Adjacency: add-or-remove (zero-out) one example, n public.
@@ -277,14 +279,17 @@ class DPOptimizer(keras.optimizers.Optimizer):
             delta: The probability with which the guarantee may fail, in (0, 1);
                 should be well below 1/n.
             accountant: `"pld"` (tight) or `"rdp"`.
+            examples_per_person: The most examples that one person has in the
+                training data: epsilon for adding or removing all of them.
 
         Returns:
             epsilon; 0.0 before training, infinite without noise.
 
         Raises:
-            ValueError: For a delta outside (0, 1) or an unknown accountant.
+            ValueError: For a delta outside (0, 1), an unknown accountant or a
+                number of examples that is none.
         """
-        return accounting.ledger_epsilon(self.ledger, accounting.check_delta(delta), accountant)
+        return accounting.ledger_epsilon(self.ledger, delta, accountant, examples_per_person)
 
     @property
     def engine(self) -> str | None:
