@@ -13,17 +13,16 @@ import contextlib
 import functools
 import inspect
 import itertools
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 from keras import tree
 
-from . import backend, keras_private
+from . import backend, keras_private, lineage
 from .compatibility import require_trainable_privately
-from .errors import PrivacyError, PrivacyWarning
-from .ledger import PrivacyLedger, Release
+from .errors import PrivacyError
+from .ledger import PrivacyLedger
 from .optimizers import DPOptimizer
 from .sampling import (
     PoissonDataset,
@@ -37,7 +36,6 @@ from .sampling import (
 from .waiting import said_if_slow
 
 _BOUND = ("train_step", "make_train_function")
-_LEDGER = "_keras_dp_ledger"  # where a model keeps its ledger between two DP optimizers
 _DEFAULT_BATCH_SIZE = 32  # as Keras'
 
 
@@ -48,7 +46,6 @@ def install() -> None:
         ("compile", _compile_of),
         ("fit", _fit_of),
         ("train_on_batch", _train_on_batch_of),
-        ("save", _save_of),
     ):
         owner = next(c for c in keras.Model.__mro__ if name in vars(c))
         original = vars(owner)[name]
@@ -56,6 +53,7 @@ def install() -> None:
             wrapped = functools.wraps(original)(wrap(original))
             wrapped._keras_dp = True  # type: ignore[attr-defined]
             setattr(owner, name, wrapped)
+    lineage.install()
 
 
 def _compile_of(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,10 +61,9 @@ def _compile_of(original: Callable[..., Any]) -> Callable[..., Any]:
         arguments = inspect.signature(original).bind(self, *args, **kwargs).arguments
         chosen = arguments.get("optimizer", "rmsprop")
         optimizer = _resolve(chosen)
-        ledger = ledger_of(self)
         if isinstance(optimizer, DPOptimizer):
             _check_can_bind(self, optimizer, arguments)
-            optimizer.attach(self, ledger)
+            optimizer.attach(self, ledger_of(self))
             arguments["auto_scale_loss"] = False
         arguments["optimizer"] = optimizer
         del arguments["self"]
@@ -74,41 +71,15 @@ def _compile_of(original: Callable[..., Any]) -> Callable[..., Any]:
         _unbind(self)
         if isinstance(optimizer, DPOptimizer):
             _bind(self, optimizer)
-        elif ledger.steps:
-            vars(self)[_LEDGER] = ledger
 
     return compile
-
-
-def _save_of(original: Callable[..., Any]) -> Callable[..., Any]:
-    def save(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
-        compiled = getattr(self, "optimizer", None)
-        if not isinstance(compiled, DPOptimizer) and ledger_of(self).steps:
-            warnings.warn(
-                f"The model '{self.name}' was trained privately and then compiled with "
-                f"{type(compiled).__name__}, which can't take its privacy ledger into the file: "
-                "who loads it will not see what was spent, nor whether it was trained without "
-                "protection since. Call keras_dp.privacy_report(model) now and keep it with the "
-                "file, or save before you compile with an ordinary optimizer.",
-                PrivacyWarning,
-                stacklevel=2,
-            )
-        return original(self, *args, **kwargs)
-
-    return save
 
 
 def ledger_of(model: keras.Model) -> PrivacyLedger:
     """The releases that a model has learned from, whatever it is compiled with now."""
     optimizer = getattr(model, "optimizer", None)
-    if isinstance(optimizer, DPOptimizer):
-        return optimizer.ledger
-    ledger = vars(model).get(_LEDGER, PrivacyLedger())
-    if ledger.steps and optimizer is not None and int(optimizer.iterations) > 0:
-        # Trained on without protection since: nothing bounds epsilon any more.
-        steps = int(optimizer.iterations)
-        ledger = ledger.merge([Release("unprotected", 0.0, steps=steps)])
-    return ledger
+    known = lineage.of(model)
+    return optimizer.ledger.merge(known) if isinstance(optimizer, DPOptimizer) else known
 
 
 def _resolve(chosen: Any) -> Any:
@@ -157,7 +128,6 @@ def _check_can_bind(model: keras.Model, optimizer: DPOptimizer, arguments: dict[
 
 
 def _bind(model: keras.Model, optimizer: DPOptimizer) -> None:
-    vars(model).pop(_LEDGER, None)
     keras_private.seed_states_of(model)  # made now, lest the first step be traced twice
     methods: dict[str, Callable[..., Any]] = {
         "train_step": functools.partial(optimizer.train_step, model),
@@ -216,7 +186,9 @@ def _train_on_batch_of(original: Callable[..., Any]) -> Callable[..., Any]:
             keras_private.seed_states_of(self)  # keras.utils.set_random_seed drops one of them
             optimizer.require_same_weights(self)
             optimizer.begin_train_on_batch()
-        return original(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
+        with lineage.ordinary_training(self):
+            return original(self, *args, **kwargs)
 
     return train_on_batch
 
@@ -228,7 +200,8 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
     def fit(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
         optimizer = _private_optimizer(self)
         if optimizer is None:
-            return original(self, *args, **kwargs)
+            with lineage.ordinary_training(self):
+                return original(self, *args, **kwargs)
         keras_private.seed_states_of(self)  # keras.utils.set_random_seed drops one of them
         given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
         del given["self"]

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from . import accounting, backend, custom, training
+from . import accounting, backend, custom, keras_private, lineage, training
 from . import clipping as clippings
 from .clipping import AdaptiveClipping, AddNoise, Clipping, Seen
 from .errors import PrivacyBudgetExceeded, PrivacyError, PrivacyWarning
@@ -193,7 +193,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
         self._limit = backend.Counter(_NO_LIMIT)
         self._settings = StepSettings(noise_multiplier, max_grad_norm, self._releases)
         self._divisor = backend.Scalar(0.0)
-        self._book = LedgerBook(self._releases.read)
+        self._book = LedgerBook(self._releases.read, _updates_of(inner_optimizer))
+        lineage.drive(inner_optimizer)
         self._in_fit = False
         self._pass: tuple[ShuffledDataset, int] | None = None  # that the last own step was of
         self._loop_steps: int | None = None
@@ -221,8 +222,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
 
     @property
     def ledger(self) -> PrivacyLedger:
-        """Every private release so far. It only grows."""
-        return self._book.ledger
+        """Every release that is behind the weights that this optimizer trains. It only grows."""
+        return lineage.of_book(self._book)
 
     def get_epsilon(self, delta: float, accountant: str = "pld") -> float:
         """The epsilon that all training so far has cost.
@@ -535,7 +536,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         custom.require_by_itself(loss_fn, batch)
         traced = backend.current_graph() is not None
         with backend.outside_graph():
-            self._begin_own_step(variables, drawn, traced=traced)
+            self._begin_own_step(variables, inside, drawn, traced=traced)
             if isinstance(sampling, ShuffledDataset):
                 self._begin_pass(sampling, drawn, traced=traced)
             if isinstance(rows, int):
@@ -581,7 +582,9 @@ class DPOptimizer(keras.optimizers.Optimizer):
             self, gradients, variables=variables, released=released, loss=loss
         )
 
-    def _begin_own_step(self, variables: list[Any], sampling: Sampling, *, traced: bool) -> None:
+    def _begin_own_step(
+        self, variables: list[Any], models: list[Any], sampling: Sampling, *, traced: bool
+    ) -> None:
         """Makes ready for a step of the caller's own, or for tracing it into their graph."""
         self._refuse_during_fit("private_gradients")
         if self.gradients == "ghost":
@@ -597,6 +600,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 "give noise_multiplier instead of target_epsilon."
             )
         self._build_for(variables)
+        lineage.learns(self._book, variables, models)
         self._noise.refresh_after_fork()
         if self.step_limit_reached and not traced:
             raise PrivacyBudgetExceeded(self._spent_in_loop())
@@ -734,6 +738,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 unknown.
         """
         self._in_fit = True
+        self._follow_weights()
         self._noise.refresh()
         self._limit.set(_NO_LIMIT)
         if self.target_epsilon is not None and planned_steps != 0:
@@ -744,6 +749,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
     def end_fit(self) -> None:
         """Declares that batches are of unknown origin again; nobody watches any more."""
         self._in_fit = False
+        self._follow_weights()
         self.unwatch()
         if self.noise_multiplier is None:
             return
@@ -768,6 +774,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 "train_on_batch can't be held to target_epsilon: how many batches will follow is "
                 "unknown. Use `fit`, or give noise_multiplier and watch get_epsilon."
             )
+        self._follow_weights()
         self._noise.refresh_after_fork()
         self._declare_batches(UNKNOWN)
         if not self._settings.expects(int(self.iterations)):
@@ -902,6 +909,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
         self._trained = None
         self._model = weakref.ref(model)
         self._book.absorb(ledger)
+        lineage.drive(self.inner_optimizer)
+        self._follow_weights()
 
     def require_same_weights(self, model: keras.Model, *, remember: bool = False) -> None:
         """Refuses to go on if `trainable` or `enable_lora` changed what is trained.
@@ -934,6 +943,12 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 "freezing or unfreezing; the ledger goes on in it."
             )
 
+    def _follow_weights(self) -> None:
+        """Has it known which weights this optimizer trains, and what its steps read."""
+        model = self._model() if self._model is not None else None
+        models = [] if model is None else [model]
+        lineage.learns(self._book, [v for m in models for v in m.trainable_variables], models)
+
     def absorb(self, ledger: PrivacyLedger) -> None:
         """Adds what another ledger knows: every release, with the larger count."""
         self._book.absorb(ledger)
@@ -956,7 +971,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 self.clipping_strategy, AdaptiveClipping
             ):
                 self.clipping_strategy.restore(float(np.asarray(store["clipping_norm"])))
-        elif len(store.keys()):
+        elif len(store.keys()) and not lineage.file_had_a_ledger():
             warnings.warn(
                 "The file was saved with an optimizer that keeps no privacy ledger: what training "
                 "those weights has cost is unknown and not counted. That is right only if they "
@@ -976,6 +991,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
             self.inner_optimizer.build(variables)
         super().build(variables)
         self._built_for = {id(v) for v in variables}
+        self._follow_weights()
 
     @property
     def variables(self) -> list[Any]:
@@ -1094,6 +1110,17 @@ class DPOptimizer(keras.optimizers.Optimizer):
             config.pop("inner_optimizer"), custom_objects=custom_objects
         )
         return cls(inner, **_deserialized(config, custom_objects))
+
+
+def _updates_of(inner: keras.optimizers.Optimizer) -> Callable[[], int]:
+    """Reads how many updates an optimizer's state says it has made."""
+    iterations = keras_private.iterations_of(inner)
+
+    def read() -> int:
+        with backend.outside_graph():
+            return int(iterations)
+
+    return read
 
 
 def _spent(
