@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,6 +48,7 @@ __all__ = [
     "takes_training_argument",
     "trained_by",
     "watch_files",
+    "watch_state_trees",
     "without_rematerialization",
 ]
 
@@ -230,7 +232,7 @@ def trained_by(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
 
 def watch_files(
     text_of: Callable[[Any], Any],
-    loading: Callable[[Any, list[Any]], contextlib.AbstractContextManager[None]],
+    loading: Callable[..., contextlib.AbstractContextManager[None]],
 ) -> None:
     """Has a text written into every file, and read from it. Does nothing the second time.
 
@@ -239,7 +241,8 @@ def watch_files(
 
     Args:
         text_of: From what is saved to the bytes of a text, or to `None`.
-        loading: From what is loaded, and the texts in the file, to what surrounds that.
+        loading: From what is loaded, the texts in the file and, of a legacy file of a
+            private model without one, its name, to what surrounds the loading.
     """
     if hasattr(saving_lib._save_state, "_keras_dp"):
         return
@@ -311,7 +314,10 @@ def _watch_legacy_files(text_of: Callable[[Any], Any], loading: Callable[..., An
     def watched(load_weights: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(load_weights)
         def load_group(group: Any, model: Any, *args: Any, **kw: Any) -> Any:
-            with loading(model, _legacy_texts_in(group.file)):
+            texts = _legacy_texts_in(group.file)
+            private = "keras_dp>" in str(group.file.attrs.get("training_config", ""))
+            lost = str(group.file.filename) if private and not texts else None
+            with loading(model, texts, lost):
                 return load_weights(group, model, *args, **kw)
 
         return load_group
@@ -327,6 +333,28 @@ def _watch_legacy_files(text_of: Callable[[Any], Any], loading: Callable[..., An
     legacy_h5_format.load_model_from_hdf5 = load_model
     for name in ("load_weights_from_hdf5_group", "load_weights_from_hdf5_group_by_name"):
         setattr(legacy_h5_format, name, watched(getattr(legacy_h5_format, name)))
+
+
+def watch_state_trees(taken: Callable[[Any], None]) -> None:
+    """Has a model shown whenever its state is taken as arrays. Nothing the second time."""
+    original = keras.Model.get_state_tree
+    if hasattr(original, "_keras_dp"):
+        return
+
+    @functools.wraps(original)
+    def get_state_tree(self: Any, *args: Any, **kwargs: Any) -> Any:
+        taken(self)
+        return original(self, *args, **kwargs)
+
+    get_state_tree._keras_dp = True  # type: ignore[attr-defined]
+    keras.Model.get_state_tree = get_state_tree
+
+
+def outside() -> int:
+    """The stack level of the caller's first frame outside of keras_dp, Keras and TensorFlow."""
+    modules = (f.frame.f_globals.get("__name__", "") for f in inspect.stack(context=0))
+    inside = ("keras_dp.", "keras.", "tensorflow.", "contextlib", "functools")
+    return next((level for level, m in enumerate(modules) if not m.startswith(inside)), 1)
 
 
 @contextlib.contextmanager

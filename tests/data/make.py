@@ -20,7 +20,7 @@ def compiled(inner_is_private=False):
     if inner_is_private:
         encoder.compile(optimizer(), loss="mse")
     model = keras.Sequential([keras.Input((4,)), encoder, keras.layers.Dense(1)])
-    model.compile(optimizer(), loss="mse")
+    model.compile(optimizer(), loss=keras.losses.MeanSquaredError())
     return model
 
 
