@@ -299,12 +299,12 @@ def _watch_legacy_files(text_of: Callable[[Any], Any], loading: Callable[..., An
     @functools.wraps(save)
     def save_model(model: Any, filepath: Any, *args: Any, **kw: Any) -> Any:
         config = getattr(getattr(model, "_compile_config", None), "config", None)
-        before = dict(config) if isinstance(config, dict) else {}
+        before = dict(config or {})
         text = text_of(model)
         try:
             result = save(model, filepath, *args, **kw)
         finally:
-            if before and (text is not None or hasattr(model.optimizer, "get_epsilon")):
+            if config is not None and (text is not None or hasattr(model.optimizer, "get_epsilon")):
                 config.update(before)  # Keras takes the optimizer out, and a later file lacks it
         if text is not None:
             with _opened(filepath, "a") as file:

@@ -242,9 +242,7 @@ class LedgerBook:
         sources: What its steps read, as whoever follows the weights keeps it.
     """
 
-    def __init__(
-        self, count: Callable[[], int], updates: Callable[[], int] | None = None
-    ) -> None:
+    def __init__(self, count: Callable[[], int], updates: Callable[[], int] | None = None) -> None:
         self._count = count
         self._updates = updates or count
         self._explained = self._updates() - count()

@@ -84,12 +84,13 @@ class Lineage:
         Args:
             trainer: The optimizer's.
             since: The steps of it that don't count, since nothing private was there.
-            surely: Whether the steps after those count in any case. Else they do if
-                something private comes in, and a later call may set `since` anew.
+            surely: Whether the steps after those count in any case. Else they do once
+                something private has come in; until then a later call sets `since` anew.
         """
         known = self._trainers.get(trainer.id)
-        if known is None or not (known[2] or (not surely and self.private)):
-            self._trainers[trainer.id] = (trainer, since, surely)
+        if known is not None and (known[2] or self.private):
+            since, surely = known[1], True
+        self._trainers[trainer.id] = (trainer, since, surely)
 
     def unprotected(self) -> Iterator[Release]:
         """The steps that ordinary optimizers took on it after something private was in it."""

@@ -74,7 +74,7 @@ def head(*layers):
     return keras.Sequential([keras.Input((4,)), *layers, Dense(1)])
 
 
-# -- the same weights in another model ----------------------------------------------------------
+# -- the same weights in another model ------------------------------------------------------------
 
 
 def new_head(model):
@@ -318,7 +318,7 @@ def test_rule_16_an_optimizer_that_was_replaced_knows_what_its_weights_cost_sinc
     assert steps_of(first) == np.inf
 
 
-# -- ordinary training ------------------------------------------------------------------------------
+# -- ordinary training ----------------------------------------------------------------------------
 
 
 def ordinary_fit(model):
@@ -482,7 +482,7 @@ def test_rule_16_a_generator_that_sees_the_private_critic_only_stays_out_of_it()
     assert steps_of(critic.optimizer) == 4
 
 
-# -- files ------------------------------------------------------------------------------------------
+# -- files ----------------------------------------------------------------------------------------
 
 
 def loaded(path, **kwargs):
@@ -734,7 +734,8 @@ def test_rule_16_files_load_where_keras_dp_is_not_installed(tmp_path):
         import json, keras, numpy as np
         folder = sys.argv[1]
         x = np.load(folder + "/x.npy")
-        models = [keras.saving.load_model(f"{folder}/{n}") for n in ("deploy.keras", "m.keras", "m.h5")]
+        names = ("deploy.keras", "m.keras", "m.h5")
+        models = [keras.saving.load_model(f"{folder}/{name}") for name in names]
         models.append(keras.models.clone_model(models[0]))
         models[-1].load_weights(folder + "/m.weights.h5")
         print(json.dumps([m.predict(x, verbose=0).tolist() for m in models]))
@@ -767,7 +768,7 @@ def test_rule_16_quantized_weights_are_those_they_were_made_of():
     assert lineage.of(part_of_the_graph(model)).steps == 4
 
 
-# -- files of older versions ------------------------------------------------------------------------
+# -- files of older versions ----------------------------------------------------------------------
 
 OLD = pathlib.Path(__file__).parent / "data" / "0.1.0"
 
@@ -827,7 +828,7 @@ def test_rule_16_a_legacy_file_of_an_older_version_is_taken_for_unprotected(comp
     assert spent(model) == np.inf
 
 
-# -- state without a ledger -------------------------------------------------------------------------
+# -- state without a ledger -----------------------------------------------------------------------
 
 
 def state_tree(model, other):

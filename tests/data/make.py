@@ -42,7 +42,9 @@ model.save(os.path.join(folder, "model.keras"))
 model.save_weights(os.path.join(folder, "model.weights.h5"))
 model.save(os.path.join(folder, "model.h5"))
 fitted(
-    x, y, [keras.callbacks.BackupAndRestore(os.path.join(folder, "backup"), delete_checkpoint=False)]
+    x,
+    y,
+    [keras.callbacks.BackupAndRestore(os.path.join(folder, "backup"), delete_checkpoint=False)],
 )
 inner = fitted(x, y, inner_is_private=True)
 inner.layers[0].fit(x, y @ np.ones((1, 3), "float32"), batch_size=16, verbose=0)
