@@ -243,7 +243,7 @@ def fix_model(model: keras.Model, *, batch_normalization: str = "group") -> kera
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise ValueError(f"fix_model can't mend this by itself; please do so by hand:\n{listed}")
     _require_all_copied(mended, copies.written)
-    lineage.add(mended, lineage.of(model))
+    lineage.add(lineage.of(model), mended)
     return mended
 
 

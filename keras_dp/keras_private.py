@@ -23,6 +23,7 @@ from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arra
 
 __all__ = [
     "all_layers",
+    "beneath",
     "build_from_batch",
     "call_name_of",
     "call_of",
@@ -225,6 +226,11 @@ def iterations_of(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
     return optimizer._iterations
 
 
+def beneath(variable: keras.Variable) -> Any:
+    """The variable of the framework that a Keras variable stands for."""
+    return variable._value
+
+
 def trained_by(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     """The variables that an optimizer was built for: it can train no others."""
     return optimizer._trainable_variables
@@ -304,7 +310,7 @@ def _watch_legacy_files(text_of: Callable[[Any], Any], loading: Callable[..., An
         try:
             result = save(model, filepath, *args, **kw)
         finally:
-            if config is not None and (text is not None or hasattr(model.optimizer, "get_epsilon")):
+            if config is not None and (text is not None or _private(model)):
                 config.update(before)  # Keras takes the optimizer out, and a later file lacks it
         if text is not None:
             with _opened(filepath, "a") as file:
@@ -365,6 +371,10 @@ def _opened(path_or_file: Any, mode: str) -> Iterator[Any]:
         return
     with h5py.File(path_or_file, mode) as file:
         yield file
+
+
+def _private(model: Any) -> bool:
+    return hasattr(getattr(model, "optimizer", None), "get_epsilon")
 
 
 def _legacy_texts_in(file: Any) -> list[Any]:

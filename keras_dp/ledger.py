@@ -247,6 +247,7 @@ class LedgerBook:
         self._updates = updates or count
         self._explained = self._updates() - count()
         self._unknown = Release("unprotected", 0.0)
+        self._released = False
         self.sources: set[Any] = set()
         self._past = PrivacyLedger()
         self._own: set[str] = set()
@@ -272,7 +273,8 @@ class LedgerBook:
     @property
     def released(self) -> bool:
         """Whether a step of this optimizer has gone into the weights that it trains."""
-        return self._count() > 0 or self.unexplained > 0
+        self._released = self._released or self._count() > 0
+        return self._released or self.unexplained > 0
 
     def settle(self) -> None:
         """Before a file sets the optimizer's state: what is unexplained by now stays so."""

@@ -75,20 +75,23 @@ class Lineage:
     def private(self) -> bool:
         """Whether a release went into it. Stays so."""
         if not self._private:
-            self._private = any(r.steps for r in _private_releases([self])[0])
+            released = any(book.released for book in self.books.values())
+            self._private = released or self.past.steps > 0
         return self._private
 
-    def train(self, trainer: _Trainer, since: int, *, surely: bool = True) -> None:
+    def train(self, trainer: _Trainer, since: int, *, surely: bool, private: bool) -> None:
         """Notes that an ordinary optimizer trains it.
 
         Args:
             trainer: The optimizer's.
             since: The steps of it that don't count, since nothing private was there.
             surely: Whether the steps after those count in any case. Else they do once
-                something private has come in; until then a later call sets `since` anew.
+                something private has come in.
+            private: Whether something private was there before. If not, `since` takes
+                the place of what an earlier call said.
         """
         known = self._trainers.get(trainer.id)
-        if known is not None and (known[2] or self.private):
+        if known is not None and (known[2] or private):
             since, surely = known[1], True
         self._trainers[trainer.id] = (trainer, since, surely)
 
@@ -111,9 +114,21 @@ _file_had_a_ledger = [False]  # while a file is loaded
 def _lineage(thing: Any) -> Lineage:
     found = _lineages.get(id(thing))
     if found is None:
-        found = _lineages[id(thing)] = Lineage()
-        weakref.finalize(thing, _lineages.pop, id(thing), None).atexit = False
+        found = Lineage()
+        for same in _same_as(thing):
+            _lineages[id(same)] = found
+            weakref.finalize(same, _lineages.pop, id(same), None).atexit = False
     return found
+
+
+def _same_as(thing: Any) -> list[Any]:
+    """A variable, and the framework's own beneath it, which an optimizer may be given as well."""
+    is_variable = isinstance(thing, keras.Variable)
+    return [thing, keras_private.beneath(thing)] if is_variable else [thing]
+
+
+def _ids(things: Iterable[Any]) -> set[int]:
+    return {id(same) for thing in things for same in _same_as(thing)}
 
 
 def _things(owners: Iterable[Any]) -> list[Any]:
@@ -131,10 +146,11 @@ def _things(owners: Iterable[Any]) -> list[Any]:
 
 def _written(variables: Iterable[Any], owners: Iterable[Any]) -> list[Any]:
     """Variables, and the layers that own one of them."""
-    found = {id(v): v for v in variables}
+    variables = list(variables)
+    ids = _ids(variables)
     layers = [x for x in _things(owners) if isinstance(x, keras.Layer)]
-    own = [x for x in layers if any(id(v) in found for v in keras_private.own_state_of(x))]
-    return [*found.values(), *own]
+    own = [x for x in layers if not ids.isdisjoint(_ids(keras_private.own_state_of(x)))]
+    return [*variables, *own]
 
 
 def _private_releases(
@@ -144,6 +160,7 @@ def _private_releases(
     queue: collections.deque[Any] = collections.deque([*books, *lineages])
     seen: dict[int, Any] = {}
     ledgers: dict[int, PrivacyLedger] = {}
+    released: dict[int, bool] = {}
     while queue:
         one = queue.popleft()
         if id(one) in seen:
@@ -151,7 +168,11 @@ def _private_releases(
         seen[id(one)] = one
         if isinstance(one, Lineage):
             ledgers[id(one.past)] = one.past
-            queue += [book for book in one.books.values() if book.released]
+            for key, book in one.books.items():
+                if key not in released:
+                    released[key] = book.released
+                if released[key]:
+                    queue.append(book)
         else:
             ledgers[id(one)] = one.ledger
             queue += one.sources
@@ -212,33 +233,37 @@ def learns(book: LedgerBook, variables: Iterable[Any], reads: Iterable[Any] = ()
     for thing in written:
         _lineage(thing).books[id(book)] = book
     book.sources.update(map(_lineage, [*written, *_things(reads)]))
-    trained = {id(v) for v in variables}
+    trained = _ids(variables)
     for optimizer in _ordinary_ones():
         known = [v for v in keras_private.trained_by(optimizer) if id(v) in trained]
         if known:
             private = any(r.steps for r in _private_releases([], [book])[0])
-            _note_ordinary(optimizer, _written(known, reads), surely=private)
+            things = _written(known, reads)
+            _note_ordinary(optimizer, things, surely=private, private=private)
 
 
-def add(owner: Any, ledger: PrivacyLedger) -> None:
-    """Says that a model, a layer or a variable has learned from what a ledger knows, too.
+def add(ledger: PrivacyLedger, *owners: Any) -> None:
+    """Says that models, layers or variables have learned from what a ledger knows, too.
 
     Args:
-        owner: What a file was loaded into, or what is a copy.
-        ledger: What was released for it elsewhere.
+        ledger: What was released for them elsewhere.
+        owners: What a file was loaded into, or what is a copy.
     """
     if not ledger.steps:
         return
-    things = _things([owner])
+    things = _things(owners)
+    lineages = [_lineage(x) for x in things]
+    private = any(r.steps for r in _private_releases(lineages)[0])
     before: dict[int, PrivacyLedger] = {}
-    for thing in things:
-        lineage = _lineage(thing)
+    for lineage in lineages:
         if id(lineage.past) not in before:
             before[id(lineage.past)] = lineage.past.merge(ledger)
         lineage.past = before[id(lineage.past)]
-    ids = set(map(id, things))
+    ids = _ids(things)
     for optimizer in _ordinary_ones():
-        _note_ordinary(optimizer, [v for v in keras_private.trained_by(optimizer) if id(v) in ids])
+        known = [v for v in keras_private.trained_by(optimizer) if id(v) in ids]
+        if known:
+            _note_ordinary(optimizer, _written(known, owners), private=private)
 
 
 # -- ordinary training ------------------------------------------------------------------------
@@ -255,13 +280,18 @@ def _trainer(optimizer: Any) -> _Trainer:
 
 
 def _note_ordinary(
-    optimizer: Any, things: Iterable[Any], since: int | None = None, *, surely: bool = True
+    optimizer: Any,
+    things: Iterable[Any],
+    since: int | None = None,
+    *,
+    surely: bool = True,
+    private: bool = True,
 ) -> None:
     """Notes that an ordinary optimizer trains these, as `Lineage.train` says."""
     trainer = _trainer(optimizer)
     since = trainer.steps if since is None else since
     for thing in things:
-        _lineage(thing).train(trainer, since, surely=surely)
+        _lineage(thing).train(trainer, since, surely=surely, private=private)
 
 
 def drive(optimizer: keras.optimizers.Optimizer) -> None:
@@ -360,7 +390,7 @@ def _loading(loaded: Any, texts: list[Any], lost: str | None = None) -> Iterator
             for book in list(_books):
                 book.resume()
         if isinstance(loaded, keras.Layer):
-            add(loaded, ledger)
+            add(ledger, loaded)
 
 
 def _can_not_carry(model: Any, what: str = "tf.train.Checkpoint") -> None:

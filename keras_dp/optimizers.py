@@ -960,8 +960,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
     def absorb(self, ledger: PrivacyLedger) -> None:
         """Adds what another ledger knows: every release, with the larger count."""
         self._book.absorb(ledger)
-        if self._model is not None:
-            lineage.add(self._model(), ledger)
+        model = self._model() if self._model is not None else None
+        lineage.add(ledger, *([] if model is None else model.trainable_variables))
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the ledger; the inner optimizer writes its own state. No key, no seed."""

@@ -365,6 +365,17 @@ def compiled_loop_of_ones_own(model):
     tf.function(lambda: loop_of_ones_own(model, optimizer))()
 
 
+def loop_on_variables_of_tensorflow(model):
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        loss = keras.ops.mean((model(X) - Y) ** 2)
+    variables = [v.value for v in model.trainable_variables]
+    keras.optimizers.SGD(0.01).apply_gradients(
+        zip(tape.gradient(loss, variables), variables, strict=True)
+    )
+
+
 def in_another_model(model):
     ordinary_steps(new_head(model))
 
@@ -381,6 +392,7 @@ ORDINARY = [
     with_the_inner_optimizer,
     loop_of_ones_own,
     compiled_loop_of_ones_own,
+    loop_on_variables_of_tensorflow,
     in_another_model,
     nested_in_another,
 ]
@@ -428,6 +440,17 @@ def test_rule_16_an_optimizer_built_before_is_not_forgotten():
     assert steps_of(model.optimizer) == 4  # what came before was public
     step()
     assert steps_of(model.optimizer) == np.inf
+
+
+def test_rule_16_public_training_before_a_private_file_is_loaded_costs_nothing(tmp_path):
+    trained().save_weights(tmp_path / "m.weights.h5")
+    model = tiny.compiled()  # and then not trained with it
+    train(model, keras.optimizers.SGD(0.01))
+    with pytest.warns(UserWarning, match="Skipping variable loading"):
+        model.load_weights(tmp_path / "m.weights.h5")
+    assert spent(model) == 4
+    train(model, keras.optimizers.SGD(0.01))
+    assert spent(model) == np.inf
 
 
 def test_rule_16_setting_the_ordinary_optimizers_count_back_hides_nothing():
@@ -529,8 +552,7 @@ def weights_of_a_keras_file(model, folder):
 
 
 def sharded_weights(model, folder):
-    model.save_weights(folder / "m.weights.json", max_shard_size=8e-7)
-    assert len(list(folder.iterdir())) > 2
+    model.save_weights(folder / "m.weights.json", max_shard_size=1e-3)
     other = tiny.model()
     other.load_weights(folder / "m.weights.json")
     return other
@@ -659,6 +681,26 @@ def test_rule_16_training_a_copy_without_protection_is_seen(way, tmp_path):
     again.compile("sgd", loss="mse")
     again.train_on_batch(X, Y)
     assert spent(again) == np.inf
+
+
+def test_rule_16_a_file_that_was_edited_with_keras_carries_it(tmp_path):
+    model = trained()
+    model.save_weights(tmp_path / "m.weights.h5")
+    editor = keras.saving.KerasFileEditor(str(tmp_path / "m.weights.h5"))
+    editor.save(str(tmp_path / "edited.weights.h5"))
+    other = tiny.model()
+    other.load_weights(tmp_path / "edited.weights.h5")
+    assert spent(other) == 4
+
+
+def test_rule_16_weights_in_several_shards_carry_it(tmp_path):
+    model = train(tiny.model(hidden=300))
+    model.save_weights(tmp_path / "m.weights.json", max_shard_size=5e-6)
+    assert len(list(tmp_path.iterdir())) > 2
+    other = tiny.model(hidden=300)
+    other.load_weights(tmp_path / "m.weights.json")
+    assert tiny.same(other.get_weights(), model.get_weights())
+    assert spent(other) == 4
 
 
 def test_rule_16_a_keras_file_written_after_a_legacy_one_trains_privately(tmp_path):
