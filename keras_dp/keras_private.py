@@ -227,7 +227,7 @@ def iterations_of(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
 
 
 def beneath(variable: keras.Variable) -> Any:
-    """The variable of the framework that a Keras variable stands for."""
+    """The variable of the framework that a Keras variable stands for; `None` if not made yet."""
     return variable._value
 
 

@@ -112,10 +112,9 @@ _file_had_a_ledger = [False]  # while a file is loaded
 
 
 def _lineage(thing: Any) -> Lineage:
-    found = _lineages.get(id(thing))
-    if found is None:
-        found = Lineage()
-        for same in _same_as(thing):
+    found = _lineages.get(id(thing)) or Lineage()
+    for same in _same_as(thing):
+        if id(same) not in _lineages:
             _lineages[id(same)] = found
             weakref.finalize(same, _lineages.pop, id(same), None).atexit = False
     return found
@@ -123,8 +122,8 @@ def _lineage(thing: Any) -> Lineage:
 
 def _same_as(thing: Any) -> list[Any]:
     """A variable, and the framework's own beneath it, which an optimizer may be given as well."""
-    is_variable = isinstance(thing, keras.Variable)
-    return [thing, keras_private.beneath(thing)] if is_variable else [thing]
+    beneath = keras_private.beneath(thing) if isinstance(thing, keras.Variable) else None
+    return [thing] if beneath is None else [thing, beneath]
 
 
 def _ids(things: Iterable[Any]) -> set[int]:
