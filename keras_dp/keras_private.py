@@ -30,7 +30,6 @@ __all__ = [
     "can_convert_arrays",
     "compile_loss_of",
     "innermost",
-    "iterations_of",
     "layers_with_losses",
     "logits_of",
     "loss_of",
@@ -48,6 +47,7 @@ __all__ = [
     "surroundings",
     "takes_training_argument",
     "trained_by",
+    "updates_of",
     "watch_files",
     "watch_state_trees",
     "without_rematerialization",
@@ -221,9 +221,17 @@ def innermost(optimizer: Any) -> Any:
     return optimizer
 
 
-def iterations_of(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
-    """The variable that counts an optimizer's updates, accumulated ones too."""
-    return optimizer._iterations
+def updates_of(optimizer: keras.optimizers.Optimizer) -> Callable[[], int]:
+    """Reads how many updates an optimizer's state says it has made, accumulated ones too.
+
+    What is returned doesn't keep the optimizer alive.
+    """
+    iterations = optimizer._iterations
+
+    def read() -> int:  # `int(iterations)` fails for a variable of several replicas
+        return int(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(iterations)))
+
+    return read
 
 
 def beneath(variable: keras.Variable) -> Any:

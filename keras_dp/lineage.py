@@ -40,13 +40,13 @@ class _Trainer:
 
     def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
         self.id = uuid.uuid4().hex
-        self._iterations = keras_private.iterations_of(optimizer)
+        self._updates = keras_private.updates_of(optimizer)
         self._counted = 0
         self._last = self._read()
 
     def _read(self) -> int:
         with backend.outside_graph():
-            return int(self._iterations)
+            return self._updates()
 
     @property
     def steps(self) -> int:

@@ -1124,11 +1124,11 @@ class DPOptimizer(keras.optimizers.Optimizer):
 
 def _updates_of(inner: keras.optimizers.Optimizer) -> Callable[[], int]:
     """Reads how many updates an optimizer's state says it has made."""
-    iterations = keras_private.iterations_of(inner)
+    updates = keras_private.updates_of(inner)
 
     def read() -> int:
         with backend.outside_graph():
-            return int(iterations)
+            return updates()
 
     return read
 

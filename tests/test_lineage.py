@@ -492,6 +492,39 @@ def test_rule_16_ordinary_models_do_not_notice():
     assert not any(id(v) in lineage._lineages for v in [*model.variables, *again.variables])
 
 
+def test_rule_16_ordinary_training_on_several_replicas_is_seen():
+    script = """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import tensorflow as tf
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        two = [tf.config.LogicalDeviceConfiguration()] * 2
+        tf.config.set_logical_device_configuration(cpu, two)
+        import keras, tiny, keras_dp
+        from keras_dp import lineage
+        from keras_dp.ledger import PrivacyLedger, Release
+        x, y = tiny.data()
+        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+            model = tiny.model()
+            model.compile("sgd", loss="mse")
+            model.fit(x, y, batch_size=16, verbose=0)
+        ledger = PrivacyLedger((Release("unknown", 1.0, steps=4),))
+        lineage.add(ledger, model)
+        before = lineage.of(model).steps
+        model.fit(x, y, batch_size=16, verbose=0)
+        print(before, lineage.of(model).steps)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), os.path.dirname(__file__)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-2:] == ["4", "8"]
+
+
 def test_rule_16_a_generator_that_sees_the_private_critic_only_stays_out_of_it():
     generator = keras.Sequential([keras.Input((2,)), Dense(4)])
     critic = trained()
