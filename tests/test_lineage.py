@@ -398,6 +398,7 @@ ORDINARY = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:The state of this optimizer counts")  # its inner one's
 @pytest.mark.parametrize("ordinary", ORDINARY)
 def test_rule_16_trained_without_protection_anywhere_is_infinite_everywhere(ordinary):
     model = trained()
