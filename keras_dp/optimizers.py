@@ -34,8 +34,9 @@ _DECLARED_ANEW = (
 _UNEXPLAINED = (
     "The state of this optimizer counts {steps} steps of which there is no ledger: it was set by "
     "set_state_tree, set_weights, iterations.assign or a tf.train.Checkpoint, or the inner "
-    "optimizer was used by itself. What they have cost is unknown, so epsilon is infinite. Load a .keras or .weights.h5 file, which carry the "
-    "ledger, or begin with a new model and a new optimizer."
+    "optimizer was used by itself. What they have cost is unknown, so epsilon is infinite. Load "
+    "a .keras or .weights.h5 file, which carry the ledger, or begin with a new model and a new "
+    "optimizer."
 )
 
 
