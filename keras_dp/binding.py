@@ -21,11 +21,11 @@ from typing import Any
 import keras
 from keras import tree
 
-from . import arguments, backend, keras_private
+from . import arguments, backend, keras_private, lineage
 from .compatibility import require_trainable_privately
 from .decisions import raw_decisions
 from .errors import PrivacyError, PrivacyWarning
-from .ledger import PrivacyLedger, Release
+from .ledger import PrivacyLedger
 from .optimizers import DPOptimizer
 from .sampling import (
     PoissonDataset,
@@ -38,7 +38,6 @@ from .sampling import (
 from .waiting import said_if_slow
 
 _BOUND = ("train_step", "make_train_function")
-_LEDGER = "_keras_dp_ledger"  # where a model keeps its ledger between two DP optimizers
 _DEFAULT_BATCH_SIZE = 32  # as Keras'
 
 
@@ -49,7 +48,6 @@ def install() -> None:
         ("compile", _compile_of),
         ("fit", _fit_of),
         ("train_on_batch", _train_on_batch_of),
-        ("save", _save_of),
     ):
         owner = next(c for c in keras.Model.__mro__ if name in vars(c))
         original = vars(owner)[name]
@@ -57,6 +55,7 @@ def install() -> None:
             wrapped = functools.wraps(original)(wrap(original))
             wrapped._keras_dp = True  # type: ignore[attr-defined]
             setattr(owner, name, wrapped)
+    lineage.install()
 
 
 def _compile_of(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,10 +63,9 @@ def _compile_of(original: Callable[..., Any]) -> Callable[..., Any]:
         arguments = inspect.signature(original).bind(self, *args, **kwargs).arguments
         chosen = arguments.get("optimizer", "rmsprop")
         optimizer = _resolve(chosen)
-        ledger = ledger_of(self)
         if isinstance(optimizer, DPOptimizer):
             _check_can_bind(self, optimizer, arguments)
-            optimizer.attach(self, ledger)
+            optimizer.attach(self, ledger_of(self))
             arguments["auto_scale_loss"] = False
         arguments["optimizer"] = optimizer
         del arguments["self"]
@@ -75,41 +73,15 @@ def _compile_of(original: Callable[..., Any]) -> Callable[..., Any]:
         _unbind(self)
         if isinstance(optimizer, DPOptimizer):
             _bind(self, optimizer)
-        elif ledger.steps:
-            vars(self)[_LEDGER] = ledger
 
     return compile
-
-
-def _save_of(original: Callable[..., Any]) -> Callable[..., Any]:
-    def save(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
-        compiled = getattr(self, "optimizer", None)
-        if not isinstance(compiled, DPOptimizer) and ledger_of(self).steps:
-            warnings.warn(
-                f"The model '{self.name}' was trained privately and then compiled with "
-                f"{type(compiled).__name__}, which can't take its privacy ledger into the file: "
-                "who loads it will not see what was spent, nor whether it was trained without "
-                "protection since. Call keras_dp.privacy_report(model) now and keep it with the "
-                "file, or save before you compile with an ordinary optimizer.",
-                PrivacyWarning,
-                stacklevel=2,
-            )
-        return original(self, *args, **kwargs)
-
-    return save
 
 
 def ledger_of(model: keras.Model) -> PrivacyLedger:
     """The releases that a model has learned from, whatever it is compiled with now."""
     optimizer = getattr(model, "optimizer", None)
-    if isinstance(optimizer, DPOptimizer):
-        return optimizer.ledger
-    ledger = vars(model).get(_LEDGER, PrivacyLedger())
-    if ledger.steps and optimizer is not None and int(optimizer.iterations) > 0:
-        # Trained on without protection since: nothing bounds epsilon any more.
-        steps = int(optimizer.iterations)
-        ledger = ledger.merge([Release("unprotected", 0.0, steps=steps)])
-    return ledger
+    known = lineage.of(model)
+    return optimizer.ledger.merge(known) if isinstance(optimizer, DPOptimizer) else known
 
 
 def _resolve(chosen: Any) -> Any:
@@ -159,7 +131,6 @@ def _check_can_bind(model: keras.Model, optimizer: DPOptimizer, arguments: dict[
 
 
 def _bind(model: keras.Model, optimizer: DPOptimizer) -> None:
-    vars(model).pop(_LEDGER, None)
     keras_private.seed_states_of(model)  # made now, lest the first step be traced twice
     methods: dict[str, Callable[..., Any]] = {
         "train_step": functools.partial(optimizer.train_step, model),
@@ -266,7 +237,8 @@ def _train_on_batch_of(original: Callable[..., Any]) -> Callable[..., Any]:
                     return original(self, *args, **kwargs)
                 finally:
                     optimizer.gate.close()
-        return original(self, *args, **kwargs)
+        with lineage.ordinary_training(self):
+            return original(self, *args, **kwargs)
 
     return train_on_batch
 
@@ -307,7 +279,8 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
     def fit(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
         optimizer = _private_optimizer(self)
         if optimizer is None:
-            return original(self, *args, **kwargs)
+            with lineage.ordinary_training(self):
+                return original(self, *args, **kwargs)
         with optimizer.occupied("fit"), training_alone(self):
             keras_private.seed_states_of(self)  # keras.utils.set_random_seed drops one of them
             given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)

@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from . import lineage
 from .errors import PrivacyError
 from .keras_private import all_layers, own_state_of, replace_sublayers
 
@@ -195,7 +196,8 @@ def fix_model(model: keras.Model, *, batch_normalization: str = "group") -> kera
     normalization divides by one number for all examples, a group normalization
     by one of each example's own. They live on in scale and offset only, and
     with them, as with every weight that is copied, whatever they were computed
-    from: the guarantee covers what is trained after, not what was trained before.
+    from: the guarantee covers what is trained after, and what private training
+    of the model has cost before, which the copy knows.
 
     Args:
         model: A Sequential or functional model, or one whose class has
@@ -241,6 +243,7 @@ def fix_model(model: keras.Model, *, batch_normalization: str = "group") -> kera
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise ValueError(f"fix_model can't mend this by itself; please do so by hand:\n{listed}")
     _require_all_copied(mended, copies.written)
+    lineage.add(lineage.of(model), mended)
     return mended
 
 

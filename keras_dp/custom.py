@@ -15,7 +15,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from . import arguments, backend, keras_private
+from . import arguments, backend, keras_private, lineage
 from .compatibility import require_trainable_privately
 from .errors import PrivacyError
 from .gradients import Batch, Engine, EngineOptions, Outcome
@@ -597,6 +597,7 @@ class OwnLoop:
         require_by_itself(loss_fn, batch)
         traced = backend.current_graph() is not None
         with backend.outside_graph():
+            lineage.learns(self._meter.book, variables, inside)
             drawn = self._make_ready(optimizer, batch, rows, sampling, drawn, traced=traced)
 
         options = dataclasses.replace(

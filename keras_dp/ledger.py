@@ -234,10 +234,21 @@ class LedgerBook:
 
     Args:
         count: Reads the number of releases that this optimizer has made.
+        updates: Reads the number of updates that its state says it has made. Those
+            that were neither its own nor told of by a file with a ledger are in the
+            ledger as unprotected ones: somebody has set the state.
+
+    Attributes:
+        sources: What its steps read, as whoever follows the weights keeps it.
     """
 
-    def __init__(self, count: Callable[[], int]) -> None:
+    def __init__(self, count: Callable[[], int], updates: Callable[[], int] | None = None) -> None:
         self._count = count
+        self._updates = updates or count
+        self._explained = self._updates() - count()
+        self._unknown = Release("unprotected", 0.0)
+        self._released = False
+        self.sources: set[Any] = set()
         self._past = PrivacyLedger()
         self._own: set[str] = set()
         self._run: _Run | None = None
@@ -246,7 +257,33 @@ class LedgerBook:
     @property
     def ledger(self) -> PrivacyLedger:
         """All releases so far."""
+        unknown = self.unexplained
+        known = self._recorded
+        return known.merge([self._unknown.with_steps(unknown)]) if unknown else known
+
+    @property
+    def _recorded(self) -> PrivacyLedger:
         return self._past.merge(self.runs_after(0))
+
+    @property
+    def unexplained(self) -> int:
+        """How many updates the optimizer's state counts that no ledger knows of."""
+        return self._unknown.steps + max(self._updates() - self._count() - self._explained, 0)
+
+    @property
+    def released(self) -> bool:
+        """Whether a step of this optimizer has gone into the weights that it trains."""
+        self._released = self._released or self._count() > 0
+        return self._released or self.unexplained > 0
+
+    def settle(self) -> None:
+        """Before a file sets the optimizer's state: what is unexplained by now stays so."""
+        self._unknown = self._unknown.with_steps(self.unexplained)
+        self.resume()
+
+    def resume(self) -> None:
+        """After it has, and its ledger was absorbed: the updates that it counts are explained."""
+        self._explained = self._updates() - self._count()
 
     def runs_after(self, further: int) -> list[Release]:
         """The runs that are going on, once `further` more steps are made."""
@@ -269,7 +306,7 @@ class LedgerBook:
             kinds: What all steps are like, or what the step of a number, from
                 0 on, is. Its `steps` don't matter.
         """
-        past = self._past = self.ledger
+        past = self._past = self._recorded
 
         def begun(kind: Release) -> Release:
             run = kind.with_steps(0)

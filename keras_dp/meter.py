@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import accounting, backend
+from . import accounting, backend, lineage
 from .errors import PrivacyBudgetExceeded, PrivacyError
 from .ledger import LedgerBook, PrivacyLedger, Release
 from .mechanism import StepValues
@@ -75,6 +75,7 @@ class Meter:
         clipping: The name of the clipping strategy, for the ledger.
         seeded: Whether the noise comes from a seed that somebody chose.
         target: The budget that sigma is calibrated to, if it is.
+        updates: Reads how many updates the optimizer's state says it has made.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Meter:
         clipping: str,
         seeded: bool,
         target: Budget | None = None,
+        updates: Callable[[], int] | None = None,
     ) -> None:
         self.target = target
         self.budgets: tuple[Budget, ...] = ()
@@ -95,7 +97,7 @@ class Meter:
         self._limit = backend.Counter(_NO_LIMIT)
         self._settings = StepSettings(noise_multiplier, max_grad_norm, self._releases)
         self._divisor = backend.Scalar(0.0)
-        self._book = LedgerBook(self._releases.read)
+        self._book = LedgerBook(self._releases.read, updates)
         self._samplings: list[Sampling] = []
         self._declared = backend.Counter(-1)  # the number of the sampling that is declared
         self._sampling: Sampling | None = None
@@ -115,9 +117,9 @@ class Meter:
 
     @property
     def ledger(self) -> PrivacyLedger:
-        """Every private release so far."""
+        """Every release that is behind the weights which the steps train."""
         self._notice_fork()
-        return self._book.ledger
+        return lineage.of_book(self._book)
 
     @property
     def releases(self) -> int:
@@ -291,8 +293,9 @@ class Meter:
                 "A budget with a schedule of noise or clipping norms needs the number of steps, "
                 "which this data source doesn't tell. Pass steps_per_epoch to `fit`, or arrays."
             )
+        known = self.ledger
         allowed = accounting.most_further_steps(
-            lambda steps: self.ledger.merge(self._book.runs_after(steps)),
+            lambda steps: known.merge(self._book.runs_after(steps)),
             epsilon=budget.epsilon,
             delta=budget.delta,
             accountant=budget.accountant,

@@ -789,7 +789,7 @@ def _doubts(ledger: PrivacyLedger, epsilon: dict[str, float], delta: float) -> l
         were = f"{_count(unprotected, 'step')} {'was' if unprotected == 1 else 'were'}"
         doubts.append(
             f"{were} taken with an ordinary optimizer after private training, without "
-            "protection: epsilon is infinite."
+            "protection, or without a ledger: epsilon is infinite."
         )
     noiseless = sum(
         r.steps for r in ledger if r.sampler != "unprotected" and r.noise_multiplier <= _NO_NOISE

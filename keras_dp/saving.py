@@ -18,7 +18,7 @@ def save_inference_model(
 ) -> None:
     """Saves a model for deployment: a plain `.keras` file, and what its privacy cost beside it.
 
-    The file holds architecture and weights, no optimizer and no ledger, and
+    The file holds architecture, weights and the ledger, but no optimizer, and
     loads where keras_dp is not installed. Beside it, `<name>.privacy.json` and
     `<name>.privacy.md` state what was spent, for machines and for people; both
     can be read without keras_dp (`docs/privacy-report.md`).

@@ -273,23 +273,3 @@ def test_a_model_without_privacy_is_refused_and_nothing_is_written(tmp_path):
             keras_dp.save_inference_model(model, tmp_path / "m.keras")
         model.compile("sgd", loss="mse")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_file_that_can_not_hold_the_ledger_is_warned_of(tmp_path):
-    x, y = tiny.data()
-    model = tiny.compiled()
-    model.fit(x, y, verbose=0)
-    model.save(tmp_path / "private.keras")
-    model.compile("sgd", loss="mse")
-    with pytest.warns(keras_dp.PrivacyWarning, match="can't take its privacy ledger"):
-        model.save(tmp_path / "without.keras")
-    model.fit(x, y, verbose=0)
-    with pytest.warns(keras_dp.PrivacyWarning, match="and then compiled with SGD"):
-        model.save(tmp_path / "without.keras")
-    ordinary = tiny.model()
-    ordinary.compile("sgd", loss="mse")
-    ordinary.fit(x, y, verbose=0)
-    ordinary.save(tmp_path / "ordinary.keras")
-    # The model in memory still knows.
-    model.compile(tiny.sgd(), loss="mse")
-    assert model.optimizer.get_epsilon(1e-5) == np.inf

@@ -82,6 +82,7 @@ from .tensorflow import (  # noqa: E402
     total_norms,
     vectorized_engine,
     wait_for,
+    watch_checkpoints,
     with_row_of,
     without_autograph,
 )
@@ -146,6 +147,7 @@ __all__ = [
     "traced",
     "vectorized_engine",
     "wait_for",
+    "watch_checkpoints",
     "with_row_of",
     "without_autograph",
 ]

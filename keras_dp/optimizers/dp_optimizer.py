@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from .. import accounting, arguments, backend, custom, training
+from .. import accounting, arguments, backend, custom, keras_private, lineage, training
 from .. import clipping as clippings
 from ..clipping import AdaptiveClipping, Clipping
 from ..errors import PrivacyError, PrivacyWarning
@@ -24,6 +24,14 @@ from ..meter import Budget, Meter, Phase
 from ..noise import NoiseSource, SecureNoiseSource
 from ..sampling import UNKNOWN, Sampling
 from ..schedules import Schedule, checked
+
+_UNEXPLAINED = (
+    "The state of this optimizer counts {steps} steps of which there is no ledger: it was set by "
+    "set_state_tree, set_weights, iterations.assign or a tf.train.Checkpoint, or the inner "
+    "optimizer was used by itself. What they have cost is unknown, so epsilon is infinite. Load "
+    "a .keras or .weights.h5 file, which carry the ledger, or begin with a new model and a new "
+    "optimizer."
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_dp")
@@ -184,7 +192,9 @@ class DPOptimizer(keras.optimizers.Optimizer):
             clipping=strategy.name,
             seeded=seed is not None,
             target=target,
+            updates=_updates_of(inner_optimizer),
         )
+        lineage.drive(inner_optimizer)
         self._loop = custom.OwnLoop(self._mechanism, self._meter, options, self.warn_once)
         self._gate = Gate()
         self._engine: str | None = None
@@ -265,7 +275,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
 
     @property
     def ledger(self) -> PrivacyLedger:
-        """Every private release so far. It only grows."""
+        """Every release that is behind the weights that this optimizer trains. It only grows."""
         return self._meter.ledger
 
     def get_epsilon(
@@ -289,6 +299,9 @@ class DPOptimizer(keras.optimizers.Optimizer):
             ValueError: For a delta outside (0, 1), an unknown accountant or a
                 number of examples that is none.
         """
+        unexplained = self._meter.book.unexplained
+        if unexplained:
+            self.warn_once("unexplained", _UNEXPLAINED.format(steps=unexplained))
         return accounting.ledger_epsilon(self.ledger, delta, accountant, examples_per_person)
 
     @property
@@ -342,6 +355,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
             problems: What was found wrong with the file that it comes from.
         """
         self._meter.absorb(ledger)
+        model = self._model() if self._model is not None else None
+        lineage.add(ledger, *([] if model is None else model.trainable_variables))
         if problems is not None:
             self._ledger_problems = tuple(problems)
 
@@ -603,6 +618,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
             ValueError: If sigma must be calibrated and the number of steps is
                 unknown.
         """
+        self._follow_weights()
         self._mechanism.noise.refresh()
         phase = Phase("fit", sampling, planned_steps)
         self._meter.begin(phase, iteration=int(self.iterations))
@@ -615,6 +631,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         """Declares that batches are of unknown origin again; nobody watches any more."""
         while self._endings:
             self._endings.pop()()
+        self._follow_weights()
         self.unwatch()
         self._meter.end(iteration=int(self.iterations))
 
@@ -631,6 +648,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 f"{name} can't be held to target_epsilon: how many batches will follow is "
                 "unknown. Use `fit`, or give noise_multiplier and watch get_epsilon."
             )
+        self._follow_weights()
         self._mechanism.noise.refresh_after_fork()
         self._meter.declare_batches(UNKNOWN, iteration=int(self.iterations))
         self._meter.announce(1)
@@ -702,6 +720,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
         self._trained = None
         self._model = weakref.ref(model)
         self._meter.absorb(ledger)
+        lineage.drive(self.inner_optimizer)
+        self._follow_weights()
 
     def require_same_weights(self, model: keras.Model, *, remember: bool = False) -> None:
         """Refuses to go on if `trainable` or `enable_lora` changed what is trained.
@@ -734,6 +754,13 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 "freezing or unfreezing; the ledger goes on in it."
             )
 
+    def _follow_weights(self) -> None:
+        """Has it known which weights this optimizer trains, and what its steps read."""
+        model = self._model() if self._model is not None else None
+        models = [] if model is None else [model]
+        trained = [v for m in models for v in m.trainable_variables]
+        lineage.learns(self._meter.book, trained, models)
+
     def save_own_variables(self, store: Any) -> None:
         """Writes the ledger; the inner optimizer writes its own state. No key, no seed."""
         store["ledger"] = np.frombuffer(self.ledger.to_json().encode(), np.uint8)
@@ -752,7 +779,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 self.clipping_strategy, AdaptiveClipping
             ):
                 self.clipping_strategy.restore(float(np.asarray(store["clipping_norm"])))
-        elif len(store.keys()):
+        elif len(store.keys()) and not lineage.file_had_a_ledger():
             warnings.warn(
                 "The file was saved with an optimizer that keeps no privacy ledger: what training "
                 "those weights has cost is unknown and not counted. That is right only if they "
@@ -772,6 +799,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
             self.inner_optimizer.build(variables)
         super().build(variables)
         self._built_for = {id(v) for v in variables}
+        self._follow_weights()
+        self._follow_weights()
 
     @property
     def variables(self) -> list[Any]:
@@ -880,6 +909,17 @@ class DPOptimizer(keras.optimizers.Optimizer):
             config.pop("inner_optimizer"), custom_objects=custom_objects
         )
         return cls(inner, **deserialized(config, custom_objects))
+
+
+def _updates_of(inner: keras.optimizers.Optimizer) -> Callable[[], int]:
+    """Reads how many updates an optimizer's state says it has made."""
+    updates = keras_private.updates_of(inner)
+
+    def read() -> int:
+        with backend.outside_graph():
+            return updates()
+
+    return read
 
 
 def _serialized(value: Any) -> Any:
