@@ -145,8 +145,7 @@ class Clipping:
         return cls(**config)
 
 
-def _total(norms: Any) -> Any:
-    return ops.sqrt(ops.sum(ops.square(norms), axis=1))
+_total = backend.total_norms
 
 
 def _scale_down(norms: Any, bound: Any) -> Any:
@@ -325,7 +324,11 @@ class PerLayerClipping(Clipping):
     def __call__(self, norms: Any, max_grad_norm: Any) -> Any:
         """Clip weights, (rows, variables), from norms, (rows, variables)."""
         layers = ops.cast(self._layers, norms.dtype)
-        of_layers = ops.sqrt(ops.matmul(ops.square(norms), layers))
+        # Scaled by the largest: no square leaves the range of its type.
+        largest = ops.max(norms, axis=1, keepdims=True)
+        usual = ops.logical_and(largest > 0, ops.isfinite(largest))
+        scale = ops.where(usual, largest, ops.ones_like(largest))
+        of_layers = scale * ops.sqrt(ops.matmul(ops.square(norms / scale), layers))
         weights = _scale_down(of_layers, max_grad_norm / layers.shape[1] ** 0.5)
         return ops.matmul(weights, ops.transpose(layers))
 
