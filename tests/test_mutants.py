@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from keras_dp import PoissonDataset, PrivacyError, ShuffledDataset, backend
-from keras_dp.backend import tensorflow as tensorflow_backend
 from keras_dp.clipping import Clip, FlatClipping
-from keras_dp.gradients.per_example import OuterProducts
+from keras_dp.gradients.per_example import OuterProducts, Squares
 from keras_dp.noise import NoiseSource
 from keras_dp.optimizers import DPOptimizer
 
@@ -100,13 +99,17 @@ def clip_of_gradients_of_a_scaled_loss():
 
 
 def norm_that_omits_the_first_weight():
-    norms = tensorflow_backend._norms
-    return tensorflow_backend, "_norms", lambda gradients: norms(gradients[1:])
+    columns = Squares.columns
+    return (
+        Squares,
+        "columns",
+        staticmethod(lambda found, like: columns([None, *found[1:]], like)),
+    )
 
 
 def rule_that_omits_its_kernel():
-    norms = OuterProducts.squared_norms
-    return OuterProducts, "squared_norms", lambda self: 0.0 * norms(self)
+    squares = OuterProducts.squares
+    return OuterProducts, "squares", lambda self: squares(self).times(keras.ops.zeros(()))
 
 
 def division_by_the_drawn_size():

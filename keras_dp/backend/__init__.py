@@ -21,7 +21,6 @@ if keras.backend.backend() not in _SUPPORTED:
     raise ImportError(f"Keras is using its {keras.backend.backend()!r} backend. {_MEND}")
 
 from .tensorflow import (  # noqa: E402
-    SQUARES_OFF,
     BrokenMatmul,
     Counter,
     LossScale,
@@ -89,7 +88,6 @@ from .tensorflow import (  # noqa: E402
 )
 
 __all__ = [
-    "SQUARES_OFF",
     "BrokenMatmul",
     "Counter",
     "LossScale",

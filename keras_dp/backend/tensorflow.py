@@ -394,9 +394,6 @@ def _require_fixed_sizes(graph: Any, start: int) -> None:
 
 # A sum of at most this many terms is taken in one go; longer ones end in float64.
 _IN_ONE_GO = 512
-# How far, at most, a sum of squares by `sum_of_squares` is off, relative to it, with room for
-# another 500 roundings: n terms in any order are off by n roundings of 2^-24.
-SQUARES_OFF = 2.0**-14
 
 
 def roundoff(tensor: Tensor) -> float:
@@ -468,35 +465,30 @@ def require_exact_arithmetic() -> None:
         )
 
 
-def sum_of_squares(tensor: Tensor) -> Tensor:
-    """The sum of squares of each row, (rows,), in float64.
+def sum_of_squares(tensor: Tensor) -> tuple[Tensor, float]:
+    """The sum of squares of each row, (rows,), in float64, and by how much it may be off.
 
     Squares are taken in the tensor's own type. As a sum over hundreds of
     thousands of terms would round too much in float32, no more than 512 are added
-    up in it, and their sums in float64. So it is off by `SQUARES_OFF` at most,
-    and by `least_square` for each number.
+    up in it, and their sums in float64. What it may be off by is relative to it;
+    beside that, each number may lose a `least_square`.
     """
-    sizes = tensor.shape[1:]
-    if sizes.rank == 0:
-        tensor, sizes = tensor[:, tf.newaxis], [1]
+    sizes = list(tensor.shape[1:])
     if None in sizes:
-        size = sizes[-1]
-        rows = tf.shape(tensor)[0]
-        tensor = tf.reshape(tensor, [rows, -1]) if size is None else tensor
-        if size is None or size > _IN_ONE_GO:
-            tensor = tf.cast(tensor, tf.float64)
-        squares = tf.cast(tf.reduce_sum(tf.square(tensor), axis=-1), tf.float64)
-        return tf.reduce_sum(tf.reshape(squares, [rows, -1]), axis=1)
-    numbers = math.prod(sizes)
-    tensor = tf.reshape(tensor, [-1, numbers])
-    if numbers <= _IN_ONE_GO:
-        return tf.cast(tf.reduce_sum(tf.square(tensor), axis=1), tf.float64)
-    each = next(k for k in range(_IN_ONE_GO, 0, -1) if numbers % k == 0)
-    if each < 32:
-        each = 256
-        tensor = tf.pad(tensor, [[0, 0], [0, -numbers % each]])
-    squares = tf.square(tf.reshape(tensor, [-1, -(-numbers // each), each]))
-    return tf.reduce_sum(tf.cast(tf.reduce_sum(squares, axis=2), tf.float64), axis=1)
+        each = sizes[-1]
+        if each is None or each > _IN_ONE_GO:
+            tensor, each = tf.cast(tensor, tf.float64), 1
+    else:
+        numbers = math.prod(sizes)
+        tensor = tf.reshape(tensor, [-1, numbers])
+        each = next(k for k in range(min(numbers, _IN_ONE_GO), 0, -1) if numbers % k == 0)
+        if each < min(numbers, 32):  # hardly any divisors: filled up
+            each = 256
+            tensor = tf.pad(tensor, [[0, 0], [0, -numbers % each]])
+        tensor = tf.reshape(tensor, [-1, -(-numbers // each), each])
+    first = tf.cast(tf.reduce_sum(tf.square(tensor), axis=-1), tf.float64)
+    found = tf.reduce_sum(first, axis=list(range(1, first.shape.rank)))
+    return found, (each + 4) * roundoff(tensor)
 
 
 def numbers_each(tensor: Tensor) -> Any:
@@ -506,15 +498,14 @@ def numbers_each(tensor: Tensor) -> Any:
     return tf.cast(tf.reduce_prod(tf.shape(tensor)[1:]), tf.float64)
 
 
-def norms_in(squares: Sequence[Any], like: Tensor, dtype: str) -> Tensor:
-    """Square roots of float64 tensors of `like`'s shape, (rows,), as columns of a type.
+def norms_in(squares: Tensor, dtype: str) -> Tensor:
+    """Square roots of float64 numbers in a type.
 
-    Zeros where there is `None`. What comes near to the end of float32 is infinite:
-    its inverse would be no ordinary number.
+    What comes near to the end of float32 is infinite: its inverse would be no
+    ordinary number.
     """
-    zero = tf.zeros_like(like, tf.float64)
-    roots = tf.sqrt(tf.stack([zero if s is None else s for s in squares], axis=1))
     largest = 2.0**1000 if dtype == "float64" else 2.0**120
+    roots = tf.sqrt(squares)
     return tf.cast(tf.where(roots < largest, roots, math.inf), dtype)
 
 

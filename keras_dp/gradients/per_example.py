@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from .. import backend
@@ -49,42 +50,71 @@ class Squares:
     """Squared norms, and how far from what is really added they may be.
 
     Formal guarantee: what `weighted_sum` adds for example i alone has a norm of at
-    most `c_i (sqrt(value_i + slack_i) + linear_i)`. Assumed is arithmetic of IEEE
-    754 with rounding to nearest, sums in any order, and that numbers below the
-    smallest normal one may become 0: then a sum of n products `x_k y_k` is off by
-    at most `n u sum_k |x_k y_k|` (u = 2^-24 for float32) and n times that number.
+    most `c_i (sqrt((1 + relative) value_i + slack_i) + linear_i)`. Assumed is
+    arithmetic of IEEE 754 with rounding to nearest, sums in any order, and that
+    numbers below the smallest normal one may become 0: then a sum of n products
+    `x_k y_k` is off by at most `n u sum_k |x_k y_k|` (u = 2^-24 for float32), and
+    n times that number.
 
     Args:
         value: `||G_i||^2` as computed, (B,), float64.
-        slack: By how much that may be too little, (B,), float64.
-        linear: By how much the sum may be off, at weight 1, (B,), float64.
+        relative: By what part of it that may be too little.
+        slack: By how much more, (B,), float64, or one number for all.
+        linear: By how much the sum may be off, at weight 1, likewise.
     """
 
     value: Any
-    slack: Any
-    linear: Any
+    relative: float = 0.0
+    slack: Any = 0.0
+    linear: Any = 0.0
 
     @classmethod
     def of(cls, tensor: Any) -> Squares:
         """Of gradients that are written out, (B, ...): what is added is what is squared."""
-        value = backend.sum_of_squares(tensor)
+        value, off = backend.sum_of_squares(tensor)
         lost = backend.numbers_each(tensor) * (2 * backend.least_square(tensor))
-        return cls(value, value * backend.SQUARES_OFF + lost, ops.zeros_like(value))
+        return cls(value, off + 4 * backend.roundoff(tensor), lost)
+
+    @property
+    def most(self) -> Any:
+        """The square of the most that the gradients may be, without the sum's rounding."""
+        return self.value * (1 + self.relative) + self.slack
 
     @property
     def at_most(self) -> Any:
         """The square of the most that an example may add at weight 1."""
-        return ops.square(ops.sqrt(self.value + self.slack) + self.linear)
-
-    def added_to(self, linear: Any) -> Squares:
-        """With more that the sum may be off by."""
-        return Squares(self.value, self.slack, self.linear + linear)
+        return ops.square(ops.sqrt(self.most) + self.linear)
 
     def times(self, factors: Any) -> Squares:
         """Of gradients times factors, (B,), powers of two."""
         factors = ops.abs(ops.cast(factors, "float64"))
         square = ops.square(factors)
-        return Squares(self.value * square, self.slack * square, self.linear * factors)
+        return Squares(
+            self.value * square, self.relative, self.slack * square, self.linear * factors
+        )
+
+    @staticmethod
+    def columns(found: Sequence[Squares | None], like: Any) -> tuple[Any, Any]:
+        """Those of several weights as columns, (B, weights): as computed, and at most.
+
+        Args:
+            found: Of each weight; zeros where there is `None`.
+            like: A tensor of shape (B,).
+        """
+        zero = ops.cast(ops.zeros_like(like), "float64")
+        every = [Squares(zero) if s is None else s for s in found]
+
+        def gathered(numbers: list[Any]) -> Any:
+            fixed = np.array([n if isinstance(n, float) else 0.0 for n in numbers])
+            if all(isinstance(n, float) for n in numbers):
+                return fixed
+            tensors = [zero if isinstance(n, float) else zero + n for n in numbers]
+            return ops.stack(tensors, axis=1) + fixed
+
+        value = ops.stack([s.value for s in every], axis=1)
+        most = value * np.array([1 + s.relative for s in every])
+        most = ops.sqrt(most + gathered([s.slack for s in every]))
+        return value, ops.square(most + gathered([s.linear for s in every]))
 
 
 class PerExample(abc.ABC):
@@ -218,10 +248,10 @@ class OuterProducts(PerExample):
     def squares(self) -> Squares:
         if len(self.left.shape) == 2:
             left, right = (Squares.of(t) for t in self._exact())
-            value = left.value * right.value
-            # What is over in the bound of the two sums is more than the product's own rounding.
-            most = (left.value + left.slack) * (right.value + right.slack)
-            return Squares(value, most - value, ops.zeros_like(value))
+            # The product's own rounding, and that of the sum, are in the bounds of the two.
+            most = (1 + left.relative) * (1 + right.relative) - 1
+            lost = left.most * right.slack + right.most * left.slack
+            return Squares(left.value * right.value, most, lost)
         d, p, positions = self.left.shape[-1], self.right.shape[-1], self.left.shape[-2]
         if positions is not None:
             if d * p <= positions * (d + p):
@@ -229,17 +259,20 @@ class OuterProducts(PerExample):
             return self._gram()
         length = ops.shape(self.left)[-2]
 
-        def parts(found: Squares) -> list[Any]:
-            return [found.value, found.slack, found.linear]
+        def parts(found: Squares, linear: Any) -> list[Any]:
+            return [found.value, found.most - found.value, linear]
 
-        return Squares(
-            *backend.branch(
-                length * length <= d * p,
-                lambda: parts(self._gram()),
-                # What is added is not what is squared here, and may be off the other way.
-                lambda: parts(Squares.of(self._multiplied()).added_to(2 * self.sum_off())),
-            )
+        def by_pairs() -> list[Any]:
+            found = self._gram()
+            return parts(found, found.linear)
+
+        value, slack, linear = backend.branch(
+            length * length <= d * p,
+            by_pairs,
+            # What is added is not what is squared here, and may be off the other way.
+            lambda: parts(Squares.of(self._multiplied()), 2 * self.sum_off()),
         )
+        return Squares(value, 0.0, slack, linear)
 
     def _gram(self) -> Squares:
         left, right = self._exact()
@@ -365,7 +398,7 @@ class Rows(PerExample):
         linear = 2 * _OF_A_BOUND * backend.products_off(right) * ops.sqrt(off)
         relative = (width + 8) * backend.roundoff(right)
         lost = backend.numbers_each(right) * (2 * backend.least_square(right))
-        return Squares(value, value * relative + lost, linear)
+        return Squares(value, relative, lost, linear)
 
     def weighted_sum(self, clip_weights: Any) -> Any:
         right = backend.at_least_float32(self.right)
@@ -423,18 +456,21 @@ class _Tied(PerExample):
         # rounding goes with the other part's size.
         least = backend.least_square(left) / backend.roundoff(left)
         sizes = [ops.sum(ops.square(t), axis=-1) + t.shape[-1] * least for t in (right, looked_up)]
-        most = ops.sum(ops.abs(chosen) * (
-            ops.expand_dims(ops.sqrt(sizes[0]), 2) * ops.expand_dims(ops.sqrt(sizes[1]), 1)
-        ), axis=2)
+        most = ops.sum(
+            ops.abs(chosen)
+            * (ops.expand_dims(ops.sqrt(sizes[0]), 2) * ops.expand_dims(ops.sqrt(sizes[1]), 1)),
+            axis=2,
+        )
         most = ops.sum(ops.cast(most, "float64"), axis=1)
         count = backend.numbers_each(chosen) * backend.least_square(left)
         terms = _number(ops.shape(chosen)[2]) + right.shape[-1] + 4
         off = terms * backend.roundoff(left) + backend.products_off(left)
-        slack = rows.slack + products.slack + 2 * _OF_A_BOUND * (off * most + 2 * count)
+        slack = rows.most - rows.value + products.most - products.value
+        slack = slack + 2 * _OF_A_BOUND * (off * most + 2 * count)
         linear = rows.linear + products.linear
         sizes_of_both = ops.sqrt(rows.at_most) + ops.sqrt(products.at_most)
         linear = linear + 2 * backend.roundoff(left) * sizes_of_both
-        return Squares(ops.maximum(value, 0.0), slack, linear)
+        return Squares(ops.maximum(value, 0.0), 0.0, slack, linear)
 
     def weighted_sum(self, clip_weights: Any) -> Any:
         return self.rows_part.weighted_sum(clip_weights) + self.products_part.weighted_sum(
@@ -606,7 +642,7 @@ def squares_of_pairs(left: Any, right: Any, left_off: float, right_off: float) -
     slack = slack + 4 * left_off * right_off * ops.square(together)
     slack = _OF_A_BOUND * slack + 4 * least * length * length
     linear = _sum_off(left_sizes, right_sizes, left)
-    return Squares(ops.maximum(value, 0.0), slack, linear)
+    return Squares(ops.maximum(value, 0.0), 0.0, slack, linear)
 
 
 def _sum_off(left_sizes: Any, right_sizes: Any, like: Any) -> Any:
@@ -625,11 +661,11 @@ def _sum_off(left_sizes: Any, right_sizes: Any, like: Any) -> Any:
 
 def added_up(found: Squares, parts: Any) -> Squares:
     """Of examples that consist of several consecutive parts."""
-    sums = (
+    value, slack, linear = (
         ops.sum(ops.reshape(t, (-1, parts)), axis=1)
         for t in (found.value, found.slack, found.linear)
     )
-    return Squares(*sums)
+    return Squares(value, found.relative, slack, linear)
 
 
 def _sum_of_sums(tensor: Any) -> Any:
@@ -682,12 +718,8 @@ def clipped_sums(
         """As computed, and the most that they may be."""
         squares = iter([g.squares() for g in forms])
         every = [None if g is None else next(squares) for g in gradients]
-        columns = (
-            [None if s is None else s.value for s in every],
-            [None if s is None else s.at_most for s in every],
-        )
-        computed, most = (backend.norms_in(c, real, dtype) / views for c in columns)
-        return computed, most
+        computed, most = Squares.columns(every, real)
+        return backend.norms_in(computed, dtype) / views, backend.norms_in(most, dtype) / views
 
     def weights_for(norms: Any) -> Any:
         return backend.masked(clip(norms), real) / views
@@ -697,9 +729,7 @@ def clipped_sums(
         return [
             backend.no_gradient_of(v)
             if g is None
-            else ops.cast(
-                next(remaining).weighted_sum(backend.column(clip_weights, k)), g.dtype
-            )
+            else ops.cast(next(remaining).weighted_sum(backend.column(clip_weights, k)), g.dtype)
             for k, (g, v) in enumerate(zip(gradients, variables, strict=True))
         ]
 

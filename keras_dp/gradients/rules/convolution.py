@@ -257,9 +257,9 @@ class Filters(PerExample):
             )
         )
         value = ops.sum(ops.reshape(total, (-1, self.shape[-1])), axis=1)
-        off = 2 * backend.SQUARES_OFF + backend.products_off(written)
+        off = (each + 8) * backend.roundoff(written) + backend.products_off(written)
         lost = 2 * math.prod(self.shape) * backend.least_square(written)
-        return Squares(value, value * off + lost, ops.zeros_like(value))
+        return Squares(value, off, lost)
 
     def _gram_is_smaller(self) -> bool:
         if None in (*self.x.shape[1:], *self.g.shape[1:]):
