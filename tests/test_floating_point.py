@@ -387,7 +387,7 @@ WAYS = {
 def test_rule_15_two_uses_of_a_layer_that_nearly_cancel(way):
     lengths = alone(difference_model(), *difference_data(), **WAYS[way])
     assert lengths.max() <= MOST
-    assert lengths.min() >= 1 - 1e-3
+    assert lengths.min() >= (0.99 if way == "automatic" else 1 - 1e-3)  # C / (norm + 0.01)
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "float64"])
