@@ -37,8 +37,10 @@ __all__ = [
     "combined",
 ]
 
-# Products of pairs are added up over at most this many numbers in one go.
-_CHUNK = 128
+# Products of pairs of positions are added up over at most `_CHUNK` numbers in one go where they
+# would be too far off otherwise: where positions times numbers are more than `_WHOLE`. Below
+# that, even random upstream gradients of inputs that are all alike need no float64.
+_CHUNK, _WHOLE = 128, 2**15
 # An example is never clipped more than this harder than its computed norm asks for, if float64
 # can help it.
 _HARDER = 5e-4
@@ -598,8 +600,9 @@ def pairs(tensor: Any) -> tuple[Any, float]:
 
     That is relative to the product of the lengths of the two.
     """
-    width = tensor.shape[-1]
-    count = max(1, -(-width // _CHUNK))
+    length, width = tensor.shape[-2:]
+    whole = (length or _CHUNK) * width <= _WHOLE
+    count = 1 if whole else -(-width // _CHUNK)
     each = -(-width // count)
     parts = ops.split(tensor, list(range(each, width, each)), axis=-1) if count > 1 else [tensor]
     found = [backend.exactly(ops.matmul, t, ops.swapaxes(t, -1, -2)) for t in parts]
