@@ -191,7 +191,7 @@ MUTANTS = [
     (one_noise_for_all_variables_of_a_shape, checks.variables_of_one_shape_draw_unrelated_noise),
     (no_clip, checks.one_example_changes_the_sum_by_at_most_c),
     (no_clip, checks.noise_has_the_sensitivity_of_the_clip),
-    (clip_that_spares_what_is_not_finite, checks.one_example_changes_the_sum_by_at_most_c),
+    (clip_that_spares_what_is_not_finite, checks.noise_has_the_sensitivity_of_the_clip),
     (clip_of_gradients_of_a_scaled_loss, checks.clipped_sums_are_those_of_the_loop),
     (norm_that_omits_the_first_weight, vectorized_neighbours),
     (rule_that_omits_its_kernel, checks.clipped_sums_are_those_of_the_loop),
