@@ -153,8 +153,7 @@ class Clipping:
         return cls(**config)
 
 
-def _total(norms: Any) -> Any:
-    return ops.sqrt(ops.sum(ops.square(norms), axis=1))
+_total = backend.total_norms
 
 
 def _scale_down(norms: Any, bound: Any) -> Any:
@@ -211,6 +210,14 @@ class SplitNoise:
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """What an engine is given: a strategy with C, held to what it promises.
+
+    Formal guarantee: `sum_v (w_iv n_iv)^2 <= (sensitivity (1 + 1e-6))^2` for the
+    norms n_iv that it is given, whatever the strategy and however large or small they
+    are. Engines give it at least the norm of what each example really adds,
+    rounding included (`keras_dp.gradients.per_example.clipped_sums`), so an
+    example adds at most `sensitivity (1 + 1e-4)`. Assumed of the arithmetic:
+    IEEE 754 with rounding to nearest, sums in any order; numbers too small for
+    their type may become 0.
 
     Args:
         strategy: The strategy.
@@ -354,11 +361,16 @@ class FlatClipping(Clipping):
     al. 2016, arXiv 1607.00133, algorithm 1).
 
     Formal guarantee: `||c_i g_i|| <= C` for every example, so adding, removing
-    or zeroing one example changes the sum by at most `C` in L2 norm.
+    or zeroing one example changes the sum by at most `C` in L2 norm. In floating
+    point, for every finite input, `||c_i g_i|| <= C (1 + 1e-4)`, by a bound on
+    rounding: `||g_i||` is the most that the norm of what is added may be. What
+    is assumed of the arithmetic, `keras_dp.gradients.per_example.Squares` says.
 
     Edge cases: a gradient of norm 0 keeps weight 1 (and adds 0); a norm that is
-    infinite or not a number, from a non-finite gradient or one whose square
-    overflows, gets weight 0: that example contributes nothing.
+    infinite or not a number, or above 1e36 in float32, gets weight 0: that
+    example contributes nothing. Where little is known of a norm, because
+    numbers millions of times as large cancel in the gradient, the example is
+    clipped harder.
     """
 
     name = "flat"
@@ -397,7 +409,11 @@ class PerLayerClipping(Clipping):
     def __call__(self, norms: Any, max_grad_norm: Any) -> Any:
         """Clip weights, (rows, variables), from norms, (rows, variables)."""
         layers = ops.cast(self._layers, norms.dtype)
-        of_layers = ops.sqrt(ops.matmul(ops.square(norms), layers))
+        # Scaled by the largest: no square leaves the range of its type.
+        largest = ops.max(norms, axis=1, keepdims=True)
+        usual = ops.logical_and(largest > 0, ops.isfinite(largest))
+        scale = ops.where(usual, largest, ops.ones_like(largest))
+        of_layers = scale * ops.sqrt(ops.matmul(ops.square(norms / scale), layers))
         weights = _scale_down(of_layers, max_grad_norm / layers.shape[1] ** 0.5)
         return ops.matmul(weights, ops.transpose(layers))
 

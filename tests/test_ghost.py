@@ -26,6 +26,7 @@ from reference import (
 import keras_dp
 from keras_dp import PrivacyError, backend, keras_private
 from keras_dp.gradients import Batch, ExampleLoss, ghost
+from keras_dp.gradients.per_example import Instantiated, clipped_sums
 from keras_dp.gradients.rules import registry, rule_for
 
 pytestmark = [
@@ -1189,7 +1190,11 @@ def largest_tensor(model, x, y, gradients):
         real, clip = tf.ones([BATCH], tf.bool), flat(1.0)
         if gradients == "ghost":
             return ghost.GhostEngine(one)(leaves, real, clip)
-        return backend.vectorized_engine(one, one.variables, leaves, real, clip)
+
+        def clipped(found, real):
+            return clipped_sums([Instantiated(g) for g in found], one.variables, clip, real)
+
+        return backend.vectorized_engine(one, one.variables, leaves, real, clipped)
 
     specs = [tf.TensorSpec(t.shape, t.dtype) for t in leaves]
     graph = tf.function(run, autograph=False).get_concrete_function(specs).graph

@@ -28,7 +28,7 @@ from reference import (
 import keras_dp
 from keras_dp import backend, keras_private
 from keras_dp.gradients import Batch, Engine, EngineOptions, ExampleLoss, ghost
-from keras_dp.gradients.per_example import Instantiated, OuterProducts, Rows, combined
+from keras_dp.gradients.per_example import Instantiated, OuterProducts, Rows, Squares, combined
 from keras_dp.gradients.rules import convolution, registry
 from keras_dp.gradients.rules.convolution import Filters
 
@@ -323,9 +323,9 @@ def test_a_convolution_takes_the_smaller_of_two_ways_to_its_norms(shape, filters
     made = []
 
     class Spied(Filters):
-        def squared_norms(self):
+        def squares(self):
             made.append(self)
-            return super().squared_norms()
+            return super().squares()
 
         def _gram(self):
             made.append("_gram")
@@ -1032,8 +1032,8 @@ def scaled(factor):
 class NormsSquaredTwice(Instantiated):
     """Its norms aren't those of its sums."""
 
-    def squared_norms(self):
-        return ops.square(super().squared_norms())
+    def squares(self):
+        return Squares(ops.square(super().squares().value))
 
 
 def wrong_norms(unit, pairs, *_):
@@ -1056,8 +1056,8 @@ def lora_without_its_scale(unit, pairs, *_):
 class EachPositionAlone(Rows):
     """Takes every position for a row of its own."""
 
-    def squared_norms(self):
-        return ops.sum(ops.square(self.right), axis=(1, 2))
+    def squares(self):
+        return Squares.of(self.right)
 
 
 def repeated_ids_told_apart(unit, pairs, *_):
@@ -1245,7 +1245,7 @@ def test_filters_agree_with_themselves_written_out(size, channels, gram, padding
     assert form._gram_is_smaller() == gram
     norms = form.squared_norms()
     assert ("_written_out" in form.__dict__) != gram
-    np.testing.assert_allclose(form._gram(), norms, rtol=TOLERANCE)
+    np.testing.assert_allclose(form._gram().value, norms, rtol=TOLERANCE)
     require_form_of(Filters(x, g, shape, *settings), wanted)
     require_form_of(Filters(x, g, shape, *settings).folded(2), pairs_added(wanted))
 

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -16,14 +17,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from ..errors import PrivacyError
 from .operations import all_operations, require_nothing_kept
 
 Tensor = Any
 # One example's loss, and whatever else should come back for it, from the
 # values of the weights and that example's tensors (none has a batch axis).
 ExampleFunction = Callable[[list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
-# Clip weights, (rows,) or (rows, variables), from per-example norms, (rows, variables).
-ClipFunction = Callable[[Tensor], Tensor]
+# Clipped sums and norms, (rows, variables), from per-example gradients, each (rows, ...), and a
+# mask, (rows,), of those that are real.
+ClippedSums = Callable[[list[Tensor], Tensor], tuple[list[Tensor], Tensor]]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -369,19 +372,6 @@ def _example_gradients(
     return gradients, at_least_float32(loss), extra
 
 
-def _norms(gradients: Sequence[Tensor]) -> Tensor:
-    """Euclidean norms, (rows, gradients), of gradients of shape (rows, ...)."""
-    squares = [tf.reduce_sum(tf.square(g), axis=tuple(range(1, g.shape.rank))) for g in gradients]
-    return roots(squares, squares[0])
-
-
-def _weighted_sum(gradients: Tensor, clip_weights: Tensor) -> Tensor:
-    """sum_i c_i g_i, where a weight of 0 silences even what isn't finite."""
-    c = tf.cast(clip_weights, gradients.dtype)
-    c = tf.reshape(c, tf.concat([tf.shape(c), [1] * (gradients.shape.rank - 1)], 0))
-    return tf.reduce_sum(tf.math.multiply_no_nan(gradients, c), axis=0)
-
-
 # Operations whose result has a size that depends on the values they are given.
 _VARYING_SIZES = {"DynamicPartition", "ListDiff", "RaggedRange", "StringSplit", "StringSplitV2"}
 _VARYING_SIZES |= {"Unique", "UniqueV2", "UniqueWithCounts", "Where"}
@@ -399,6 +389,125 @@ def _require_fixed_sizes(graph: Any, start: int) -> None:
     for op in all_operations(graph, start):
         if op.type in _VARYING_SIZES:
             raise NotImplementedError(f"the size of the result of {op.type} depends on the data")
+
+
+# -- rounding ------------------------------------------------------------------------------
+
+# A sum of at most this many terms is taken in one go; longer ones end in float64.
+_IN_ONE_GO = 512
+
+
+def roundoff(tensor: Tensor) -> float:
+    """By how much, relative to it, one operation on numbers of this type rounds at most."""
+    return 2.0**-53 if tensor.dtype == tf.float64 else 2.0**-24
+
+
+def products_off(tensor: Tensor) -> float:
+    """By how much a product inside of `exactly` is off at most, beside rounding of its sum."""
+    if tensor.dtype == tf.float64 or not multiplies_coarsely():
+        return roundoff(tensor)
+    return 2.0**-19
+
+
+def least_square(tensor: Tensor) -> float:
+    """What a square, or product, may lose where numbers are too small for their type.
+
+    TensorFlow sets what is smaller than this to 0.
+    """
+    return float(np.finfo("float64" if tensor.dtype == tf.float64 else "float32").tiny)
+
+
+def multiplies_coarsely() -> bool:
+    """Whether products of float32 matrices are computed from rounded factors: TF32, on GPUs."""
+    return tf.config.experimental.tensor_float_32_execution_enabled() and bool(
+        tf.config.list_physical_devices("GPU")
+    )
+
+
+def exactly(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """A product, linear in both of its factors, as exact as float32 even where that isn't used.
+
+    On a GPU that rounds factors to TF32 (11 bits), each is split into two parts that fit.
+    """
+    if a.dtype == tf.float64 or not multiplies_coarsely():
+        return product(a, b)
+    (high_a, low_a), (high_b, low_b) = _split(a), _split(b)
+    return product(high_a, high_b) + (product(high_a, low_b) + product(low_a, high_b))
+
+
+def _split(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The first 11 bits of every number, and the rest. In bits, which no compiler rearranges."""
+    bits = tf.bitwise.bitwise_and(tf.bitcast(tensor, tf.int32), tf.constant(-(2**13), tf.int32))
+    high = tf.bitcast(bits, tf.float32)
+    return high, tensor - high
+
+
+def require_exact_arithmetic() -> None:
+    """Refuses settings by which float32 operations are computed in half precision unseen.
+
+    Raises:
+        PrivacyError: Naming the setting.
+    """
+    modes = ("TF_SET_ONEDNN_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+    coarse = [name for name in modes if os.environ.get(name, "strict").lower() != "strict"]
+    options = tf.config.optimizer.get_experimental_options()
+    rewritten = [k for k, on in options.items() if k.startswith("auto_mixed_precision") and on]
+    if coarse or rewritten:
+        where = (
+            f"the environment variable {coarse[0]}={os.environ[coarse[0]]}"
+            if coarse
+            else f"tf.config.optimizer.set_experimental_options({{{rewritten[0]!r}: True}})"
+        )
+        raise PrivacyError(
+            f"With {where} TensorFlow computes float32 operations in half precision, so that "
+            "norms are not exact enough to clip by. Take it out; for faster training set "
+            'keras.mixed_precision.set_dtype_policy("mixed_bfloat16"), whose gradients are '
+            "clipped in float32."
+        )
+
+
+def sum_of_squares(tensor: Tensor) -> tuple[Tensor, float]:
+    """The sum of squares of each row, (rows,), in float64, and by how much it may be off.
+
+    Squares are taken in the tensor's own type. As a sum over hundreds of
+    thousands of terms would round too much in float32, no more than 512 are added
+    up in it, and their sums in float64. What it may be off by is relative to it;
+    beside that, each number may lose a `least_square`.
+    """
+    sizes = list(tensor.shape[1:])
+    if None in sizes:
+        each = sizes[-1]
+        if each is None or each > _IN_ONE_GO:
+            tensor, each = tf.cast(tensor, tf.float64), 1
+    else:
+        numbers = math.prod(sizes)
+        tensor = tf.reshape(tensor, [-1, numbers])
+        each = next(k for k in range(min(numbers, _IN_ONE_GO), 0, -1) if numbers % k == 0)
+        if each < min(numbers, 32):  # hardly any divisors: filled up
+            each = 256
+            tensor = tf.pad(tensor, [[0, 0], [0, -numbers % each]])
+        tensor = tf.reshape(tensor, [-1, -(-numbers // each), each])
+    first = tf.cast(tf.reduce_sum(tf.square(tensor), axis=-1), tf.float64)
+    found = tf.reduce_sum(first, axis=list(range(1, first.shape.rank)))
+    return found, (each + 4) * roundoff(tensor)
+
+
+def numbers_each(tensor: Tensor) -> Any:
+    """How many numbers a row of the tensor has: a number, or a float64 scalar tensor."""
+    if None not in tensor.shape[1:]:
+        return float(math.prod(tensor.shape[1:]))
+    return tf.cast(tf.reduce_prod(tf.shape(tensor)[1:]), tf.float64)
+
+
+def norms_in(squares: Tensor, dtype: str) -> Tensor:
+    """Square roots of float64 numbers in a type.
+
+    What comes near to the end of float32 is infinite: its inverse would be no
+    ordinary number.
+    """
+    largest = 2.0**1000 if dtype == "float64" else 2.0**120
+    roots = tf.sqrt(squares)
+    return tf.cast(tf.where(roots < largest, roots, math.inf), dtype)
 
 
 # -- pieces of the ghost engine ------------------------------------------------------------
@@ -502,20 +611,16 @@ def no_gradient_of(variable: Any) -> Tensor:
     return tf.zeros(variable.shape, at_least_float32(tf.zeros((), variable.dtype)).dtype)
 
 
-def roots(squares: Sequence[Any], like: Tensor) -> Tensor:
-    """The square roots of tensors of `like`'s shape, (rows,), as columns, in the finest type.
-
-    Zeros where there is `None`.
-    """
-    found = [s for s in squares if s is not None]
-    dtype = max((s.dtype for s in (*found, like)), key=lambda d: d.size)
-    columns = [tf.zeros_like(like, dtype) if s is None else tf.cast(s, dtype) for s in squares]
-    return tf.sqrt(tf.stack(columns, axis=1))
-
-
 def total_norms(norms: Tensor) -> Tensor:
-    """Norms of whole gradients, (rows,), from those of their parts, (rows, parts)."""
-    return tf.sqrt(tf.reduce_sum(tf.square(norms), axis=1))
+    """Norms of whole gradients, (rows,), from those of their parts, (rows, parts).
+
+    Scaled by the largest, so that no square leaves the range of its type.
+    """
+    largest = tf.reduce_max(tf.abs(norms), axis=1)
+    usual = tf.logical_and(largest > 0, tf.math.is_finite(largest))
+    scale = tf.where(usual, largest, tf.ones_like(largest))
+    squares = tf.reduce_sum(tf.square(norms / scale[:, tf.newaxis]), axis=1)
+    return scale * tf.sqrt(squares)
 
 
 def column(weights: Tensor, number: int) -> Tensor:
@@ -645,31 +750,6 @@ def map_weight_gradients(
     return [next(found) if r else None for r in reached]
 
 
-def filter_gradient(
-    x: Tensor,
-    g: Tensor,
-    shape: Sequence[int],
-    strides: Any,
-    padding: str,
-    dilation: Any,
-    groups: int,
-) -> Tensor:
-    """The gradient of a convolution's filters, summed over the examples.
-
-    Args:
-        x: Inputs, (B, *space, channels).
-        g: The gradient at the outputs, (B, *space', filters).
-        shape: Of the filters, (*kernel, channels / groups, filters).
-        strides, padding, dilation, groups: Of the convolution.
-    """
-    del groups  # the shapes tell
-    filters = tf.zeros(shape, x.dtype)
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(filters)
-        outputs = keras.ops.conv(x, filters, strides, padding, "channels_last", dilation)
-    return tape.gradient(outputs, filters, output_gradients=g)
-
-
 def filter_gradients(
     x: Tensor,
     g: Tensor,
@@ -682,9 +762,15 @@ def filter_gradients(
     """Each example's gradient of a convolution's filters: (*kernel, channels, B, filters).
 
     In one or two dimensions it is one gradient, of a convolution that has the
-    examples folded into its channels, a group of them each. Arguments as for
-    `filter_gradient`.
+    examples folded into its channels, a group of them each.
+
+    Args:
+        x: Inputs, (B, *space, channels).
+        g: The gradient at the outputs, (B, *space', filters).
+        shape: Of the filters, (*kernel, channels / groups, filters).
+        strides, padding, dilation, groups: Of the convolution.
     """
+    del groups  # the shapes tell
     if x.shape.rank > 4 or not _folded_filter_gradients_work():
 
         def one(weights: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
@@ -816,7 +902,7 @@ def vectorized_engine(
     variables: Sequence[Any],
     leaves: list[Tensor],
     real: Tensor,
-    clip: ClipFunction,
+    clipped: ClippedSums,
     *,
     weights_per_example: bool = False,
 ) -> EngineResult:
@@ -827,7 +913,7 @@ def vectorized_engine(
         variables: What gradients are taken with respect to.
         leaves: The examples' tensors, each (rows, ...).
         real: Mask, (rows,); rows where it is false add nothing.
-        clip: Clip weights from norms.
+        clipped: Clipped sums and norms from written-out gradients.
         weights_per_example: Give every example a copy of the weights. Slower,
             but multiplications of a batch with a shared matrix, which some
             TensorFlow builds get wrong (see `emits_broken_matmul`), become
@@ -847,9 +933,7 @@ def vectorized_engine(
         return _example_gradients(one, list(args[0]) or weights, list(args[1]))
 
     gradients, losses, extra = _map(gradients_of, mapped)
-    norms = _norms(gradients)
-    clip_weights = masked(clip(norms), real)
-    sums = [_weighted_sum(g, column(clip_weights, k)) for k, g in enumerate(gradients)]
+    sums, norms = clipped(gradients, real)
     return sums, norms, losses, extra
 
 
@@ -858,7 +942,7 @@ def loop_engine(
     variables: Sequence[Any],
     leaves: list[Tensor],
     real: Tensor,
-    clip: ClipFunction,
+    clipped: ClippedSums,
 ) -> EngineResult:
     """Clipped sum by one example at a time. Right for anything; the slowest.
 
@@ -868,11 +952,8 @@ def loop_engine(
 
     def example(index: Tensor) -> Any:
         gradients, loss, extra = _example_gradients(one, weights, [t[index] for t in leaves])
-        gradients = [g[tf.newaxis] for g in gradients]
-        norms = _norms(gradients)
-        clip_weights = masked(clip(norms), real[index : index + 1])
-        clipped = [_weighted_sum(g, column(clip_weights, k)) for k, g in enumerate(gradients)]
-        return clipped, norms[0], loss, extra
+        sums, norms = clipped([g[tf.newaxis] for g in gradients], real[index : index + 1])
+        return sums, norms[0], loss, extra
 
     rows = tf.shape(leaves[0])[0]
     if tf.executing_eagerly():
@@ -894,8 +975,8 @@ def loop_engine(
     totals = [tf.zeros(s.shape, s.dtype) for s in spec[0]]
 
     def body(i: Tensor, totals: list[Tensor], arrays: list[Any]) -> Any:
-        clipped, *rest = traced(i)
-        totals = [t + g for t, g in zip(totals, clipped, strict=True)]
+        sums, *rest = traced(i)
+        totals = [t + g for t, g in zip(totals, sums, strict=True)]
         arrays = [a.write(i, r) for a, r in zip(arrays, tf.nest.flatten(rest), strict=True)]
         return i + 1, totals, arrays
 

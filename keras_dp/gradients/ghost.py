@@ -23,7 +23,7 @@ from keras import ops, tree
 
 from .. import backend, keras_private
 from .example import ExampleLoss
-from .per_example import Instantiated, PerExample, Scaled, combined
+from .per_example import Instantiated, PerExample, Scaled, clipped_sums, combined
 from .rules import NoRule, Unit, alone, overridden, rule_for, vectorized
 
 __all__ = ["GhostEngine", "NotPossible"]
@@ -101,7 +101,10 @@ class GhostEngine:
     Formal guarantee: that of every engine: example i enters the sums only
     through c_i g_i, g_i the gradient of its own loss. It holds for models whose
     layers keep the examples of a batch apart, which is tried before the engine
-    is used.
+    is used. The norms that c_i follows from are computed by other formulas than
+    the sums, so that each comes with a bound on how far the two may be apart in
+    floating point, and c_i is such that even then example i adds at most C (1 + 1e-4):
+    see `clipped_sums`.
 
     Args:
         example_loss: The loss of one example, and the model.
@@ -134,26 +137,8 @@ class GhostEngine:
         if views > 1:
             losses = ops.mean(ops.reshape(losses, (-1, views)), axis=1)
             extra = [t[::views] for t in extra]
-        found = [g for g in gradients if g is not None]
-        norms = backend.roots([None if g is None else g.squared_norms() for g in gradients], losses)
-        norms = norms / views
-        clip_weights = backend.masked(clip(norms), real) / views
-        # 0 times what isn't finite isn't 0: empty those examples first.
-        bad = ops.logical_not(ops.isfinite(backend.total_norms(norms)))
-        cleaned = iter(
-            backend.branch(
-                ops.any(bad),
-                lambda: [t for g in found for t in g.emptied(bad)],
-                lambda: [backend.copy_of(t) for g in found for t in g.tensors()],
-            )
-        )
-        finite = iter([g.with_tensors([next(cleaned) for _ in g.tensors()]) for g in found])
-        sums = [
-            backend.no_gradient_of(v)
-            if g is None
-            else next(finite).weighted_sum(backend.column(clip_weights, k))
-            for k, (g, v) in enumerate(zip(gradients, self.example_loss.variables, strict=True))
-        ]
+        variables = self.example_loss.variables
+        sums, norms = clipped_sums(gradients, variables, clip, real, views=views)
         return sums, norms, losses, extra
 
     def _all_views(self, leaves: list[Any]) -> list[Any]:

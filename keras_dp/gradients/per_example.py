@@ -5,30 +5,130 @@ how to take norms and clipped sums of it, most of them without ever writing the
 gradients out: B examples of a (d, p) matrix are B d p numbers, while the two
 factors that they are products of are B T (d + p).
 
-All sums are taken in float32 at least.
+All sums are taken in float32 at least. As they round, every form says with its
+norms by how much they may be off (`Squares`), and an example is clipped by the
+most that its gradient may be. Where that would be much more than it seems to
+be, because large numbers cancel or leave the range of float32, `clipped_sums`
+computes norms and sums once more in float64.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from .. import backend
 
-__all__ = ["Instantiated", "OuterProducts", "PerExample", "Rows", "Scaled", "combined"]
+__all__ = [
+    "Instantiated",
+    "OuterProducts",
+    "PerExample",
+    "Rows",
+    "Scaled",
+    "Squares",
+    "clipped_sums",
+    "combined",
+]
+
+# Products of pairs of positions are added up over at most `_CHUNK` numbers in one go where they
+# would be too far off otherwise: where positions times numbers are more than `_WHOLE`. Below
+# that, even random upstream gradients of inputs that are all alike need no float64.
+_CHUNK, _WHOLE = 128, 2**15
+# An example is never clipped more than this harder than its computed norm asks for, if float64
+# can help it.
+_HARDER = 5e-4
+_OF_A_BOUND = 1.01  # for the rounding of the bounds themselves
+
+
+@dataclasses.dataclass(frozen=True)
+class Squares:
+    """Squared norms, and how far from what is really added they may be.
+
+    Formal guarantee: what `weighted_sum` adds for example i alone has a norm of at
+    most `c_i (sqrt((1 + relative) value_i + slack_i) + linear_i)`. Assumed is
+    arithmetic of IEEE 754 with rounding to nearest, sums in any order, and that
+    numbers below the smallest normal one may become 0: then a sum of n products
+    `x_k y_k` is off by at most `n u sum_k |x_k y_k|` (u = 2^-24 for float32), and
+    n times that number.
+
+    Args:
+        value: `||G_i||^2` as computed, (B,), float64.
+        relative: By what part of it that may be too little.
+        slack: By how much more, (B,), float64, or one number for all.
+        linear: By how much the sum may be off, at weight 1, likewise.
+    """
+
+    value: Any
+    relative: float = 0.0
+    slack: Any = 0.0
+    linear: Any = 0.0
+
+    @classmethod
+    def of(cls, tensor: Any) -> Squares:
+        """Of gradients that are written out, (B, ...): what is added is what is squared."""
+        value, off = backend.sum_of_squares(tensor)
+        lost = backend.numbers_each(tensor) * (2 * backend.least_square(tensor))
+        return cls(value, off + 4 * backend.roundoff(tensor), lost)
+
+    @property
+    def most(self) -> Any:
+        """The square of the most that the gradients may be, without the sum's rounding."""
+        return self.value * (1 + self.relative) + self.slack
+
+    @property
+    def at_most(self) -> Any:
+        """The square of the most that an example may add at weight 1."""
+        return ops.square(ops.sqrt(self.most) + self.linear)
+
+    def times(self, factors: Any) -> Squares:
+        """Of gradients times factors, (B,), powers of two."""
+        factors = ops.abs(ops.cast(factors, "float64"))
+        square = ops.square(factors)
+        return Squares(
+            self.value * square, self.relative, self.slack * square, self.linear * factors
+        )
+
+    @staticmethod
+    def columns(found: Sequence[Squares | None], like: Any) -> tuple[Any, Any]:
+        """Those of several weights as columns, (B, weights): as computed, and at most.
+
+        Args:
+            found: Of each weight; zeros where there is `None`.
+            like: A tensor of shape (B,).
+        """
+        zero = ops.cast(ops.zeros_like(like), "float64")
+        every = [Squares(zero) if s is None else s for s in found]
+
+        def gathered(numbers: list[Any]) -> Any:
+            fixed = np.array([n if isinstance(n, float) else 0.0 for n in numbers])
+            if all(isinstance(n, float) for n in numbers):
+                return fixed
+            tensors = [zero if isinstance(n, float) else zero + n for n in numbers]
+            return ops.stack(tensors, axis=1) + fixed
+
+        value = ops.stack([s.value for s in every], axis=1)
+        most = value * np.array([1 + s.relative for s in every])
+        most = ops.sqrt(most + gathered([s.slack for s in every]))
+        return value, ops.square(most + gathered([s.linear for s in every]))
 
 
 class PerExample(abc.ABC):
     """Each example's gradient of one weight, B of them."""
 
     @abc.abstractmethod
+    def squares(self) -> Squares:
+        """`||G_i||^2`, and how far off it may be."""
+
     def squared_norms(self) -> Any:
-        """`||G_i||^2`, shape (B,)."""
+        """`||G_i||^2` as computed, shape (B,)."""
+        return self.squares().value
 
     @abc.abstractmethod
     def weighted_sum(self, clip_weights: Any) -> Any:
@@ -45,6 +145,15 @@ class PerExample(abc.ABC):
     @abc.abstractmethod
     def with_tensors(self, tensors: list[Any]) -> PerExample:
         """The same form of other tensors, of the same shapes."""
+
+    @property
+    def dtype(self) -> str:
+        """The type of its sums: float64 where it is made of that, else float32."""
+        return "float64" if self.tensors()[-1].dtype == "float64" else "float32"
+
+    def in_float64(self) -> PerExample:
+        """The same gradients, norms and sums of which are taken in float64."""
+        return self.with_tensors([ops.cast(t, "float64") for t in self.tensors()])
 
     def emptied(self, bad: Any) -> list[Any]:
         """Its tensors with zeros for the examples where `bad`, (B,), is true."""
@@ -65,12 +174,12 @@ class Instantiated(PerExample):
     def __init__(self, gradients: Any) -> None:
         self.gradients = backend.at_least_float32(gradients)
 
-    def squared_norms(self) -> Any:
-        return ops.sum(ops.square(_flat(self.gradients)), axis=1)
+    def squares(self) -> Squares:
+        return Squares.of(self.gradients)
 
     def weighted_sum(self, clip_weights: Any) -> Any:
         flat = _flat(self.gradients)
-        total = ops.matmul(_row(clip_weights, flat), flat)
+        total = backend.exactly(ops.matmul, _row(clip_weights, flat), flat)
         return ops.reshape(total, self.gradients.shape[1:])
 
     def instantiate(self) -> Any:
@@ -138,28 +247,49 @@ class OuterProducts(PerExample):
         blocks = left[1] if len(left) == 4 else None
         return (blocks, left[-1], right[-1], self.shape, self.order)
 
-    def squared_norms(self) -> Any:
+    def squares(self) -> Squares:
         if len(self.left.shape) == 2:
-            left, right = self._exact()
-            return ops.sum(ops.square(left), -1) * ops.sum(ops.square(right), -1)
+            left, right = (Squares.of(t) for t in self._exact())
+            # The product's own rounding, and that of the sum, are in the bounds of the two.
+            most = (1 + left.relative) * (1 + right.relative) - 1
+            lost = left.most * right.slack + right.most * left.slack
+            return Squares(left.value * right.value, most, lost)
         d, p, positions = self.left.shape[-1], self.right.shape[-1], self.left.shape[-2]
         if positions is not None:
             if d * p <= positions * (d + p):
-                return ops.sum(ops.square(_flat(self._products)), axis=1)
+                return Squares.of(self._products)
             return self._gram()
         length = ops.shape(self.left)[-2]
-        return backend.branch(
-            length * length <= d * p,
-            self._gram,
-            lambda: ops.sum(ops.square(_flat(self._multiplied())), axis=1),
-        )
 
-    def _gram(self) -> Any:
+        def parts(found: Squares, linear: Any) -> list[Any]:
+            return [found.value, found.most - found.value, linear]
+
+        def by_pairs() -> list[Any]:
+            found = self._gram()
+            return parts(found, found.linear)
+
+        value, slack, linear = backend.branch(
+            length * length <= d * p,
+            by_pairs,
+            # What is added is not what is squared here, and may be off the other way.
+            lambda: parts(Squares.of(self._multiplied()), 2 * self.sum_off()),
+        )
+        return Squares(value, 0.0, slack, linear)
+
+    def _gram(self) -> Squares:
         left, right = self._exact()
-        pairs = ops.matmul(left, ops.swapaxes(left, -1, -2))
-        pairs = pairs * ops.matmul(right, ops.swapaxes(right, -1, -2))
-        # Rounding may leave a norm of nearly zero below it.
-        return ops.maximum(ops.sum(_flat(pairs), axis=1), 0.0)
+        (of_left, left_off), (of_right, right_off) = pairs(left), pairs(right)
+        found = squares_of_pairs(of_left, of_right, left_off, right_off)
+        return found if len(left.shape) == 3 else added_up(found, left.shape[1])
+
+    def sum_off(self) -> Any:
+        """By how much the sum of its products may be off, (B,), in any order."""
+        left, right = self._exact()
+        sizes = []
+        for t in (left, right):
+            lost = t.shape[-1] * backend.least_square(t) / backend.roundoff(t)
+            sizes.append(ops.sqrt(ops.sum(ops.square(t), axis=-1) + lost))
+        return _sum_off(sizes[0], sizes[1], left)
 
     @functools.cached_property
     def _products(self) -> Any:
@@ -169,7 +299,7 @@ class OuterProducts(PerExample):
         left, right = self._exact()
         if len(left.shape) == 2:
             return ops.expand_dims(left, 2) * ops.expand_dims(right, 1)
-        return ops.matmul(ops.swapaxes(left, -1, -2), right)
+        return backend.exactly(ops.matmul, ops.swapaxes(left, -1, -2), right)
 
     def weighted_sum(self, clip_weights: Any) -> Any:
         if "_products" in self.__dict__:
@@ -183,7 +313,7 @@ class OuterProducts(PerExample):
             right = ops.reshape(ops.swapaxes(right, 0, 1), (blocks, -1, p))
         else:
             left, right = ops.reshape(left, (-1, d)), ops.reshape(right, (-1, p))
-        return self._arranged(ops.matmul(ops.swapaxes(left, -1, -2), right))
+        return self._arranged(backend.exactly(ops.matmul, ops.swapaxes(left, -1, -2), right))
 
     def instantiate(self) -> Any:
         products = self._multiplied()
@@ -242,16 +372,35 @@ class Rows(PerExample):
         self.right = right
         self.rows = rows
 
-    def squared_norms(self) -> Any:
+    def squares(self) -> Squares:
         right = backend.at_least_float32(self.right)
         length, width = right.shape[1:]
         if length == 1:
-            return ops.sum(ops.square(_flat(right)), axis=1)
+            return Squares.of(right)
+        lost = width * backend.least_square(right) / backend.roundoff(right)
+        sizes = ops.sqrt(ops.sum(ops.square(right), axis=2, keepdims=True) + lost)
         if length is not None and length <= 2 * width:
             same = ops.equal(ops.expand_dims(self.ids, 1), ops.expand_dims(self.ids, 2))
-            merged = ops.matmul(ops.cast(same, right.dtype), right)
-            return ops.maximum(ops.sum(_flat(merged * right), axis=1), 0.0)
-        return ops.sum(ops.square(_merged_rows(self.ids, right)), axis=1)
+            same = ops.cast(same, right.dtype)
+            merged = backend.exactly(ops.matmul, same, right)
+            of_sizes = ops.matmul(same, sizes)[..., 0]
+            times = ops.sum(same, axis=2)
+            # Each of the positions that took a row has its share of that row.
+            share = 1 / ops.cast(times, "float64")
+        else:
+            slots = _slots(self.ids)
+            merged = _merged(slots, right)
+            of_sizes = _merged(slots, sizes)[..., 0]
+            times = _merged(slots, ops.ones_like(sizes))[..., 0]
+            share = ops.ones_like(ops.cast(times, "float64"))
+        value = ops.sum(ops.cast(ops.sum(ops.square(merged), axis=2), "float64") * share, axis=1)
+        # A row that n positions took is off by n roundings, here and again in the sum.
+        times, of_sizes = ops.cast(times, "float64"), ops.cast(of_sizes, "float64")
+        off = ops.sum(ops.square((times + 3) * of_sizes) * share, axis=1)
+        linear = 2 * _OF_A_BOUND * backend.products_off(right) * ops.sqrt(off)
+        relative = (width + 8) * backend.roundoff(right)
+        lost = backend.numbers_each(right) * (2 * backend.least_square(right))
+        return Squares(value, relative, lost, linear)
 
     def weighted_sum(self, clip_weights: Any) -> Any:
         right = backend.at_least_float32(self.right)
@@ -291,16 +440,39 @@ class _Tied(PerExample):
         self.rows_part = rows
         self.products_part = products
 
-    def squared_norms(self) -> Any:
+    def squares(self) -> Squares:
         left, right = (backend.at_least_float32(t) for t in self.products_part.factors())
         looked_up = backend.at_least_float32(self.rows_part.right)
         ids = ops.expand_dims(self.rows_part.ids, 1)  # (B, 1, T)
         ids = ops.broadcast_to(ids, (*ops.shape(left)[:2], ops.shape(ids)[2]))
         chosen = ops.take_along_axis(left, ids, axis=2)  # (B, S, T)
-        inner = ops.matmul(right, ops.swapaxes(looked_up, -1, -2))
-        crossed = ops.sum(_flat(chosen * inner), axis=1)
-        squares = self.rows_part.squared_norms() + self.products_part.squared_norms()
-        return ops.maximum(squares + 2 * crossed, 0.0)
+
+        def crossed(chosen: Any, right: Any, looked_up: Any) -> Any:
+            inner = backend.exactly(ops.matmul, right, ops.swapaxes(looked_up, -1, -2))
+            return _sum_of_sums(chosen * inner)
+
+        rows = self.rows_part.squares()
+        products = OuterProducts(left, right)._gram()
+        value = rows.value + products.value + 2 * crossed(chosen, right, looked_up)
+        # The absolute values bound what the cross terms may be off by; and each part's own
+        # rounding goes with the other part's size.
+        least = backend.least_square(left) / backend.roundoff(left)
+        sizes = [ops.sum(ops.square(t), axis=-1) + t.shape[-1] * least for t in (right, looked_up)]
+        most = ops.sum(
+            ops.abs(chosen)
+            * (ops.expand_dims(ops.sqrt(sizes[0]), 2) * ops.expand_dims(ops.sqrt(sizes[1]), 1)),
+            axis=2,
+        )
+        most = ops.sum(ops.cast(most, "float64"), axis=1)
+        count = backend.numbers_each(chosen) * backend.least_square(left)
+        terms = _number(ops.shape(chosen)[2]) + right.shape[-1] + 4
+        off = terms * backend.roundoff(left) + backend.products_off(left)
+        slack = rows.most - rows.value + products.most - products.value
+        slack = slack + 2 * _OF_A_BOUND * (off * most + 2 * count)
+        linear = rows.linear + products.linear
+        sizes_of_both = ops.sqrt(rows.at_most) + ops.sqrt(products.at_most)
+        linear = linear + 2 * backend.roundoff(left) * sizes_of_both
+        return Squares(ops.maximum(value, 0.0), 0.0, slack, linear)
 
     def weighted_sum(self, clip_weights: Any) -> Any:
         return self.rows_part.weighted_sum(clip_weights) + self.products_part.weighted_sum(
@@ -333,9 +505,8 @@ class Scaled(PerExample):
         self.gradients = gradients
         self.factors = factors
 
-    def squared_norms(self) -> Any:
-        squares = self.gradients.squared_norms()
-        return squares * ops.square(ops.cast(self.factors, squares.dtype))
+    def squares(self) -> Squares:
+        return self.gradients.squares().times(self.factors)
 
     def weighted_sum(self, clip_weights: Any) -> Any:
         return self.gradients.weighted_sum(
@@ -397,23 +568,191 @@ def _with_rows_as_positions(tensor: Any, rows_each: int) -> Any:
     return ops.reshape(tensor, (batch, *middle, length, width))
 
 
-def _merged_rows(ids: Any, right: Any) -> Any:
-    """Adds up each example's positions with equal ids; shape (B, T p), zeros where none is left.
+def _slots(ids: Any) -> Any:
+    """For each position a slot, (B, T), that it shares with those of its example with equal ids.
 
     Equal ids are told apart by sorting each example's: the k-th different one
     gets slot k of its example.
     """
-    (batch, length), width = ops.shape(ids), right.shape[-1]
+    batch, length = ops.shape(ids)
     order = ops.argsort(ids, axis=1)
     ordered = ops.take_along_axis(ids, order, axis=1)
     new = ops.cast(ops.not_equal(ordered[:, 1:], ordered[:, :-1]), "int32")
     slots = ops.pad(ops.cumsum(new, axis=1), [[0, 0], [1, 0]])
     slots = ops.take_along_axis(slots, ops.argsort(order, axis=1), axis=1)
-    slots = slots + length * ops.expand_dims(ops.arange(batch, dtype="int32"), 1)
+    return slots + length * ops.expand_dims(ops.arange(batch, dtype="int32"), 1)
+
+
+def _merged(slots: Any, tensor: Any) -> Any:
+    """Adds up the positions of (B, T, p) that share a slot; zeros where none is left."""
+    (batch, length), width = ops.shape(slots), tensor.shape[-1]
     merged = ops.segment_sum(
-        ops.reshape(right, (-1, width)), ops.reshape(slots, (-1,)), batch * length
+        ops.reshape(tensor, (-1, width)), ops.reshape(slots, (-1,)), batch * length
     )
-    return ops.reshape(merged, (batch, length * width))
+    return ops.reshape(merged, (batch, length, width))
+
+
+# -- norms from products of pairs --------------------------------------------------------------
+
+
+def pairs(tensor: Any) -> tuple[Any, float]:
+    """Inner products of all pairs of positions, (..., T, T) of (..., T, d); how far off they are.
+
+    That is relative to the product of the lengths of the two.
+    """
+    length, width = tensor.shape[-2:]
+    whole = (length or _CHUNK) * width <= _WHOLE
+    count = 1 if whole else -(-width // _CHUNK)
+    each = -(-width // count)
+    parts = ops.split(tensor, list(range(each, width, each)), axis=-1) if count > 1 else [tensor]
+    found = [backend.exactly(ops.matmul, t, ops.swapaxes(t, -1, -2)) for t in parts]
+    off = (each + count + 1) * backend.roundoff(tensor) + backend.products_off(tensor)
+    return functools.reduce(ops.add, found), off
+
+
+def squares_of_pairs(left: Any, right: Any, left_off: float, right_off: float) -> Squares:
+    """`||sum_t l_t (x) r_t||^2`, (N,), from `<l_t, l_s>` and `<r_t, r_s>`, (N, T, T).
+
+    With a_t = ||l_t||, b_t = ||r_t||, and inner products that are off by e a_t a_s and
+    f b_t b_s, the sum of their products is off by at most
+    `sum_ts (e a_t a_s |r_ts| + f b_t b_s |l_ts| + e f a_t a_s b_t b_s)`, and the
+    sum itself by n roundings of `sum_ts |l_ts r_ts|`.
+
+    Args:
+        left: Shape (N, T, T), or (B, K, T, T): then N = B K.
+        right: Of the same shape.
+        left_off: e.
+        right_off: f.
+    """
+    if len(left.shape) == 4:
+        left, right = (ops.reshape(t, (-1, *ops.shape(t)[2:])) for t in (left, right))
+    value = _sum_of_sums(left * right)
+    unit, least = backend.roundoff(left), backend.least_square(left)
+    # So large that what is lost of small numbers is no more than rounding.
+    lost = 2.0**20 * least / unit
+    left_sizes, right_sizes = (
+        ops.sqrt(ops.diagonal(t, axis1=-2, axis2=-1) + lost) for t in (left, right)
+    )
+
+    def between(of_pairs: Any, sizes: Any) -> Any:
+        column = ops.matmul(ops.abs(of_pairs), ops.expand_dims(sizes, -1))[..., 0]
+        return ops.sum(ops.cast(column * sizes, "float64"), axis=1)
+
+    length = _number(ops.shape(left)[-1])
+    together = ops.sum(ops.cast(left_sizes * right_sizes, "float64"), axis=1)
+    slack = (left_off + (length + 4) * unit) * between(right, left_sizes)
+    slack = slack + right_off * between(left, right_sizes)
+    slack = slack + 4 * left_off * right_off * ops.square(together)
+    slack = _OF_A_BOUND * slack + 4 * least * length * length
+    linear = _sum_off(left_sizes, right_sizes, left)
+    return Squares(ops.maximum(value, 0.0), 0.0, slack, linear)
+
+
+def _sum_off(left_sizes: Any, right_sizes: Any, like: Any) -> Any:
+    """By how much `sum_t l_t (x) r_t` may be off, from `||l_t||` and `||r_t||`, (..., T).
+
+    Infinite for inputs so large that what is lost of small upstream gradients might count.
+    """
+    length = _number(ops.shape(left_sizes)[-1])
+    off = (length + 4) * backend.roundoff(like) + backend.products_off(like)
+    together = ops.sum(ops.cast(left_sizes * right_sizes, "float64"), axis=-1)
+    largest = ops.max(left_sizes, axis=-1)
+    fine = largest < 2.0**-66 / backend.least_square(like)
+    found = ops.where(fine, _OF_A_BOUND * off * together, math.inf)
+    return found if len(found.shape) == 1 else ops.sum(found, axis=1)
+
+
+def added_up(found: Squares, parts: Any) -> Squares:
+    """Of examples that consist of several consecutive parts."""
+    value, slack, linear = (
+        ops.sum(ops.reshape(t, (-1, parts)), axis=1)
+        for t in (found.value, found.slack, found.linear)
+    )
+    return Squares(value, found.relative, slack, linear)
+
+
+def _sum_of_sums(tensor: Any) -> Any:
+    """(N, T, S) as (N,): over S in the type that it has, over T in float64."""
+    return ops.sum(ops.cast(ops.sum(tensor, axis=2), "float64"), axis=1)
+
+
+def _number(size: Any) -> Any:
+    return float(size) if isinstance(size, int) else ops.cast(size, "float64")
+
+
+# -- clipped sums ------------------------------------------------------------------------------
+
+
+def clipped_sums(
+    gradients: Sequence[PerExample | None],
+    variables: Sequence[Any],
+    clip: Callable[[Any], Any],
+    real: Any,
+    *,
+    views: int = 1,
+) -> tuple[list[Any], Any]:
+    """`sum_i c_i G_i` of each weight, and norms.
+
+    Formal guarantee: of every example, whatever its numbers, what is added to the
+    sums is at most what `clip` allows for its norms, up to a few roundings of 2^-24,
+    because the norms that `clip` is given are at least those of what is added
+    (`Squares`). What is not promised is how the sum itself rounds when other
+    examples are added to it.
+
+    Where an example would be clipped harder than its computed norms ask for, by
+    more than 5e-4, because too little is known of its norm, everything is
+    computed in float64; what float64 can't tell is clipped harder. A gradient that
+    isn't finite adds nothing.
+
+    Args:
+        gradients: Of each weight, B rows each, or `None` where no loss reaches it.
+        variables: The weights.
+        clip: Clip weights, (B,) or (B, weights), from norms, (B, weights).
+        real: Mask, (B,); rows where it is false add nothing.
+        views: How many gradients were added up for each example, which has their mean.
+
+    Returns:
+        The sums, and norms as computed, (B, weights).
+    """
+    found = [g for g in gradients if g is not None]
+    dtype = "float64" if any(g.dtype == "float64" for g in found) else "float32"
+
+    def norms_of(forms: Sequence[PerExample]) -> tuple[Any, Any]:
+        """As computed, and the most that they may be."""
+        squares = iter([g.squares() for g in forms])
+        every = [None if g is None else next(squares) for g in gradients]
+        computed, most = Squares.columns(every, real)
+        return backend.norms_in(computed, dtype) / views, backend.norms_in(most, dtype) / views
+
+    def weights_for(norms: Any) -> Any:
+        return backend.masked(clip(norms), real) / views
+
+    def sums_of(forms: Sequence[PerExample], clip_weights: Any) -> list[Any]:
+        remaining = iter(forms)
+        return [
+            backend.no_gradient_of(v)
+            if g is None
+            else ops.cast(next(remaining).weighted_sum(backend.column(clip_weights, k)), g.dtype)
+            for k, (g, v) in enumerate(zip(gradients, variables, strict=True))
+        ]
+
+    def in_float64() -> list[Any]:
+        forms = [g.in_float64() for g in found]
+        computed, most = norms_of(forms)
+        # 0 times what isn't finite isn't 0: empty those examples.
+        bad = ops.logical_not(ops.isfinite(backend.total_norms(most)))
+        forms = [g.with_tensors(g.emptied(bad)) for g in forms]
+        clip_weights = ops.cast(weights_for(most), "float64")
+        return [*sums_of(forms, clip_weights), computed]
+
+    computed, most = norms_of(found)
+    clip_weights = weights_for(most)
+    known = clip_weights >= (1 - _HARDER) * weights_for(computed)
+    fine = ops.logical_and(ops.all(ops.isfinite(backend.total_norms(most))), ops.all(known))
+    *sums, norms = backend.branch(
+        fine, lambda: [*sums_of(found, clip_weights), backend.copy_of(computed)], in_float64
+    )
+    return sums, norms
 
 
 def _flat(tensor: Any) -> Any:

@@ -35,7 +35,7 @@ def require_agreement(
     example_loss: Callable[..., Any],
     variables: list[Any],
     run: Callable[[list[Any]], Any],
-    clip: Callable[[Any], Any],
+    clipped: Callable[[list[Any], Any], tuple[list[Any], Any]],
     leaves: list[Any],
     padding: int,
     tolerance: float,
@@ -52,7 +52,7 @@ def require_agreement(
         first_two = [t[:2] for t in made_up]
         try:
             plain_sums, plain_norms, *_ = backend.loop_engine(
-                example_loss, variables, first_two, backend.first_rows(2, 2), clip
+                example_loss, variables, first_two, backend.first_rows(2, 2), clipped
             )
         except Exception:
             return 0.0  # made-up values mean nothing to this model

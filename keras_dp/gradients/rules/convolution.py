@@ -16,7 +16,15 @@ from typing import Any
 from keras import layers, ops
 
 from ... import backend
-from ..per_example import Instantiated, OuterProducts, PerExample
+from ..per_example import (
+    Instantiated,
+    OuterProducts,
+    PerExample,
+    Squares,
+    added_up,
+    pairs,
+    squares_of_pairs,
+)
 from .dense import LowRank, positions_of
 from .registry import NoRule, Unit, register_rule, summed_like
 
@@ -228,14 +236,30 @@ class Filters(PerExample):
         """(..., B, filters): the order in which they are computed."""
         return backend.filter_gradients(*self._exact(), self.shape, *self.settings)
 
-    def squared_norms(self) -> Any:
+    def squares(self) -> Squares:
         if self._gram_is_smaller():
             return self._gram()
         numbers = math.prod(self.shape[:-1])
-        squares = ops.square(ops.reshape(self._written_out, (numbers, -1)))
-        # A product, because TensorFlow is slow to sum over any axis but the last.
-        total = ops.matmul(ops.ones((1, numbers), squares.dtype), squares)
-        return ops.sum(ops.reshape(total, (-1, self.shape[-1])), axis=1)
+        written = ops.reshape(self._written_out, (numbers, -1))
+        # A product, because TensorFlow is slow to sum over any axis but the last; of some 512
+        # numbers at a time, and the rest in float64.
+        count = -(-numbers // 512)
+        each = -(-numbers // count)
+        ones = ops.ones((1, each), written.dtype)
+        total = sum(
+            ops.cast(
+                backend.exactly(ops.matmul, ones[:, : min(each, numbers - k)], ops.square(part)),
+                "float64",
+            )
+            for k, part in (
+                (k, written[k : k + each] if count > 1 else written)
+                for k in range(0, numbers, each)
+            )
+        )
+        value = ops.sum(ops.reshape(total, (-1, self.shape[-1])), axis=1)
+        off = (each + 8) * backend.roundoff(written) + backend.products_off(written)
+        lost = 2 * math.prod(self.shape) * backend.least_square(written)
+        return Squares(value, off, lost)
 
     def _gram_is_smaller(self) -> bool:
         if None in (*self.x.shape[1:], *self.g.shape[1:]):
@@ -246,34 +270,66 @@ class Filters(PerExample):
         pairs = groups * (pixels**2 + positions**2)
         return math.prod(self.shape) > max(4 * factors, pairs)
 
-    def _gram(self) -> Any:
+    def _gram(self) -> Squares:
         strides, padding, dilation, groups = self.settings
         x, g = self._exact()
         kernel = self.shape[:-2]
         x = _padded(x, kernel, strides, padding, dilation)
         space, out = x.shape[1:-1], g.shape[1:-1]
 
-        def pairs(t: Any, sizes: Any) -> Any:
-            """Inner products of all pairs of positions, in each group: (B groups, *sizes twice)."""
+        def products(t: Any, sizes: Any) -> tuple[Any, float]:
+            """Those of all pairs of positions, in each group: (B groups, *sizes twice)."""
             t = ops.reshape(t, (-1, math.prod(sizes), groups, t.shape[-1] // groups))
             t = ops.reshape(ops.swapaxes(t, 1, 2), (-1, math.prod(sizes), t.shape[-1]))
-            return ops.reshape(ops.matmul(t, ops.swapaxes(t, 1, 2)), (-1, *sizes, *sizes))
+            found, off = pairs(t)
+            return ops.reshape(found, (-1, *sizes, *sizes)), off
 
-        under = _under_kernel(pairs(x, space), out, kernel, strides, dilation, copies=2)
-        total = functools.reduce(ops.add, under) * pairs(g, out)
-        total = ops.reshape(total, (-1, groups * math.prod(out) ** 2))
-        return ops.maximum(ops.sum(total, axis=1), 0.0)
+        of_pixels, left_off = products(x, space)
+        of_upstream, right_off = products(g, out)
+        under = _under_kernel(of_pixels, out, kernel, strides, dilation, copies=2)
+        positions = math.prod(out)
+        of_patches, of_upstream = (
+            ops.reshape(t, (-1, positions, positions))
+            for t in (functools.reduce(ops.add, under), of_upstream)
+        )
+        left_off += (math.prod(kernel) + 1) * backend.roundoff(x)
+        found = squares_of_pairs(of_patches, of_upstream, left_off, right_off)
+        return found if groups == 1 else added_up(found, groups)
 
     def weighted_sum(self, clip_weights: Any) -> Any:
-        if "_written_out" in self.__dict__:
+        if "_written_out" in self.__dict__ or not self._gram_is_smaller():
             numbers = math.prod(self.shape[:-1])
             written = ops.reshape(self._written_out, (numbers, -1, self.shape[-1]))
             c = ops.cast(clip_weights, written.dtype)
             c = ops.broadcast_to(c, (numbers, 1, ops.shape(c)[0]))
-            return ops.reshape(ops.matmul(c, written), self.shape)
+            return ops.reshape(backend.exactly(ops.matmul, c, written), self.shape)
+        return self._summed(ops.cast(clip_weights, self._exact()[1].dtype))
+
+    def _summed(self, c: Any) -> Any:
+        """One position of the kernel at a time: a product of what lies under it with c g.
+
+        Not the framework's own gradient, which may be a fast algorithm (Winograd's,
+        Fourier's) that rounds more than a sum of products.
+        """
+        strides, padding, dilation, groups = self.settings
         x, g = self._exact()
-        c = ops.reshape(ops.cast(clip_weights, g.dtype), (-1, *(1 for _ in g.shape[1:])))
-        return backend.filter_gradient(x, g * c, self.shape, *self.settings)
+        g = g * ops.reshape(c, (-1, *(1 for _ in g.shape[1:])))
+        kernel = self.shape[:-2]
+        x = _padded(x, kernel, strides, padding, dilation)
+
+        def by_group(t: Any) -> Any:
+            """(B, *space, channels) as (groups, B positions, channels / groups)."""
+            t = ops.reshape(t, (-1, groups, t.shape[-1] // groups))
+            return ops.swapaxes(t, 0, 1)
+
+        right = by_group(g)
+        parts = [
+            backend.exactly(ops.matmul, ops.swapaxes(by_group(under), 1, 2), right)
+            for under in _under_kernel(x, g.shape[1:-1], kernel, strides, dilation)
+        ]
+        # (positions of the kernel, groups, channels / groups, filters / groups)
+        total = ops.transpose(ops.stack(parts), (0, 2, 1, 3))
+        return ops.reshape(total, self.shape)
 
     def instantiate(self) -> Any:
         written = self._written_out
