@@ -8,13 +8,22 @@ twice: the union of their releases, each with the larger of its step counts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import operator
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-SAMPLERS = ("poisson", "shuffled", "unknown", "unprotected")
+SAMPLERS = (
+    "poisson",
+    "truncated_poisson",
+    "balls_in_bins",
+    "shuffled",
+    "unknown",
+    "unprotected",
+)
 _FORMAT = 1
 
 
@@ -32,17 +41,21 @@ class Release:
 
     Args:
         sampler: How the batches were drawn. `"poisson"`: every example joins a
-            batch independently with probability `sampling_rate`. `"shuffled"`:
-            every example is in exactly one batch of each pass of
-            `steps_per_epoch` steps. `"unknown"`: nothing is known, so every
+            batch independently with probability `sampling_rate`.
+            `"truncated_poisson"`: likewise, and batches larger than `capacity`
+            are cut to it, uniformly. `"balls_in_bins"`: in each epoch of
+            `steps_per_epoch` steps every example is in one batch, which it
+            chose uniformly and independently; the first step begins an epoch.
+            `"shuffled"`: every example is in exactly one batch of each pass of
+            `steps_per_epoch` steps, in whatever order. `"unknown"`: nothing is known, so every
             example may be in every batch. `"unprotected"`: training without
             any noise; epsilon is infinite.
         noise_multiplier: sigma, the standard deviation of the noise divided by
             the L2 sensitivity of the released sum.
         steps: The number of releases made.
-        sampling_rate: q, for `"poisson"`.
-        steps_per_epoch: Steps in one pass, for `"shuffled"`.
-        num_examples: n, if known (public).
+        sampling_rate: q, for `"poisson"` and `"truncated_poisson"`.
+        steps_per_epoch: Steps in one pass, for `"shuffled"` and `"balls_in_bins"`.
+        num_examples: n, if known (public); `"truncated_poisson"` needs it.
         batch_size: The expected batch size: the divisor of the released sum.
         max_grad_norm: C, the clipping norm.
         clipping: The clipping strategy.
@@ -51,6 +64,8 @@ class Release:
         asserted: Whether it is the caller's word alone that the batches were
             drawn so, in a training loop of their own.
         id: The identity of this run of steps, for merging.
+        capacity: The public size that larger batches are cut to, for
+            `"truncated_poisson"`.
 
     Raises:
         ValueError: If a value is impossible.
@@ -68,6 +83,7 @@ class Release:
     seeded: bool = False
     asserted: bool = False
     id: str = dataclasses.field(default_factory=_new_id)
+    capacity: int | None = None
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -85,28 +101,43 @@ class Release:
             )
         if not _is_integer(self.steps) or self.steps < 0:
             raise ValueError(f"`steps` must be an integer, 0 or more. Received: {self.steps!r}")
-        if self.sampler == "poisson":
+        if self.sampler in ("poisson", "truncated_poisson"):
             q = self.sampling_rate
             if not isinstance(q, (int, float)) or not 0 < q <= 1:
                 raise ValueError(
                     f"`sampling_rate` of a Poisson sampler must lie in (0, 1]. Received: {q!r}"
                 )
-        if self.sampler == "shuffled":
-            n = self.steps_per_epoch
-            if not _is_integer(n) or n < 1:  # type: ignore[operator]
+        needed = {
+            "shuffled": ("steps_per_epoch",),
+            "balls_in_bins": ("steps_per_epoch",),
+            "truncated_poisson": ("num_examples", "capacity"),
+        }
+        for name in needed.get(self.sampler, ()):
+            value = getattr(self, name)
+            if not _is_integer(value) or value < 1:
                 raise ValueError(
-                    "`steps_per_epoch` of a shuffled sampler must be an integer, 1 or more. "
-                    f"Received: {n!r}"
+                    f"`{name}` of a {self.sampler} sampler must be an integer, 1 or more. "
+                    f"Received: {value!r}"
                 )
 
     @property
+    def in_passes(self) -> bool:
+        """Whether every start begins a new pass, which no earlier run can go on with."""
+        return self.sampler in ("shuffled", "balls_in_bins")
+
+    @functools.cached_property
     def mechanism(self) -> tuple[Any, ...]:
         """What two releases must share to be steps of one and the same run."""
-        return dataclasses.astuple(dataclasses.replace(self, steps=0, id=""))
+        return _mechanism(self)
 
     def with_steps(self, steps: int) -> Release:
         """This run with another number of steps."""
         return dataclasses.replace(self, steps=steps)
+
+
+_mechanism = operator.attrgetter(
+    *(field.name for field in dataclasses.fields(Release) if field.name not in ("steps", "id"))
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +294,8 @@ class LedgerBook:
         """From now on, steps are of this kind, or these.
 
         A run of the very kind that this book recorded before goes on, except
-        for shuffled batches, of which every start is a new pass.
+        for shuffled batches and those of balls in bins, of which every start
+        is a new pass.
 
         Args:
             kinds: What all steps are like, or what the step of a number, from
@@ -275,7 +307,7 @@ class LedgerBook:
             run = kind.with_steps(0)
             for known in past:
                 same = known.id in self._own and known.mechanism == kind.mechanism
-                if same and kind.sampler != "shuffled":
+                if same and not kind.in_passes:
                     run = known
             self._own.add(run.id)
             return run
