@@ -14,7 +14,13 @@ from . import backend
 
 Schedule = float | Callable[[int], Any]
 
-_DIGITS = 3  # significant ones, of what a schedule gives
+_DIGITS = 3  # significant ones, of the C that a schedule gives
+
+# Below each leading number, the distance between values of sigma.
+_NOISE_GRID = tuple(
+    (decimal.Decimal(end), decimal.Decimal(step))
+    for end, step in (("2", "0.02"), ("5", "0.05"), ("10", "0.1"))
+)
 
 _MEANINGS = {
     "noise_multiplier": "the noise's standard deviation divided by max_grad_norm",
@@ -58,10 +64,29 @@ def _value(argument: str, schedule: Schedule, step: int) -> float:
             f"The schedule given as `{argument}` must return a positive, finite number for every "
             f"step. For step {step} it returned: {found!r}"
         )
-    # Upwards: noise is never less than asked for. Fewer values make accounting quick.
-    rounding = decimal.ROUND_CEILING if argument == "noise_multiplier" else None
-    context = decimal.Context(prec=_DIGITS, rounding=rounding)
-    return float(context.create_decimal(repr(number)))
+    if argument == "noise_multiplier":
+        return rounded_noise(number)
+    return float(decimal.Context(prec=_DIGITS).create_decimal(repr(number)))
+
+
+def rounded_noise(sigma: float) -> float:
+    """Rounds the sigma that a schedule gives upwards, to one of 160 values a decade.
+
+    Multiples of 0.02 from 1 to 2, of 0.05 from 2 to 5, of 0.1 from 5 to 10, times a power of
+    ten: by less than 2.5 %. Noise is never less than asked for, and so few values keep the
+    ledger short and accounting quick, however smooth a schedule is.
+
+    Example:
+
+    >>> from keras_dp.schedules import rounded_noise
+    >>> [rounded_noise(sigma) for sigma in (1.1, 1.101, 2.5, 4.2001, 0.0731)]
+    [1.1, 1.12, 2.5, 4.25, 0.074]
+    """
+    value = decimal.Decimal(repr(sigma))
+    leading, power = value.scaleb(-value.adjusted()), value.adjusted()
+    step = next(step for end, step in _NOISE_GRID if leading < end)
+    steps = (leading / step).to_integral_value(decimal.ROUND_CEILING)
+    return float((steps * step).scaleb(power))
 
 
 class _Period:
@@ -96,8 +121,8 @@ class StepSettings:
     """sigma and C of every step: as the graph reads them, and as the ledger is told.
 
     Both read one table, so that they can't differ. The values of a schedule are
-    rounded to three significant digits (sigma upwards), and the rounded value is
-    what is used and accounted.
+    rounded: C to three significant digits, sigma upwards to one of 160 values a
+    decade (`rounded_noise`). The rounded value is what is used and accounted.
 
     Args:
         noise_multiplier: sigma, a number or a schedule; `None` if it is to follow.

@@ -63,7 +63,8 @@ class Rdp(Accountant):
         return mechanism.has_rdp
 
     def epsilon(self, counts: Counts, delta: float) -> float:
-        return library.rdp_epsilon(sum(times * m.rdp for m, times in counts), delta)
+        total: Any = sum(times * m.rdp for m, times in counts)
+        return library.rdp_epsilon(total, delta)
 
 
 @dataclasses.dataclass(frozen=True)

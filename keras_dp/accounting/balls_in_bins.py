@@ -204,7 +204,7 @@ def _sums(sigma: float, t: int, s: int) -> tuple[np.ndarray, np.ndarray, tuple[f
 
 
 def _rounded(sigma: float, x: np.ndarray, step: float) -> np.ndarray:
-    """X's probabilities under Q on a grid from 0 on, its mean kept; what is above cut to the last."""
+    """X's probabilities under Q on a grid from 0 on: its mean kept, larger values cut."""
     with np.errstate(divide="ignore"):
         edges = sigma * (np.log(x) + 1 / (2 * sigma**2))  # z at each grid point
     mass = between(edges)  # Q(X in a cell)

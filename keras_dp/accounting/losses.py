@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import fft, signal, special
@@ -199,12 +200,13 @@ class Composer:
         if beyond >= room:
             return math.inf
 
-        product, center, logarithm = None, 0, 0.0
+        product: Any = None
+        center, logarithm = 0, 0.0
         for group in groups:
             # A single product is as quick to compute as to keep.
             find = self._find_product if len(groups) == 1 else self._product
-            one, shift, log = find(group, interval, way, tilt, size)
-            product = one if product is None else product * one
+            factor, shift, log = find(group, interval, way, tilt, size)
+            product = factor if product is None else product * factor
             center += shift
             logarithm += log
         tilted = np.roll(fft.irfft(product, size), -((start - center) % size))
@@ -255,14 +257,14 @@ class Composer:
     def _find_product(
         self, group: _Group, interval: float, way: int, tilt: float, size: int
     ) -> tuple[np.ndarray, int, float]:
-        product, center, logarithm = None, 0, 0.0
+        product: Any = None
+        center, logarithm = 0, 0.0
         for source, times in group:
             transform, shift, log = self._transform(source, interval, way, tilt, size)
             power = transform if times == 1 else _power(transform, times)
             product = power if product is None else product * power
             center += times * shift
             logarithm += times * log
-        assert product is not None
         return product, center, logarithm
 
 
@@ -320,7 +322,7 @@ def _rounded_up(size: int) -> int:
 
 
 def _excess(masses: np.ndarray, delta: float, interval: float) -> float:
-    """The least e >= 0 with sum over x > e of (1 - exp(e - x)) mass(x) <= delta; x = 0, h, 2h, ..."""
+    """The least e >= 0 with sum over x > e of (1 - exp(e - x)) mass(x) <= delta, x = 0, h, ..."""
     above = np.cumsum(masses[::-1])[::-1]  # mass at or above each x
     # delta(x) = exp(-h) delta(x + h) + (1 - exp(-h)) above(x + h): sums of what is positive.
     decay = math.exp(-interval)
