@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 
 from keras_dp import accounting
 from keras_dp.accounting import (
+    accountants,
     calibrate_noise_multiplier,
     calibrate_release,
     calibrate_steps,
     compute_epsilon,
     ledger_epsilon,
+    ledgers,
     remaining_steps,
     steps_per_epoch,
 )
-from keras_dp.accounting import accountants, ledgers
 from keras_dp.accounting.ledgers import _counts
 from keras_dp.ledger import PrivacyLedger, Release
 

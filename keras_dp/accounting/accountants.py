@@ -87,21 +87,24 @@ class Pld(Accountant):
         return (*((Rdp(),) if quick else ()), dataclasses.replace(self, coarser=_COARSER))
 
     def epsilon(self, counts: Counts, delta: float) -> float:
-        # Gaussians compose into one, whose epsilon is known exactly; everything costs at
-        # most what Gaussians would in which every example takes part.
-        bound = library.gaussian_epsilon(_together(counts, in_full=True), delta)
-        if all(isinstance(mechanism, Gaussian) for mechanism, _ in counts):
-            return bound
+        if _all_plain(counts):
+            return library.gaussian_epsilon(_together(counts), delta)
         counts = _with_gaussians_joined(counts)
         interval, tilt = self.coarser * grid_interval(counts), expected_tilt(counts, delta)
         found = math.inf
         while found == math.inf and interval <= _COARSEST:
             found = _COMPOSER.epsilon(counts, delta, interval, tilt)
             interval *= 2
-        # RDP is the tighter where a grid must be coarse. It takes some 20 ms for a mechanism.
-        if (len(counts) <= _FEW or found == math.inf) and all(m.has_rdp for m, _ in counts):
-            found = min(found, Rdp().epsilon(counts, delta))
-        return min(found, bound)
+        # Other bounds, some 20 ms for a mechanism, can only be tighter where the grid must be
+        # coarse, delta is next to nothing, or a mechanism's own bound is not quite tight.
+        rdp = all(mechanism.has_rdp for mechanism, _ in counts)
+        coarse = self.coarser == 1 and interval > _typical_loss(counts)
+        if len(counts) <= 2 or coarse or delta < 1e-12 or found == math.inf or not rdp:
+            # All costs at most what Gaussians would in which every example takes part.
+            found = min(found, library.gaussian_epsilon(_together(counts, in_full=True), delta))
+            if rdp:
+                found = min(found, Rdp().epsilon(counts, delta))
+        return found
 
 
 _COMPOSER = Composer(lambda mechanism, interval: mechanism.losses(interval))  # type: ignore[attr-defined]
@@ -196,9 +199,7 @@ def grid_interval(counts: Counts) -> float:
     about 10 / sigma) or very many steps would make the grid too long. It is 1e-4 times
     a power of two: on a coarser one of these a bound is never lower.
     """
-    total = sum(times for _, times in counts)
-    variance = math.fsum(times * mechanism.variance for mechanism, times in counts)
-    typical = math.sqrt(variance / total)
+    variance, typical = _variance(counts), _typical_loss(counts)
     longest = max(mechanism.reach for mechanism, _ in counts)
     wanted = min(mechanism.fineness for mechanism, _ in counts)
     if len(counts) > _FEW:
@@ -211,8 +212,16 @@ def grid_interval(counts: Counts) -> float:
 
 def expected_tilt(counts: Counts, delta: float) -> float:
     """Returns the tilt that would suit losses that were normal."""
-    variance = math.fsum(times * mechanism.variance for mechanism, times in counts)
-    return math.sqrt(max(-2 * math.log(delta), 1.0) / max(variance, 1e-30))
+    return math.sqrt(max(-2 * math.log(delta), 1.0) / max(_variance(counts), 1e-30))
+
+
+def _variance(counts: Counts) -> float:
+    return math.fsum(times * mechanism.variance for mechanism, times in counts)
+
+
+def _typical_loss(counts: Counts) -> float:
+    """The standard deviation of a step's loss."""
+    return math.sqrt(_variance(counts) / sum(times for _, times in counts))
 
 
 def check_accountant(value: Any) -> str:

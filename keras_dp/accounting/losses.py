@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 import numpy as np
 from scipy import fft, signal, special
@@ -73,7 +72,7 @@ class Losses:
     def delta(self, epsilon: float) -> float:
         """Returns the delta of this distribution alone for an epsilon."""
         above = np.maximum(-np.expm1(epsilon - self.values), 0.0)
-        return self.infinite + float(np.dot(above, self.masses))
+        return self.infinite + float((above * self.masses).sum())
 
 
 def from_cells(
@@ -200,16 +199,17 @@ class Composer:
         if beyond >= room:
             return math.inf
 
-        product: Any = None
+        product = np.zeros((2, size // 2 + 1))
         center, logarithm = 0, 0.0
         for group in groups:
             # A single product is as quick to compute as to keep.
             find = self._find_product if len(groups) == 1 else self._product
             factor, shift, log = find(group, interval, way, tilt, size)
-            product = factor if product is None else product * factor
+            product += factor
             center += shift
             logarithm += log
-        tilted = np.roll(fft.irfft(product, size), -((start - center) % size))
+        transform = np.exp(np.maximum(product[0], _NOTHING)) * np.exp(1j * product[1])
+        tilted = np.roll(fft.irfft(transform, size), -((start - center) % size))
         # In units of exp(scale), so that nothing is too large or too small.
         scale = logarithm - tilt * start * interval
         weights = np.clip(tilted, 0.0, None)
@@ -234,13 +234,17 @@ class Composer:
             weights = np.exp(np.maximum(exponents, _NOTHING, out=exponents))
             total = float(weights.sum())
             logs[k] = top + math.log(total)
-            means[k] = float(np.dot(weights, values)) / total
+            means[k] = float((weights * values).sum()) / total
         return logs, means
 
     def _find_transform(
         self, source: Source, interval: float, way: int, tilt: float, size: int
     ) -> tuple[np.ndarray, int, float]:
-        """The transform of a tilted distribution, the loss at its index 0, and log M."""
+        """The transform of a tilted distribution, the loss at its index 0, and log M.
+
+        The transform as its logarithms, of which the power of a product is a sum: those of the
+        moduli, and the angles.
+        """
         one = self._losses(source, interval)[way]
         exponents = tilt * one.values
         exponents += _log(one.masses)
@@ -248,21 +252,25 @@ class Composer:
         tilted = np.exp(np.maximum(exponents - top, _NOTHING))
         total = float(tilted.sum())
         tilted /= total
-        center = round(float(np.dot(tilted, one.values)) / interval)
+        center = round(float((tilted * one.values).sum()) / interval)
         offset = (one.lowest - center) % size
         folded = np.zeros(-(-(offset + len(tilted)) // size) * size)
         folded[offset : offset + len(tilted)] = tilted
-        return fft.rfft(folded.reshape(-1, size).sum(0)), center, top + math.log(total)
+        transform = fft.rfft(folded.reshape(-1, size).sum(0))
+        return (
+            np.stack([_log(np.abs(transform)), np.angle(transform)]),
+            center,
+            top + math.log(total),
+        )
 
     def _find_product(
         self, group: _Group, interval: float, way: int, tilt: float, size: int
     ) -> tuple[np.ndarray, int, float]:
-        product: Any = None
+        product = np.zeros((2, size // 2 + 1))
         center, logarithm = 0, 0.0
         for source, times in group:
             transform, shift, log = self._transform(source, interval, way, tilt, size)
-            power = transform if times == 1 else _power(transform, times)
-            product = power if product is None else product * power
+            product += times * transform
             center += times * shift
             logarithm += times * log
         return product, center, logarithm
@@ -309,11 +317,6 @@ def _window(
     least = max(min(windows)[0], 1.0)
     chosen = min((w for w in windows if w[0] <= _WIDER * least), key=lambda w: w[1])
     return -chosen[1], chosen[2], chosen[3]
-
-
-def _power(transform: np.ndarray, times: int) -> np.ndarray:
-    with np.errstate(under="ignore", invalid="ignore", divide="ignore"):
-        return np.power(transform, float(times))
 
 
 def _rounded_up(size: int) -> int:
