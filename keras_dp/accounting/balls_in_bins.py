@@ -42,7 +42,9 @@ larger delta for every e has one after composition too (Zhu, Dong & Wang 2022, a
 2. S' has a grid distribution: the s-th power of the transform of X', in a window
    that is circular. Chernoff bounds of what lies outside of it, under Q below and
    under P above, are added to the probabilities of an infinite loss, and so is an
-   allowance for rounding.
+   allowance for rounding. Where t is small, S can be next to 0, which no such grid
+   resolves: then the grid is geometric, and sums of two are rounded to it, once
+   more so that their mean is kept.
 3. L = log(S'/t) is rounded to the grid of losses so that the mean of exp(L) = S'/t is
    kept: the convex order again. The mass q_i at loss l_i under Q has exp(l_i) q_i
    under P: these are the losses of removing; q_i at -l_i those of adding. Atoms below
@@ -51,7 +53,8 @@ larger delta for every e has one after composition too (Zhu, Dong & Wang 2022, a
 Mean-preserving rounding has an error of second order: with g a fiftieth of X's standard
 deviation the variance of S grows by less than 1e-4 of itself. For sigma below 0.6, where
 X has too heavy a tail for a fine grid, the bound is looser, and where one plain Gaussian
-an epoch costs less (it always is a bound), that is taken.
+an epoch costs less (it always is a bound), that is taken: also for a delta below about
+1e-15 for each step, which a transform can't resolve.
 
 Composition over epochs, and with other mechanisms, is that of `losses.py`.
 """
@@ -70,6 +73,7 @@ from .mechanisms import Mechanism
 
 _FINENESS = 0.02  # grid step of X, in standard deviations
 _MOST_POINTS = 2**20
+_POINTS = 1024  # of a geometric grid
 _TAIL = 1e-18  # probabilities that are given away, each counted as infinite loss
 _ROUNDING = 1e-16  # likewise, for each step: ten times what a Fourier transform shows
 
@@ -146,9 +150,8 @@ def epoch_losses(sigma: float, t: int, s: int, interval: float) -> tuple[Losses,
 def _sums(sigma: float, t: int, s: int) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
     """S' and its probabilities under Q, and what both ways count as infinite loss."""
     spread = math.sqrt(math.expm1(min(1 / sigma**2, 700)))
-    fineness = _FINENESS * min(1.0, t / 32)
     # The grid has 1, the mean, on it: 1/g is whole, or g is.
-    step = max(fineness * spread, 2.0**-17)
+    step = max(_FINENESS * spread, 2.0**-17)
     step = 1 / math.ceil(1 / step) if step < 1 else float(math.ceil(step))
     # Under P, where it counts, X has log X = (z + 1/sigma)/sigma - 1/(2 sigma^2).
     top = math.exp(min(9.0 / sigma + 1 / (2 * sigma**2), 600))
@@ -156,7 +159,7 @@ def _sums(sigma: float, t: int, s: int) -> tuple[np.ndarray, np.ndarray, tuple[f
         step = step * 2 if step >= 1 else 1 / max(1, math.floor(1 / step / 2))
     count = math.ceil(min(top, _MOST_POINTS * step / 2) / step) + 1
     x = np.arange(count) * step
-    one = _rounded(sigma, x, step)
+    one = _rounded(sigma, x)
 
     # A window for the sum over s steps: Chernoff bounds, under P above and under Q below.
     def log_moment(theta: float, weights: np.ndarray) -> float:
@@ -173,6 +176,8 @@ def _sums(sigma: float, t: int, s: int) -> tuple[np.ndarray, np.ndarray, tuple[f
         log = (s - 1) * log_moment(theta, one)
         log += max(log_moment(theta, shifted), log_moment(theta, one))
         high = min(high, (log - math.log(_TAIL)) / theta)
+    if step > 0.03 * spread or step > 0.02 * (low + t - s):
+        return _geometric_sums(sigma, t, s)
     first = max(math.floor(low / step), 0)
     size = fft.next_fast_len(max(math.ceil(high / step) - first + 2, 2), real=True)
     cut = 0.0
@@ -203,13 +208,68 @@ def _sums(sigma: float, t: int, s: int) -> tuple[np.ndarray, np.ndarray, tuple[f
     return values, masses, (beyond + cut + allowance, allowance)
 
 
-def _rounded(sigma: float, x: np.ndarray, step: float) -> np.ndarray:
-    """X's probabilities under Q on a grid from 0 on: its mean kept, larger values cut."""
+def _geometric_sums(
+    sigma: float, t: int, s: int
+) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
+    """As `_sums`, on geometric grids, each as wide as its sum needs."""
+    center = 1 / (2 * sigma**2)
+    lowest = max(-9.5 / sigma - center, -650.0)
+    highest = min(9.5 / sigma + center, 650.0)
+    grid = np.exp(np.linspace(lowest, highest, _POINTS))
+    one = _rounded(sigma, grid)
+    lost = float(special.ndtr(sigma * (lowest + center)))  # raised; for adding, infinite
+    one[0] += lost
+    # Values, probabilities, what was raised (under Q), what was left out (E[S; left out]).
+    now = (grid, one, lost, _call(sigma, float(grid[-1])))
+
+    def plus(a: _Sum, b: _Sum) -> _Sum:
+        sums = np.add.outer(a[0], b[0]).ravel()
+        masses = np.multiply.outer(a[1], b[1]).ravel()
+        logs = np.log(sums)
+        # The range that matters: a rough histogram, of probabilities and of means.
+        low, width = float(logs[0]), float(logs[-1] - logs[0]) / _POINTS * (1 + 1e-9)
+        rough = ((logs - low) / width).astype(np.int64)
+        under = np.cumsum(np.bincount(rough, masses, _POINTS + 1))
+        over = np.cumsum(np.bincount(rough, masses * sums, _POINTS + 1)[::-1])[::-1]
+        first = int(np.argmax(under > _TAIL / 100))
+        last = int(np.flatnonzero(over > _TAIL / 100)[-1])
+        grid = np.exp(np.linspace(low + first * width, low + (last + 1) * width, _POINTS))
+        raised = float(masses[sums < grid[0]].sum())
+        out = sums > grid[-1]
+        left_out = float((masses * sums)[out].sum())
+        sums, masses, logs = sums[~out], masses[~out], logs[~out]
+        ratio = math.log(grid[1] / grid[0])
+        cells = np.clip(((logs - math.log(grid[0])) / ratio).astype(np.int64), 0, _POINTS - 2)
+        up = masses * np.clip((sums - grid[cells]) / (grid[cells + 1] - grid[cells]), 0.0, 1.0)
+        found = np.bincount(cells, masses - up, _POINTS)
+        found += np.bincount(cells + 1, up, _POINTS)
+        return grid, found, a[2] + b[2] + raised, a[3] + b[3] + left_out
+
+    total: _Sum | None = None
+    left = s
+    while left:
+        if left % 2:
+            total = now if total is None else plus(total, now)
+        left //= 2
+        now = plus(now, now) if left else now
+    assert total is not None
+    grid, masses, raised, left_out = total
+    # All that was added up is positive, so that errors are relative. What was left out of a
+    # part goes on with the other parts, whose mean is at most s.
+    masses = masses * (1 + 1e-12)
+    return grid + (t - s), masses, (left_out * (1 + s / t) + _TAIL, raised + _TAIL)
+
+
+_Sum = tuple[np.ndarray, np.ndarray, float, float]
+
+
+def _rounded(sigma: float, x: np.ndarray) -> np.ndarray:
+    """X's probabilities under Q on a grid: its mean kept, values beyond the last one cut to it."""
     with np.errstate(divide="ignore"):
         edges = sigma * (np.log(x) + 1 / (2 * sigma**2))  # z at each grid point
     mass = between(edges)  # Q(X in a cell)
     moment = between(edges - 1 / sigma)  # E[X; X in a cell]: X dQ is normal, moved by 1/sigma
-    up = np.clip((moment - x[:-1] * mass) / step, 0.0, mass)
+    up = np.clip((moment - x[:-1] * mass) / np.diff(x), 0.0, mass)
     found = np.zeros(len(x))
     found[:-1] += mass - up
     found[1:] += up

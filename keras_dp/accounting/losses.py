@@ -181,9 +181,9 @@ class Composer:
             tilts = (_NEAR_TILTS if near else _TILTS) * 2.0**power
             logs, means = np.zeros(len(tilts)), np.zeros(len(tilts))
             for source, times in parts:
-                log, mean = self._moments(source, interval, way, power, near)
-                logs += times * log
-                means += times * mean
+                log_moments, tilted_means = self._moments(source, interval, way, power, near)
+                logs += times * log_moments
+                means += times * tilted_means
             chosen, start, end = _window(tilts, logs, means, interval, math.log(room))
             start, end = max(start, lowest), max(min(end, highest), start + 1)
             if end - start <= normal:
