@@ -214,10 +214,12 @@ def _add_arguments(name: str, command: argparse.ArgumentParser) -> None:
     if name != "batch":
         command.add_argument(
             "--sampling",
-            choices=("poisson", "shuffled", "unknown"),
+            choices=("poisson", "balls_in_bins", "shuffled", "unknown"),
             default="poisson",
-            help="how batches are drawn: poisson, as fit does with arrays (default); shuffled, "
-            "each example once an epoch; unknown, as for tf.data pipelines and generators",
+            help="how batches are drawn: poisson, as fit does with arrays (default); "
+            "balls_in_bins, each example once an epoch, in a batch that it chose by chance; "
+            "shuffled, each example once an epoch; unknown, as for tf.data pipelines and "
+            "generators",
         )
     command.add_argument(
         "--accountant",
@@ -323,7 +325,19 @@ def _delta_of(options: argparse.Namespace) -> tuple[float, str]:
 
 
 def _accountants(options: argparse.Namespace) -> tuple[str, ...]:
-    return _ACCOUNTANTS if options.accountant == "all" else (options.accountant,)
+    asked = _ACCOUNTANTS if options.accountant == "all" else (options.accountant,)
+    sampling = getattr(options, "sampling", "poisson")
+    if sampling == "poisson":
+        return asked
+    from . import planning
+
+    able = planning.Plan(2, 1, 1.0, 1, 0.1, sampling).accountants
+    if not set(asked) & set(able):
+        raise _WrongArgumentError(
+            f"argument --accountant: {options.accountant} has no proved bound for --sampling "
+            f"{sampling}; ask {' or '.join(able)}"
+        )
+    return tuple(name for name in asked if name in able)
 
 
 # --- commands -------------------------------------------------------------------
@@ -336,9 +350,11 @@ def _run_epsilon(options: argparse.Namespace) -> _Answer:
     with _working("epsilon"):
         figures = {a: plan.epsilon(a) for a in _accountants(options)}
         best = min(figures, key=lambda a: figures[a])
+        plans = {sampling: plan.sampled(sampling) for sampling in planning.SAMPLINGS}
         others = {
-            sampling: min(plan.sampled(sampling).epsilon(a) for a in figures)
-            for sampling in planning.SAMPLINGS
+            sampling: min(other.epsilon(a) for a in figures if a in other.accountants)
+            for sampling, other in plans.items()
+            if set(figures) & set(other.accountants)
         }
     data = _data(options, plan, figures[best], best, figures) | {"epsilon_by_sampling": others}
     text = [

@@ -15,7 +15,7 @@ from . import accounting
 from .accounting import steps_per_epoch
 from .ledger import Release
 
-SAMPLINGS = ("poisson", "shuffled", "unknown")
+SAMPLINGS = ("poisson", "balls_in_bins", "shuffled", "unknown")
 ADJACENCY = "add-or-remove (zero-out) one example; n public"
 UNIT = "one example: one row of the training data"
 COVERS = "the weights of this one training run; neither metrics, nor validation data, nor tuning"
@@ -31,8 +31,9 @@ class Plan:
         noise_multiplier: sigma.
         steps: Optimizer steps.
         delta: The delta of the guarantee.
-        sampling: How batches are drawn: `"poisson"`, `"shuffled"` (each example
-            once an epoch) or `"unknown"`.
+        sampling: How batches are drawn: `"poisson"`, `"balls_in_bins"` (each
+            example once an epoch, in a batch that it chose by chance),
+            `"shuffled"` (once an epoch, in any) or `"unknown"`.
     """
 
     num_examples: int
@@ -65,8 +66,15 @@ class Plan:
             self.noise_multiplier,
             self.steps,
             sampling_rate=1 / self.steps_per_epoch if self.sampling == "poisson" else None,
-            steps_per_epoch=self.steps_per_epoch if self.sampling == "shuffled" else None,
+            steps_per_epoch=(
+                self.steps_per_epoch if self.sampling in ("shuffled", "balls_in_bins") else None
+            ),
         )
+
+    @property
+    def accountants(self) -> tuple[str, ...]:
+        """The names of the accountants that have a bound for it."""
+        return accounting.accountants_for((self.release,))
 
     def for_epochs(self, epochs: int) -> Plan:
         """This plan, for so many epochs."""
@@ -142,6 +150,11 @@ class Plan:
             "poisson": (
                 f"Poisson: every example joins each batch with probability 1/{per_epoch}, as fit "
                 f"does with arrays; ceil({n} / {self.batch_size}) = {per_epoch} steps an epoch"
+            ),
+            "balls_in_bins": (
+                f"balls in bins: every example in one of the {per_epoch} batches of each epoch, "
+                "which it chooses uniformly, independently of all others; computed "
+                f"{accounting.sampler_of(self.release).computed}"
             ),
             "shuffled": (
                 f"shuffled: every example once an epoch of ceil({n} / {self.batch_size}) = "

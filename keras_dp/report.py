@@ -37,7 +37,10 @@ METHODS = {
     "pld": "privacy loss distributions, discretised from above: tight",
     "rdp": "Renyi differential privacy: a looser upper bound, for comparison",
 }
-SOFTWARE = "keras_dp: open source, Apache-2.0; every epsilon is computed by dp-accounting."
+SOFTWARE = (
+    "keras_dp: open source, Apache-2.0; epsilon is computed with, and checked against, "
+    "dp-accounting."
+)
 NOT_COVERED = (
     "Metrics and losses that training reported: they are computed from the examples without noise.",
     "Validation data, and whatever was decided by looking at it.",
@@ -50,6 +53,14 @@ NOT_COVERED = (
 # How the batches came about, and who vouches for it.
 _DRAWN = {
     "poisson": ("Poisson sampling, drawn by keras_dp", "verified"),
+    "truncated_poisson": (
+        "Poisson sampling, larger batches cut to a public size, drawn by keras_dp",
+        "verified",
+    ),
+    "balls_in_bins": (
+        "each example once per epoch, in a batch that it chose by chance, drawn by keras_dp",
+        "verified",
+    ),
     "shuffled": ("each example once per epoch, drawn by keras_dp; no amplification", "verified"),
     "unknown": ("the caller's own batches; every example counted once in every step", "unknown"),
     "unprotected": ("an ordinary optimizer, without protection", "none"),
@@ -68,8 +79,8 @@ class PrivacyReport:
     Args:
         model: The model's name.
         delta: The probability with which the guarantee may fail.
-        epsilon: epsilon at `delta`, by accountant (`"pld"`, `"rdp"`); infinite
-            where training had no protection.
+        epsilon: epsilon at `delta`, by accountant (`"pld"`, and `"rdp"` where
+            it has a bound); infinite where training had no protection.
         epsilon_if_shuffled: What epsilon would be, had each example been in
             one batch of every epoch in the place of Poisson-drawn batches.
         steps: Releases, in all.
@@ -141,6 +152,9 @@ class PrivacyReport:
         if "poisson" in samplers:
             drawn = "Each example joined each Poisson batch independently with probability q."
             stated.append((drawn, not self.seeded and not self._asserted("poisson")))
+        for text, sampler in sorted({(_assumption(r), r["sampler"]) for r in self.releases}):
+            if sampler in ("truncated_poisson", "balls_in_bins"):
+                stated.append((text, not self.seeded and not self._asserted(sampler)))
         if "shuffled" in samplers:
             once = "Each example was in exactly one batch of every shuffled epoch."
             stated.append((once, not self._asserted("shuffled")))
@@ -193,7 +207,7 @@ class PrivacyReport:
         return json.dumps(_strict(data), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
-        pld, rdp = (_figure(self.epsilon[name]) for name in ("pld", "rdp"))
+        pld, rdp = (_figure(self.epsilon.get(name)) for name in ("pld", "rdp"))
         promise = (
             f"Its training is ({pld}, {self.delta:g})-differentially private (epsilon by privacy "
             f"loss distributions; {rdp} by Renyi differential privacy). {self.statement}"
@@ -208,7 +222,7 @@ class PrivacyReport:
             f"| as trained | {pld} | {rdp} |",
         ]
         if any(r["sampler"] == "poisson" for r in self.releases):
-            figures = [_figure(self.epsilon_if_shuffled[name]) for name in ("pld", "rdp")]
+            figures = [_figure(self.epsilon_if_shuffled.get(name)) for name in ("pld", "rdp")]
             lines += [
                 f"| had the batches been shuffled | {' | '.join(figures)} |",
                 "",
@@ -288,7 +302,7 @@ def _count(number: int, of_what: str) -> str:
 
 
 def _rate(release: dict[str, Any]) -> str:
-    if release["sampler"] == "shuffled":
+    if release["sampler"] in ("shuffled", "balls_in_bins"):
         return f"once in {_count(release['steps_per_epoch'], 'step')}"
     return _number(release["sampling_rate"])
 
@@ -299,7 +313,9 @@ def _number(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _figure(epsilon: float) -> str:
+def _figure(epsilon: float | None) -> str:
+    if epsilon is None:
+        return "no bound"
     if not math.isfinite(epsilon):
         return "infinite"
     return f"{epsilon:.3g}" if 0 < epsilon < 1e-3 else f"{epsilon:.4f}"
@@ -379,6 +395,13 @@ def privacy_report(model: keras.Model, *, delta: float | None = None) -> Privacy
     )
 
 
+def _assumption(release: dict[str, Any]) -> str:
+    """What the accounting of a release rests on, and how it was computed."""
+    known = {field.name for field in dataclasses.fields(Release)}
+    sampler = accounting.sampler_of(Release(**{k: v for k, v in release.items() if k in known}))
+    return f"{sampler.assumption} It is accounted {sampler.computed}."
+
+
 def _basis(release: Release) -> str:
     basis = _DRAWN.get(release.sampler, ("", "unknown"))[1]
     return "asserted" if release.asserted and basis == "verified" else basis
@@ -386,7 +409,8 @@ def _basis(release: Release) -> str:
 
 def _epsilon(ledger: Iterable[Release], delta: float) -> dict[str, float]:
     releases = PrivacyLedger(tuple(ledger))
-    return {a: accounting.ledger_epsilon(releases, delta, a) for a in accounting.ACCOUNTANTS}
+    able = accounting.accountants_for(releases)
+    return {a: accounting.ledger_epsilon(releases, delta, a) for a in able}
 
 
 def _shuffled(release: Release) -> Release:

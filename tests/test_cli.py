@@ -578,3 +578,17 @@ def test_a_model_loads_privately_right_after_the_import(first, trained):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["DPSGD 8", "True train_step"]
+
+
+def test_balls_in_bins_is_planned_and_refuses_an_accountant_without_a_bound(capsys):
+    """2.335: see `test_new_samplers`."""
+    plan = "epsilon -n 60000 -b 256 -s 1.1 -e 60"
+    assert answer(plan, capsys)["epsilon_by_sampling"]["balls_in_bins"] == pytest.approx(
+        2.335, abs=1e-3
+    )
+    got = answer(f"{plan} --sampling balls_in_bins", capsys)
+    assert (got["accountant"], list(got["by_accountant"])) == ("pld", ["pld"])
+    assert "keras_dp itself" in got["assumptions"]["sampling"]
+    with pytest.raises(SystemExit):
+        cli.main(f"{plan} --sampling balls_in_bins --accountant rdp".split())
+    assert "rdp has no proved bound for --sampling balls_in_bins" in capsys.readouterr().err
