@@ -199,8 +199,8 @@ def test_values_are_rounded_and_noise_is_never_rounded_down():
     count = keras_dp.backend.Counter()
     values = StepSettings(lambda k: 1.23401 + k, lambda k: 0.0123467, count).begin(0)
     assert [values(k) for k in range(2)] == [(1.24, 0.0123), (2.25, 0.0123)]
-    exact = StepSettings(lambda k: 1.23, 0.123456789, count)
-    assert exact.upcoming == (1.23, 0.123456789)  # a number stays as it was given
+    exact = StepSettings(1.23456789, lambda k: 0.0123, count)
+    assert exact.upcoming == (1.23456789, 0.0123)  # a number stays as it was given
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), "much", None])
