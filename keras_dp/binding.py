@@ -65,7 +65,7 @@ def _compile_of(original: Callable[..., Any]) -> Callable[..., Any]:
         optimizer = _resolve(chosen)
         if isinstance(optimizer, DPOptimizer):
             _check_can_bind(self, optimizer, arguments)
-            optimizer.attach(self, ledger_of(self))
+            optimizer.session.attach(self, ledger_of(self))
             arguments["auto_scale_loss"] = False
         arguments["optimizer"] = optimizer
         del arguments["self"]
@@ -180,7 +180,7 @@ class _TrainFunction:
         self.optimizer = optimizer
 
     def __call__(self, iterator: Any) -> Any:
-        with self.optimizer.gate.passing():
+        with self.optimizer.session.gate.passing():
             return self._function(iterator)
 
 
@@ -229,14 +229,14 @@ def _train_on_batch_of(original: Callable[..., Any]) -> Callable[..., Any]:
         optimizer = _private_optimizer(self)
         if optimizer is not None:
             keras_private.seed_states_of(self)  # keras.utils.set_random_seed drops one of them
-            optimizer.require_same_weights(self)
-            optimizer.begin_train_on_batch()
-            with optimizer.occupied("train_on_batch"):
-                optimizer.gate.open()
+            optimizer.session.require_same_weights(self)
+            optimizer.session.begin_train_on_batch()
+            with optimizer.session.occupied("train_on_batch"):
+                optimizer.session.gate.open()
                 try:
                     return original(self, *args, **kwargs)
                 finally:
-                    optimizer.gate.close()
+                    optimizer.session.gate.close()
         with lineage.ordinary_training(self):
             return original(self, *args, **kwargs)
 
@@ -281,12 +281,12 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
         if optimizer is None:
             with lineage.ordinary_training(self):
                 return original(self, *args, **kwargs)
-        with optimizer.occupied("fit"), training_alone(self):
+        with optimizer.session.occupied("fit"), training_alone(self):
             keras_private.seed_states_of(self)  # keras.utils.set_random_seed drops one of them
             given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
             del given["self"]
             require_trainable_privately(self)
-            optimizer.require_same_weights(self)
+            optimizer.session.require_same_weights(self)
             sampling, steps = _private_source(given, optimizer)
             declaration = _FitDeclaration(
                 optimizer, sampling, steps, given.get("initial_epoch", 0), given.get("epochs", 1)
@@ -298,8 +298,8 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
                 with _joined(declaration, given, self):
                     return original(self, **given)
             finally:
-                optimizer.gate.close()
-                optimizer.end_fit()
+                optimizer.session.gate.close()
+                optimizer.session.end_fit()
 
     return fit
 
@@ -389,7 +389,7 @@ def _foreign_source(
     if not isinstance(x, keras.utils.PyDataset):
         given.setdefault("shuffle", False)  # means nothing here; Keras warns of its default
     kind = type(x).__name__
-    optimizer.warn_once(
+    optimizer.session.warn_once(
         "source",
         f"fit can't know how a {kind} draws its batches, so every step is accounted as if every "
         "example took part in it (once), and epsilon grows fast. Even that holds only if no "
@@ -498,7 +498,7 @@ class _FitDeclaration(keras.callbacks.Callback):
             planned = max(epochs - first, 0) * self._steps_per_epoch
         what = "Calibrating the noise to the target epsilon"
         with said_if_slow(what, silent=not self.params.get("verbose", 1)):
-            self._optimizer.begin_fit(self._sampling, planned)
+            self._optimizer.session.begin_fit(self._sampling, planned)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if _private_optimizer(self.model) is not self._optimizer:
@@ -507,8 +507,8 @@ class _FitDeclaration(keras.callbacks.Callback):
                 "before or after `fit`."
             )
         require_own_train_function(self.model, self._optimizer)
-        self._optimizer.announce(int(self.model.steps_per_execution))
-        self._optimizer.gate.open()
+        self._optimizer.meter.announce(int(self.model.steps_per_execution))
+        self._optimizer.session.gate.open()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._optimizer.gate.close()
+        self._optimizer.session.gate.close()

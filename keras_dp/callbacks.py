@@ -14,6 +14,7 @@ import keras
 from . import accounting, journal
 from .errors import PrivacyBudgetExceeded, PrivacyError, PrivacyWarning
 from .ledger import PrivacyLedger, Release
+from .meter import Budget
 from .waiting import said_if_slow
 
 _MOST_AHEAD = 1000  # steps that the journal may be ahead of training (or one execution's)
@@ -141,7 +142,7 @@ class PrivacyBudget(keras.callbacks.Callback):
         if self._started:
             return
         self._started = True
-        self._optimizer.watch_delta(self.delta)
+        self._optimizer.session.notes.watched_at(self.delta)
         if self._journal is not None:
             self._journal.complete(self._optimizer)
         if self.epsilon is None or not self.stop_training:
@@ -153,7 +154,7 @@ class PrivacyBudget(keras.callbacks.Callback):
         what = f"Finding how many steps epsilon = {self.epsilon:g} allows"
         with said_if_slow(what, silent=not self.params.get("verbose", 1)):
             allowed = self._optimizer.limit_steps(**budget, at_most=planned)
-        self._optimizer.keep_to_budget(**budget)
+        self._optimizer.meter.keep(Budget(**budget))
         self._limited = planned is None or allowed < planned
         if self._journal is not None:
             self._journal.cap(self._optimizer, allowed)
@@ -236,14 +237,16 @@ class _Reservations:
         where a fit ended by an exception, it takes the reservation's place.
         """
         self._restart()
-        optimizer.at_end_of_fit(self._journal.occupy())
+        optimizer.session.at_end_of_fit(self._journal.occupy())
         known = self._journal.read()
-        own = [r for r in optimizer.own_runs if r.steps != _steps_of(r, known)]
+        own = [r for r in optimizer.meter.book.own_runs if r.steps != _steps_of(r, known)]
         for release in own:
             self._journal.append("exact", release)
         found = os.path.exists(self._journal.path)
         problems = journal.read(self._journal.path)[1] if found else None
-        optimizer.absorb(self._journal.read() if own else known, problems)
+        optimizer.absorb(self._journal.read() if own else known)
+        if problems is not None:
+            optimizer.session.notes.add_problems(problems)
 
     def complete(self, optimizer: Any) -> None:
         """Adds to the journal what only the optimizer's ledger knows.
@@ -283,7 +286,7 @@ class _Reservations:
         ahead = max(steps, self._block, min(made // 1000, _MOST_AHEAD))
         wanted = made + ahead if self._cap is None else min(made + ahead, self._cap)
         if wanted > self._reserved:
-            for run in optimizer.runs_after(wanted - made):
+            for run in optimizer.meter.runs_after(wanted - made):
                 if self._known.get(run.id) != run.steps:
                     self._journal.append("reserved", run)
                     self._known[run.id] = run.steps
@@ -296,7 +299,7 @@ class _Reservations:
             return
         try:
             exact = {run.id: run for run in optimizer.ledger}
-            for run in optimizer.runs_after(max(self._reserved - optimizer.releases, 0)):
+            for run in optimizer.meter.runs_after(max(self._reserved - optimizer.releases, 0)):
                 self._journal.append("exact", exact.get(run.id, run.with_steps(0)))
         except (PrivacyError, ValueError) as error:
             # The reservation stands, which is safe; what was trained must not be lost for it.

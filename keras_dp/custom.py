@@ -543,7 +543,9 @@ class OwnLoop:
         mechanism: Clips, adds noise, divides.
         meter: Knows sigma and C of the step, and counts it.
         options: How per-example gradients are computed.
+        build_for: Builds the optimizer for these variables.
         warn_once: Warns about a topic, once.
+        note_unseen: Has the statement say what ran that can't be looked through.
     """
 
     def __init__(
@@ -551,12 +553,17 @@ class OwnLoop:
         mechanism: Mechanism,
         meter: Meter,
         options: EngineOptions,
+        *,
+        build_for: Callable[[list[Any]], None],
         warn_once: Callable[[str, str], None],
+        note_unseen: Callable[[str], None],
     ) -> None:
         self._mechanism = mechanism
         self._meter = meter
         self._options = options
+        self._build_for = build_for
         self._warn_once = warn_once
+        self._note_unseen = note_unseen
         self._draws = Draws()
         self._passes = Passes()
         self._traced_steps = TracedSteps()
@@ -582,7 +589,7 @@ class OwnLoop:
         self,
         optimizer: Any,
         loss_fn: Callable[[Any], Any],
-        variables: list[Any],
+        variables: Sequence[Any],
         batch: Any,
         *,
         sampling: Any,
@@ -591,13 +598,35 @@ class OwnLoop:
         run_eagerly: bool,
     ) -> PrivateGradients:
         """The step, without what comes after it: see `DPOptimizer.private_gradients`."""
+        if not callable(loss_fn):
+            raise ValueError(
+                "`loss_fn` must be a function of one example that returns its loss. Received: "
+                f"loss_fn={loss_fn!r}"
+            )
+        if self._options.gradients == "ghost":
+            kind = type(optimizer).__name__
+            raise ValueError(
+                'gradients="ghost" needs a model; private_gradients has a function. Make the '
+                f'optimizer with gradients="auto", "vectorized" or "loop": {kind}'
+                '(..., gradients="auto").'
+            )
+        if self._meter.noise_multiplier is None:
+            raise PrivacyError(
+                "The noise is not calibrated yet: with target_epsilon, sigma follows from the "
+                "number of steps. Call begin_loop(sampling, steps=...) before the first step, or "
+                "give noise_multiplier instead of target_epsilon."
+            )
+        variables = as_variables(variables)
         drawn = sampling_of(sampling)
         examples, inside = as_batch(batch), as_models(models)
         rows = backend.row_count(examples.leaves()[0])
         require_by_itself(loss_fn, batch)
         traced = backend.current_graph() is not None
         with backend.outside_graph():
+            self._build_for(variables)
             lineage.learns(self._meter.book, variables, inside)
+            if run_eagerly:
+                self._say_what_is_unseen(loss_fn)
             drawn = self._make_ready(optimizer, batch, rows, sampling, drawn, traced=traced)
 
         options = dataclasses.replace(
@@ -643,6 +672,17 @@ class OwnLoop:
             self._draws.add(drawn, batch, rows)
         return PrivateGradients.of(
             optimizer, gradients, variables=variables, released=released, loss=loss
+        )
+
+    def _say_what_is_unseen(self, loss_fn: Any) -> None:
+        text = (
+            f"With run_eagerly=True the Python code of {name_of(loss_fn)} saw the examples "
+            "themselves, without noise. What it keeps or sends is not covered by any epsilon."
+        )
+        self._note_unseen(text)
+        self._warn_once(
+            "eager",
+            f"{text} Leave run_eagerly out, which is meant for debugging on made-up data.",
         )
 
     def _slower_engine(self) -> str:

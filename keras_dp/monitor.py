@@ -173,7 +173,7 @@ class PrivacyMonitor(keras.callbacks.Callback):
         self.history, self.layers = {}, []
         self._statistics = _NoisedStatistics() if self.private else _RawStatistics(self.quantiles)
         self._read_at = optimizer.releases
-        optimizer.watch(self._statistics)
+        optimizer.session.watch(self._statistics)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes the epoch."""
@@ -192,7 +192,7 @@ class PrivacyMonitor(keras.callbacks.Callback):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Notes what remains, draws the picture and stops gathering."""
         self._note()
-        self.model.optimizer.unwatch()
+        self.model.optimizer.session.unwatch()
         if self.path is not None and self.history:
             self._keep(lambda path: self.plot().savefig(path, format="png", dpi=120), ".png")
         if self._summaries is not None:

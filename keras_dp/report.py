@@ -601,7 +601,7 @@ def privacy_report(
             chosen.append(_selection(m.name, procedure))
     sizes = [r.num_examples for r in ledger if r.num_examples]
     if delta is None:
-        deltas = [o.last_delta or o.target_delta for o in optimizers if o is not None]
+        deltas = [o.session.notes.delta or o.target_delta for o in optimizers if o is not None]
         delta = min((d for d in deltas if d), default=None)
     if delta is None:
         delta = 10.0 ** -(math.floor(math.log10(max(sizes))) + 1) if sizes else 1e-5
@@ -635,8 +635,7 @@ def privacy_report(
         warnings=(
             *_doubts(ledger, epsilon, delta),
             *(_PASSED_OVER.format(m.name) for m in models if tuning.was_passed_over(m)),
-            *(str(p) for o in optimizers for p in getattr(o, "ledger_problems", ())),
-            *filter(None, (getattr(o, "unseen", None) for o in optimizers)),
+            *(p for o in optimizers if o is not None for p in o.session.notes.doubts),
         ),
         versions={p: _version(p) for p in _PACKAGES} | {"python": platform.python_version()},
     )

@@ -330,6 +330,10 @@ class Clockwork:
     def ledger(self):
         return self._book.ledger
 
+    @property
+    def meter(self):
+        return self
+
     def runs_after(self, further):
         return self._book.runs_after(further)
 

@@ -33,7 +33,7 @@ def private_steps(model, steps=4):
     if not model.built:
         model(X[:1])
     optimizer, variables = model.optimizer, model.trainable_variables
-    optimizer.begin_fit(DATA.sampling, steps)
+    optimizer.session.begin_fit(DATA.sampling, steps)
     optimizer.build(variables)
     for _ in range(steps):
         sums = [keras.ops.zeros(v.shape) for v in variables]
@@ -45,7 +45,7 @@ def private_steps(model, steps=4):
             return keras.ops.zeros(())
 
         optimizer._meter.spend(step, lambda: keras.ops.zeros(()), after=found.evidence)
-    optimizer.end_fit()
+    optimizer.session.end_fit()
 
 
 def train(model, optimizer=None, *, epochs=1):

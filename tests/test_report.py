@@ -33,7 +33,7 @@ def fitted(optimizer=None):
 def of_ledger(*releases):
     """A model that learned from these releases, as its ledger has it."""
     model = tiny.compiled()
-    model.optimizer.attach(model, PrivacyLedger(releases))
+    model.optimizer.session.attach(model, PrivacyLedger(releases))
     return model
 
 
@@ -228,7 +228,7 @@ def test_the_source_of_randomness_is_the_optimizers_word_unless_a_seed_was_chose
 
     model = tiny.compiled(Told(0.1, max_grad_norm=1.0, noise_multiplier=1.0))
     assert keras_dp.privacy_report(model).random_source == "a fair coin"
-    model.optimizer.attach(model, PrivacyLedger([Release("unknown", 1.0, 1, seeded=True)]))
+    model.optimizer.session.attach(model, PrivacyLedger([Release("unknown", 1.0, 1, seeded=True)]))
     report = keras_dp.privacy_report(model)
     assert report.random_source == "a chosen seed"
     assert "Randomness: a chosen seed" in str(report)

@@ -292,7 +292,7 @@ def test_what_is_said_is_rounded_up(rate, said):
 
 def of_ledger(*releases):
     model = tiny.compiled()
-    model.optimizer.attach(model, keras_dp.PrivacyLedger(releases))
+    model.optimizer.session.attach(model, keras_dp.PrivacyLedger(releases))
     return model
 
 

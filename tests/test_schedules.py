@@ -135,7 +135,7 @@ def test_a_budget_stops_at_the_last_step_that_fits():
     model.fit(x, y, batch_size=8, epochs=40, callbacks=[budget], verbose=0)
     optimizer = model.optimizer
     assert optimizer.get_epsilon(DELTA) <= 4.0
-    one_more = optimizer.ledger.merge(optimizer.runs_after(1))
+    one_more = optimizer.ledger.merge(optimizer.meter.runs_after(1))
     assert accounting.ledger_epsilon(one_more, DELTA) > 4.0
 
 

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
-from .. import accounting, arguments, backend, custom, keras_private, lineage, training
+from .. import accounting, arguments, backend, custom, keras_private, training
 from .. import clipping as clippings
 from ..clipping import AdaptiveClipping, Clipping
 from ..errors import PrivacyError, PrivacyWarning
-from ..gate import Gate
 from ..gradients import ENGINES, EngineOptions
-from ..ledger import PrivacyLedger, Release
-from ..mechanism import Mechanism, Watcher
-from ..meter import Budget, Meter, Phase
+from ..ledger import PrivacyLedger
+from ..mechanism import Mechanism
+from ..meter import Budget, Meter
 from ..noise import NoiseSource, SecureNoiseSource
-from ..sampling import UNKNOWN, Sampling
+from ..sampling import UNKNOWN
 from ..schedules import Schedule, checked
+from .session import Session
+from .wrapper import OptimizerWrapper
 
 _UNEXPLAINED = (
     "The state of this optimizer counts {steps} steps of which there is no ledger: it was set by "
@@ -34,8 +32,13 @@ _UNEXPLAINED = (
 )
 
 
+def _given(name: str, doc: str) -> Any:
+    """A read-only property: an argument as it was given."""
+    return property(lambda self: self._given[name], doc=doc)
+
+
 @keras.saving.register_keras_serializable(package="keras_dp")
-class DPOptimizer(keras.optimizers.Optimizer):
+class DPOptimizer(OptimizerWrapper):
     """Makes the training of a Keras model differentially private.
 
     Wraps an ordinary Keras optimizer. Compiling a model with it replaces the
@@ -168,8 +171,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
             strategy = strategy.for_one_optimizer(self)
             strategy.restore(max_grad_norm)
 
-        super().__init__(learning_rate=0.0, name=name)
-        self.inner_optimizer = inner_optimizer
+        super().__init__(inner_optimizer, name)
         self._given: dict[str, Any] = {
             "max_grad_norm": max_grad_norm,
             "noise_multiplier": noise_multiplier,
@@ -194,57 +196,41 @@ class DPOptimizer(keras.optimizers.Optimizer):
             target=target,
             updates=_updates_of(inner_optimizer),
         )
-        lineage.drive(inner_optimizer)
-        self._loop = custom.OwnLoop(self._mechanism, self._meter, options, self.warn_once)
-        self._gate = Gate()
+        self._session = Session(self, self._mechanism, self._meter)
+        self._loop = custom.OwnLoop(
+            self._mechanism,
+            self._meter,
+            options,
+            build_for=self._session.build_for,
+            warn_once=self._session.warn_once,
+            note_unseen=self._session.notes.add_unseen,
+        )
         self._engine: str | None = None
-        self._last_delta: float | None = None
-        self._ledger_problems: tuple[str, ...] = ()
-        self._warned: set[str] = set()
-        self._unseen: str | None = None
-        self._endings: list[Callable[[], None]] = []
-        self._model: weakref.ref[keras.Model] | None = None
-        self._built_for: set[int] = set()  # the weights that the inner optimizer has state for
-        self._trained: list[Any] | None = None  # the weights of the step, once it has run
         if noise_multiplier == 0:
             warnings.warn(
                 "noise_multiplier=0 adds no noise: training is not private and epsilon is "
                 "infinite. Give a positive noise_multiplier, or target_epsilon.",
                 PrivacyWarning,
-                stacklevel=outside_package(),
+                stacklevel=keras_private.outside(),
             )
 
     # -- the arguments, as given -------------------------------------------------------------
 
-    @property
-    def max_grad_norm(self) -> Schedule:
-        """C, or the schedule of C, as it was given."""
-        return self._given["max_grad_norm"]
+    max_grad_norm = _given("max_grad_norm", "C, or the schedule of C, as it was given.")
+    target_epsilon = _given("target_epsilon", "The epsilon that sigma is calibrated to, if it is.")
+    target_delta = _given("target_delta", "The delta of `target_epsilon`.")
+    microbatch_size = _given("microbatch_size", "How many examples are in memory at once.")
+    augmentation_multiplicity = _given(
+        "augmentation_multiplicity", "How many times each example is run in a step."
+    )
+    gradients = _given("gradients", "The engine to start from.")
+    seed = _given("seed", "The seed of the noise, which voids the guarantee; `None` in earnest.")
+    secure_mode = _given("secure_mode", "Whether noise and batches are the operating system's.")
 
     @property
     def noise_multiplier(self) -> float | None:
         """sigma of the next step; `None` until it is calibrated, if a target was given."""
         return self._meter.noise_multiplier
-
-    @property
-    def target_epsilon(self) -> float | None:
-        """The epsilon that sigma is calibrated to, if it is."""
-        return self._given["target_epsilon"]
-
-    @property
-    def target_delta(self) -> float | None:
-        """The delta of `target_epsilon`."""
-        return self._given["target_delta"]
-
-    @property
-    def microbatch_size(self) -> int | None:
-        """How many examples are in memory at once; `None`: the whole batch."""
-        return self._options.microbatch_size
-
-    @property
-    def augmentation_multiplicity(self) -> int:
-        """How many times each example is run in a step."""
-        return self._options.views
 
     @property
     def clipping(self) -> str:
@@ -257,19 +243,14 @@ class DPOptimizer(keras.optimizers.Optimizer):
         return self._mechanism.strategy
 
     @property
-    def gradients(self) -> str:
-        """The engine to start from."""
-        return self._options.gradients
+    def meter(self) -> Meter:
+        """What counts the steps, and limits them."""
+        return self._meter
 
     @property
-    def seed(self) -> int | None:
-        """The seed of the noise, which voids the guarantee; `None` in earnest."""
-        return self._given["seed"]
-
-    @property
-    def secure_mode(self) -> bool:
-        """Whether noise and batches come from the operating system's generator."""
-        return self._given["secure_mode"]
+    def session(self) -> Session:
+        """What leads it through its trainings."""
+        return self._session
 
     # -- what was spent ------------------------------------------------------------------
 
@@ -301,7 +282,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         """
         unexplained = self._meter.book.unexplained
         if unexplained:
-            self.warn_once("unexplained", _UNEXPLAINED.format(steps=unexplained))
+            self._session.warn_once("unexplained", _UNEXPLAINED.format(steps=unexplained))
         return accounting.ledger_epsilon(self.ledger, delta, accountant, examples_per_person)
 
     @property
@@ -318,47 +299,6 @@ class DPOptimizer(keras.optimizers.Optimizer):
     def releases(self) -> int:
         """How many steps this optimizer object has released."""
         return self._meter.releases
-
-    def runs_after(self, further: int) -> list[Release]:
-        """The runs of like steps that are going on, once `further` more steps are made."""
-        return self._meter.runs_after(further)
-
-    @property
-    def own_runs(self) -> list[Release]:
-        """The runs that this optimizer object made."""
-        return self._meter.book.own_runs
-
-    @property
-    def last_delta(self) -> float | None:
-        """The delta that training was last watched at."""
-        return self._last_delta
-
-    def watch_delta(self, delta: float) -> None:
-        """Takes note of the delta that training is watched at, for the report."""
-        self._last_delta = delta
-
-    @property
-    def unseen(self) -> str | None:
-        """What ran on the examples that can't be looked through, in words."""
-        return self._unseen
-
-    @property
-    def ledger_problems(self) -> tuple[str, ...]:
-        """What the ledger on disk showed when it was last read."""
-        return self._ledger_problems
-
-    def absorb(self, ledger: PrivacyLedger, problems: Sequence[str] | None = None) -> None:
-        """Adds what another ledger knows: every release, with the larger count.
-
-        Args:
-            ledger: The other ledger.
-            problems: What was found wrong with the file that it comes from.
-        """
-        self._meter.absorb(ledger)
-        model = self._model() if self._model is not None else None
-        lineage.add(ledger, *([] if model is None else model.trainable_variables))
-        if problems is not None:
-            self._ledger_problems = tuple(problems)
 
     # -- the private step ----------------------------------------------------------------
 
@@ -380,9 +320,9 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 not calibrated yet, or another training is going on.
         """
         sampling = None
-        if not self._gate.inside:
+        if not self._session.gate.inside:
             with backend.outside_graph():
-                self.begin_train_on_batch("train_step")
+                self._session.begin_train_on_batch("train_step")
             sampling = UNKNOWN
         if self.noise_multiplier is None:
             raise PrivacyError(
@@ -394,23 +334,13 @@ class DPOptimizer(keras.optimizers.Optimizer):
             self._mechanism,
             self._meter,
             self._options,
-            make_ready=self._make_ready,
+            make_ready=self._session.make_ready,
             apply=self.inner_optimizer.apply,
-            warn_once=self.warn_once,
-            note_unseen=self._note_unseen,
+            warn_once=self._session.warn_once,
+            note_unseen=self._session.notes.add_unseen,
         )
         logs, self._engine = training.private_train_step(parts, model, data, sampling)
         return logs
-
-    def _note_unseen(self, text: str) -> None:
-        self._unseen = text
-
-    def _make_ready(self, model: keras.Model, variables: list[Any]) -> None:
-        self.require_same_weights(model, remember=True)
-        if not self.built:
-            self.build(variables)
-        self._mechanism.build(variables)
-        self._meter.announce(1)
 
     # -- loops of one's own ----------------------------------------------------------------
 
@@ -434,7 +364,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
             PrivacyError: While `fit` is running.
             PrivacyBudgetExceeded: If the target is spent.
         """
-        self._refuse_while_busy("begin_loop")
+        self._session.refuse_while_busy("begin_loop")
         self._loop.begin(sampling, steps, iteration=int(self.iterations))
 
     @backend.without_autograph
@@ -521,31 +451,11 @@ class DPOptimizer(keras.optimizers.Optimizer):
         >>> optimizer.ledger.steps
         4
         """
-        if not callable(loss_fn):
-            raise ValueError(
-                "`loss_fn` must be a function of one example that returns its loss. Received: "
-                f"loss_fn={loss_fn!r}"
-            )
-        self._refuse_while_busy("private_gradients")
-        if self.gradients == "ghost":
-            raise ValueError(
-                'gradients="ghost" needs a model; private_gradients has a function. Make the '
-                f'optimizer with gradients="auto", "vectorized" or "loop": {type(self).__name__}'
-                '(..., gradients="auto").'
-            )
-        if self.noise_multiplier is None:
-            raise PrivacyError(
-                "The noise is not calibrated yet: with target_epsilon, sigma follows from the "
-                "number of steps. Call begin_loop(sampling, steps=...) before the first step, or "
-                "give noise_multiplier instead of target_epsilon."
-            )
-        known = custom.as_variables(variables)
-        with backend.outside_graph():
-            self._build_for(known)
+        self._session.refuse_while_busy("private_gradients")
         return self._loop.gradients(
             self,
             loss_fn,
-            known,
+            variables,
             batch,
             sampling=sampling,
             models=models,
@@ -553,117 +463,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
             run_eagerly=run_eagerly,
         )
 
-    def _build_for(self, variables: list[Any]) -> None:
-        if not self.built:
-            self.build(variables)
-        known = {id(v) for v in self._trainable_variables}
-        new = [v.path for v in variables if id(v) not in known]
-        if new:
-            raise ValueError(
-                f"`variables` holds some that this optimizer was not built for: {new[0]} and "
-                f"{len(new) - 1} more. Give each set of variables an optimizer of its own (each "
-                "keeps its own ledger), or build one for all of them first: "
-                "optimizer.build(all_variables)."
-            )
-
-    def _refuse_while_busy(self, name: str) -> None:
-        if self._meter.busy:
-            raise PrivacyError(
-                f"{name} was called while `fit` is running, so its step would be accounted as one "
-                "of fit's random batches, which it is not. Call it before or after `fit`."
-            )
-
-    # -- being watched -----------------------------------------------------------------------
-
-    def watch(self, watcher: Watcher) -> None:
-        """Has a watcher see each step of the `fit` that begins. Its end ends that too.
-
-        Raises:
-            ValueError: If there is another watcher.
-        """
-        model = self._model() if self._model is not None else None
-        if self._mechanism.watch(watcher) and model is not None:
-            model.make_train_function(True)  # the step is traced anew, with what is gathered
-
-    def unwatch(self) -> None:
-        """Has nothing gathered any more."""
-        model = self._model() if self._model is not None else None
-        if self._mechanism.unwatch() and model is not None:
-            model.train_function = None
-
-    # -- what `fit` and `train_on_batch` declare --------------------------------------------
-
-    @property
-    def gate(self) -> Gate:
-        """Lets the train function through, once for each batch that was announced."""
-        return self._gate
-
-    def occupied(self, what: str) -> Any:
-        """Keeps other trainings with this optimizer out while a `with` block runs.
-
-        Raises:
-            PrivacyError: If one is going on already.
-        """
-        return self._meter.occupied(what)
-
-    def begin_fit(self, sampling: Sampling, planned_steps: int | None) -> None:
-        """Declares how the batches to come are drawn; calibrates sigma to a target.
-
-        Args:
-            sampling: How batches are drawn.
-            planned_steps: How many steps `fit` is going to take, where known.
-
-        Raises:
-            PrivacyBudgetExceeded: If the target is spent.
-            ValueError: If sigma must be calibrated and the number of steps is
-                unknown.
-        """
-        self._follow_weights()
-        self._mechanism.noise.refresh()
-        phase = Phase("fit", sampling, planned_steps)
-        self._meter.begin(phase, iteration=int(self.iterations))
-
-    def at_end_of_fit(self, function: Callable[[], None]) -> None:
-        """Has a function called when the `fit` that is running ends, by an error too."""
-        self._endings.append(function)
-
-    def end_fit(self) -> None:
-        """Declares that batches are of unknown origin again; nobody watches any more."""
-        while self._endings:
-            self._endings.pop()()
-        self._follow_weights()
-        self.unwatch()
-        self._meter.end(iteration=int(self.iterations))
-
-    def begin_train_on_batch(self, name: str = "train_on_batch") -> None:
-        """Declares one batch of your own.
-
-        Raises:
-            PrivacyError: If sigma would have to be calibrated, or `fit` is running.
-            PrivacyBudgetExceeded: If a budget that `fit` was given is spent.
-        """
-        self._refuse_while_busy(name)
-        if self.target_epsilon is not None:
-            raise PrivacyError(
-                f"{name} can't be held to target_epsilon: how many batches will follow is "
-                "unknown. Use `fit`, or give noise_multiplier and watch get_epsilon."
-            )
-        self._follow_weights()
-        self._mechanism.noise.refresh_after_fork()
-        self._meter.declare_batches(UNKNOWN, iteration=int(self.iterations))
-        self._meter.announce(1)
-        self._meter.find_limit()
-        self._meter.require_left()
-        self.warn_once(
-            "train_on_batch",
-            f"{name} can't know how you chose the batch, so it is accounted as if every "
-            "example took part in every step. `fit` on arrays draws Poisson batches, which cost "
-            "far less privacy.",
-        )
-
-    def announce(self, steps: int) -> None:
-        """Has sigma and C ready for so many steps to come."""
-        self._meter.announce(steps)
+    # -- limits and state -----------------------------------------------------------------
 
     def limit_steps(
         self, *, epsilon: float, delta: float, accountant: str = "pld", at_most: int | None = None
@@ -681,157 +481,29 @@ class DPOptimizer(keras.optimizers.Optimizer):
         """
         return self._meter.limit(Budget(epsilon, delta, accountant), at_most)
 
-    def keep_to_budget(self, *, epsilon: float, delta: float, accountant: str = "pld") -> None:
-        """Holds single batches after this `fit` to its budget, too."""
-        self._meter.keep(Budget(epsilon, delta, accountant))
-
     @property
     def step_limit_reached(self) -> bool:
         """Whether no further step may be released."""
         return self._meter.limit_reached
 
-    def warn_once(self, topic: str, message: str) -> None:
-        """Warns about a topic, once for this optimizer."""
-        if topic not in self._warned:
-            self._warned.add(topic)
-            warnings.warn(message, PrivacyWarning, stacklevel=outside_package())
-
-    # -- binding and state ----------------------------------------------------------------
-
-    def attach(self, model: keras.Model, ledger: PrivacyLedger) -> None:
-        """Makes this the optimizer of `model`, whose past releases it takes over.
-
-        Raises:
-            ValueError: If it already trains another model.
-        """
-        other = self._model() if self._model is not None else None
-        if other is not None and other is not model:
-            raise ValueError(
-                f"This optimizer already trains the model '{other.name}'; its state and ledger "
-                f"belong to that one. Make a new optimizer for '{model.name}'."
-            )
-        unknown = [v.path for v in model.trainable_variables if id(v) not in self._built_for]
-        if self.built and unknown:
-            raise ValueError(
-                f"This optimizer has no state for weights of the model '{model.name}' that have "
-                f"become trainable since it was built: {_listed(unknown)}. Compile with a new "
-                "optimizer; the ledger goes on in it."
-            )
-        self._trained = None
-        self._model = weakref.ref(model)
-        self._meter.absorb(ledger)
-        lineage.drive(self.inner_optimizer)
-        self._follow_weights()
-
-    def require_same_weights(self, model: keras.Model, *, remember: bool = False) -> None:
-        """Refuses to go on if `trainable` or `enable_lora` changed what is trained.
-
-        The step is traced for the weights that were trainable when it first ran. It
-        would go on training those, and leave out the new ones, without a word.
-
-        Args:
-            model: The model.
-            remember: Whether the step runs now, if for the first time since `compile`.
-
-        Raises:
-            PrivacyError: Naming the weights.
-        """
-        now = list(model.trainable_variables)
-        if self._trained is None:
-            self._trained = now if remember else None
-            return
-        before, after = ({id(v): v.path for v in some} for some in (self._trained, now))
-        changes = [
-            f"{what}: {_listed([path for key, path in one.items() if key not in other])}"
-            for what, one, other in (("new", after, before), ("gone", before, after))
-            if not one.keys() <= other.keys()
-        ]
-        if changes:
-            raise PrivacyError(
-                f"The trainable weights of the model '{model.name}' have changed since it was "
-                f"compiled ({'; '.join(changes)}), and its training step still is for those of "
-                "before. Call model.compile with a new optimizer after `enable_lora`, or after "
-                "freezing or unfreezing; the ledger goes on in it."
-            )
-
-    def _follow_weights(self) -> None:
-        """Has it known which weights this optimizer trains, and what its steps read."""
-        model = self._model() if self._model is not None else None
-        models = [] if model is None else [model]
-        trained = [v for m in models for v in m.trainable_variables]
-        lineage.learns(self._meter.book, trained, models)
+    def absorb(self, ledger: PrivacyLedger) -> None:
+        """Adds what another ledger knows: every release, with the larger count."""
+        self._session.absorb(ledger)
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the ledger; the inner optimizer writes its own state. No key, no seed."""
-        store["ledger"] = np.frombuffer(self.ledger.to_json().encode(), np.uint8)
-        if isinstance(self.clipping_strategy, AdaptiveClipping):
-            store["clipping_norm"] = np.float64(self.clipping_strategy.max_grad_norm)
+        self._session.save(store)
 
     def load_own_variables(self, store: Any) -> None:
         """Adds the stored ledger to this one, and makes ready for the inner optimizer's state."""
-        model = self._model() if self._model is not None else None
-        if not self.built and model is not None and model.built and model.trainable_variables:
-            self.build(model.trainable_variables)
-        if "ledger" in store.keys():  # noqa: SIM118 - an H5 group has no other way to ask
-            text = np.asarray(store["ledger"], np.uint8).tobytes().decode()
-            self._meter.absorb(PrivacyLedger.from_json(text))
-            if "clipping_norm" in store.keys() and isinstance(  # noqa: SIM118
-                self.clipping_strategy, AdaptiveClipping
-            ):
-                self.clipping_strategy.restore(float(np.asarray(store["clipping_norm"])))
-        elif len(store.keys()) and not lineage.file_had_a_ledger():
-            warnings.warn(
-                "The file was saved with an optimizer that keeps no privacy ledger: what training "
-                "those weights has cost is unknown and not counted. That is right only if they "
-                "were trained on public data.",
-                PrivacyWarning,
-                stacklevel=outside_package(),
-            )
-
-    # -- what a Keras optimizer does --------------------------------------------------------
+        self._session.load(store)
 
     def build(self, variables: Sequence[Any]) -> None:
         """Creates the inner optimizer's state for `variables`."""
-        if self.built:
-            return
-        variables = list(variables)
-        if not self.inner_optimizer.built:
-            self.inner_optimizer.build(variables)
         super().build(variables)
-        self._built_for = {id(v) for v in variables}
-        self._follow_weights()
-        self._follow_weights()
+        self._session.follow_weights()
 
-    @property
-    def variables(self) -> list[Any]:
-        """The inner optimizer's variables. The ledger is not among them: nothing can set it."""
-        return self.inner_optimizer.variables
-
-    @property
-    def learning_rate(self) -> Any:
-        """The inner optimizer's learning rate."""
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
-        self.inner_optimizer.learning_rate = learning_rate
-
-    @property
-    def iterations(self) -> Any:
-        """The inner optimizer's count of updates."""
-        return self.inner_optimizer.iterations
-
-    def set_weights(self, weights: Sequence[Any]) -> None:
-        """Sets the inner optimizer's variables. The ledger stays."""
-        self.inner_optimizer.set_weights(weights)
-
-    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """What the inner optimizer does at the end of `fit` (weight averaging)."""
-        self.inner_optimizer.finalize_variable_values(var_list)
-
-    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
-        """As the inner optimizer's."""
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+    # -- what a Keras optimizer does --------------------------------------------------------
 
     @backend.without_autograph
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
@@ -939,11 +611,6 @@ def deserialized(config: dict[str, Any], custom_objects: Any) -> dict[str, Any]:
     }
 
 
-def _listed(paths: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(f"'{path}'" for path in paths[:most]) + more
-
-
 # -- checking arguments -----------------------------------------------------------------------
 
 
@@ -991,10 +658,3 @@ def _check_inner(inner: Any) -> None:
             "`inner_optimizer` scales the loss, which would change what is clipped. Give the "
             "optimizer without loss scaling (no LossScaleOptimizer, loss_scale_factor=None)."
         )
-
-
-def outside_package() -> int:
-    """The stack level of the caller's first frame outside this package and Keras, for warnings."""
-    modules = (f.frame.f_globals.get("__name__", "") for f in inspect.stack(context=0))
-    inside = ("keras_dp.", "keras.", "tensorflow.")
-    return next((level for level, m in enumerate(modules) if not m.startswith(inside)), 1)
