@@ -14,7 +14,6 @@ import keras
 from . import accounting, journal
 from .errors import PrivacyBudgetExceeded, PrivacyError, PrivacyWarning
 from .ledger import PrivacyLedger, Release
-from .meter import Budget
 from .waiting import said_if_slow
 
 _MOST_AHEAD = 1000  # steps that the journal may be ahead of training (or one execution's)
@@ -154,7 +153,7 @@ class PrivacyBudget(keras.callbacks.Callback):
         what = f"Finding how many steps epsilon = {self.epsilon:g} allows"
         with said_if_slow(what, silent=not self.params.get("verbose", 1)):
             allowed = self._optimizer.limit_steps(**budget, at_most=planned)
-        self._optimizer.meter.keep(Budget(**budget))
+        self._optimizer.meter.keep(**budget)
         self._limited = planned is None or allowed < planned
         if self._journal is not None:
             self._journal.cap(self._optimizer, allowed)

@@ -19,7 +19,7 @@ import tiny
 
 import keras_dp
 from keras_dp import lineage
-from keras_dp.mechanism import Clipped
+from keras_dp.training.mechanism import Clipped
 
 X, Y = tiny.data()
 Dense = keras.layers.Dense

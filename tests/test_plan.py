@@ -497,8 +497,8 @@ def test_rule_17_both_sides_of_a_fork_add_up():
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")
 def test_rule_17_a_meter_notices_a_fork(monkeypatch):
-    from keras_dp import meter as meters
     from keras_dp.sampling import Sampling
+    from keras_dp.training import meter as meters
 
     meter = meters.Meter(1.0, 1.0, clipping="flat", seeded=False)
     meter.declare(Sampling("poisson", batch_size=4.0, sampling_rate=0.1), iteration=0)

@@ -16,7 +16,7 @@ from scipy import stats
 import keras_dp
 from keras_dp import PrivacyBudgetExceeded, PrivacyError
 from keras_dp.accounting import compute_epsilon
-from keras_dp.custom import Draws, PrivateGradients
+from keras_dp.training.loops import Draws, PrivateGradients
 
 DELTA = 1e-5
 ALARM = stats.norm.isf(2.5e-7)  # standard deviations, passed by mistake once in two million

@@ -37,12 +37,13 @@ import tensorflow as tf
 from keras import layers, ops
 from tensorflow.python.framework import op_callbacks
 
-from keras_dp import DPSGD, DPAdam, PoissonDataset, backend, clipping, training
+from keras_dp import DPSGD, DPAdam, PoissonDataset, backend, clipping
 from keras_dp.backend import tensorflow as tensorflow_backend
 from keras_dp.backend.operations import all_operations
-from keras_dp.meter import Meter
 from keras_dp.noise import NoiseSource
 from keras_dp.optimizers import DPOptimizer
+from keras_dp.training import Meter
+from keras_dp.training import step as training
 
 SIGMA, C, BATCH = 0.8, 0.5, 3
 PLAIN, HUGE, NAN = 9, 10, 11  # the examples that D has not

@@ -20,8 +20,9 @@ import tensorflow as tf
 import tiny
 
 import keras_dp
-from keras_dp import sampling, training
-from keras_dp.mechanism import Clipped
+from keras_dp import sampling
+from keras_dp.optimizers import dp_optimizer
+from keras_dp.training.mechanism import Clipped
 
 N, BATCH, STEPS = 2000, 100, 200
 Q = BATCH / N
@@ -132,7 +133,7 @@ def seen(monkeypatch):
         parts.meter.spend(step, lambda: tf.zeros(()), after=found.evidence)
         return {"loss": 0.0}, "none"
 
-    monkeypatch.setattr(training, "private_train_step", record)
+    monkeypatch.setattr(dp_optimizer, "private_train_step", record)
     return batches
 
 

@@ -12,7 +12,7 @@ from keras import ops
 
 import keras_dp
 from keras_dp import Release, accounting
-from keras_dp.schedules import StepSettings
+from keras_dp.training.schedules import StepSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:train_on_batch can't know")
 

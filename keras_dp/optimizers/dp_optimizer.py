@@ -9,17 +9,25 @@ from typing import Any
 import keras
 from keras import ops
 
-from .. import accounting, arguments, backend, custom, keras_private, training
+from .. import accounting, arguments, backend, keras_private
 from .. import clipping as clippings
 from ..clipping import AdaptiveClipping, Clipping
 from ..errors import PrivacyError, PrivacyWarning
 from ..gradients import ENGINES, EngineOptions
 from ..ledger import PrivacyLedger
-from ..mechanism import Mechanism
-from ..meter import Budget, Meter
 from ..noise import NoiseSource, SecureNoiseSource
 from ..sampling import UNKNOWN
-from ..schedules import Schedule, checked
+from ..training import (
+    Budget,
+    Mechanism,
+    Meter,
+    OwnLoop,
+    Parts,
+    PrivateGradients,
+    Schedule,
+    checked,
+    private_train_step,
+)
 from .session import Session
 from .wrapper import OptimizerWrapper
 
@@ -197,7 +205,7 @@ class DPOptimizer(OptimizerWrapper):
             updates=_updates_of(inner_optimizer),
         )
         self._session = Session(self, self._mechanism, self._meter)
-        self._loop = custom.OwnLoop(
+        self._loop = OwnLoop(
             self._mechanism,
             self._meter,
             options,
@@ -330,7 +338,7 @@ class DPOptimizer(OptimizerWrapper):
                 "number of examples, batch size and epochs, which only `fit` knows. Call `fit`, "
                 "or give noise_multiplier instead of target_epsilon."
             )
-        parts = training.Parts(
+        parts = Parts(
             self._mechanism,
             self._meter,
             self._options,
@@ -339,7 +347,7 @@ class DPOptimizer(OptimizerWrapper):
             warn_once=self._session.warn_once,
             note_unseen=self._session.notes.add_unseen,
         )
-        logs, self._engine = training.private_train_step(parts, model, data, sampling)
+        logs, self._engine = private_train_step(parts, model, data, sampling)
         return logs
 
     # -- loops of one's own ----------------------------------------------------------------
@@ -378,7 +386,7 @@ class DPOptimizer(OptimizerWrapper):
         models: Sequence[Any] = (),
         jit_compile: bool = False,
         run_eagerly: bool = False,
-    ) -> custom.PrivateGradients:
+    ) -> PrivateGradients:
         """Private gradients of a loss function, for training loops of your own.
 
         `loss_fn` is given one example at a time: the structure of `batch` with
@@ -519,7 +527,7 @@ class DPOptimizer(OptimizerWrapper):
             PrivacyError: For ordinary gradients, which must not reach the weights.
             ValueError: If the variables are others.
         """
-        if not isinstance(grads, custom.PrivateGradients) or not grads.made_by(self):
+        if not isinstance(grads, PrivateGradients) or not grads.made_by(self):
             raise PrivacyError(
                 f"{type(self).__name__} was given ordinary gradients, which are neither clipped "
                 "nor noised: applying them would train without privacy. Train with model.fit or "

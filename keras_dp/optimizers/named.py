@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from ..clipping import Clipping
-from ..schedules import Schedule
+from ..training import Schedule
 from .dp_optimizer import DPOptimizer, deserialized
 
 

@@ -14,11 +14,9 @@ import numpy as np
 from .. import keras_private, lineage
 from ..clipping import AdaptiveClipping
 from ..errors import PrivacyError, PrivacyWarning
-from ..gate import Gate
 from ..ledger import PrivacyLedger
-from ..mechanism import Mechanism, Watcher
-from ..meter import Meter, Phase
 from ..sampling import UNKNOWN, Sampling
+from ..training import Gate, Mechanism, Meter, Phase, Watcher
 
 __all__ = ["Notes", "Session"]
 

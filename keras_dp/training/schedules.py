@@ -9,8 +9,8 @@ from typing import Any
 
 from keras import ops
 
-from . import backend
-from .arguments import is_number
+from .. import backend
+from ..arguments import is_number
 
 Schedule = float | Callable[[int], Any]
 

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-from .errors import PrivacyError
+from ..errors import PrivacyError
 
 
 class Gate:

@@ -10,11 +10,11 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import accounting, backend, lineage
-from .errors import PrivacyBudgetExceeded, PrivacyError
-from .ledger import LedgerBook, PrivacyLedger, Release
+from .. import accounting, backend, lineage
+from ..errors import PrivacyBudgetExceeded, PrivacyError
+from ..ledger import LedgerBook, PrivacyLedger, Release
+from ..sampling import UNKNOWN, Sampling
 from .mechanism import StepValues
-from .sampling import UNKNOWN, Sampling
 from .schedules import Schedule, StepSettings
 
 __all__ = ["BATCHES", "Budget", "Meter", "Phase"]
@@ -269,9 +269,9 @@ class Meter:
         if self.limit_reached:
             raise PrivacyBudgetExceeded(self._spent())
 
-    def keep(self, budget: Budget) -> None:
+    def keep(self, *, epsilon: float, delta: float, accountant: str = "pld") -> None:
         """Holds single batches after this fit to a budget, too. Several all hold."""
-        self.budgets = (*self.budgets, budget)
+        self.budgets = (*self.budgets, Budget(epsilon, delta, accountant))
 
     def limit(self, budget: Budget, planned: int | None) -> int:
         """Stops releasing before a budget would be passed, to the exact step.

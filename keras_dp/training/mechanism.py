@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from keras import ops
 
-from . import clipping as clippings
-from .clipping import AddNoise, Clip, Clipping, Seen
+from .. import clipping as clippings
+from ..clipping import AddNoise, Clip, Clipping, Seen
 
 __all__ = ["Clipped", "Mechanism", "Noise", "StepValues", "Watcher"]
 

@@ -11,13 +11,13 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from . import backend, keras_private
-from .compatibility import require_trainable_privately
-from .errors import PrivacyError
-from .gradients import Batch, Engine, EngineOptions, ExampleLoss, Outcome
+from .. import backend, keras_private
+from ..compatibility import require_trainable_privately
+from ..errors import PrivacyError
+from ..gradients import Batch, Engine, EngineOptions, ExampleLoss, Outcome
+from ..sampling import Sampling
 from .mechanism import Clipped, Mechanism, StepValues
 from .meter import Meter
-from .sampling import Sampling
 
 _checked_losses: weakref.WeakSet[Any] = weakref.WeakSet()
 

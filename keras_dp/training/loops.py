@@ -15,13 +15,13 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from . import arguments, backend, keras_private, lineage
-from .compatibility import require_trainable_privately
-from .errors import PrivacyError
-from .gradients import Batch, Engine, EngineOptions, Outcome
+from .. import arguments, backend, keras_private, lineage
+from ..compatibility import require_trainable_privately
+from ..errors import PrivacyError
+from ..gradients import Batch, Engine, EngineOptions, Outcome
+from ..sampling import UNKNOWN, HandedOut, PoissonDataset, Sampling, ShuffledDataset, as_array
 from .mechanism import Clipped, Mechanism, StepValues
 from .meter import Meter, Phase
-from .sampling import UNKNOWN, HandedOut, PoissonDataset, Sampling, ShuffledDataset, as_array
 
 _KEPT = 16  # functions that are kept traced
 _OFTEN = 3  # times that one function is made anew before the log says so

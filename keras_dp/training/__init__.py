@@ -1,0 +1,23 @@
+"""The private step, and what it is made of: a mechanism, a meter, settings, a gate."""
+
+from .gate import Gate
+from .loops import OwnLoop, PrivateGradients
+from .mechanism import Mechanism, Watcher
+from .meter import Budget, Meter, Phase
+from .schedules import Schedule, checked
+from .step import Parts, private_train_step
+
+__all__ = [
+    "Budget",
+    "Gate",
+    "Mechanism",
+    "Meter",
+    "OwnLoop",
+    "Parts",
+    "Phase",
+    "PrivateGradients",
+    "Schedule",
+    "Watcher",
+    "checked",
+    "private_train_step",
+]
