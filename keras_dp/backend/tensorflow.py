@@ -1238,12 +1238,15 @@ def first_rows(rows: int, count: int) -> Tensor:
 
 
 def relative_error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """How far apart two lists of tensors are; 0 where what is wanted isn't finite."""
+    """How far apart two lists of tensors are; infinite where one isn't finite."""
     a, b = (np.concatenate([np.ravel(t.numpy()).astype("f8") for t in ts]) for ts in (got, wanted))
-    if not np.all(np.isfinite(b)):
-        return 0.0
     error = float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-12))
     return error if np.isfinite(error) else math.inf
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all numbers of some tensors (not traced) are finite."""
+    return all(bool(np.all(np.isfinite(t.numpy()))) for t in tensors)
 
 
 @contextlib.contextmanager

@@ -43,21 +43,30 @@ def require_agreement(
     """Tries a traced engine against the loop, on two made-up examples.
 
     Raises:
-        ArithmeticError: If they differ.
+        ArithmeticError: If they differ, or no made-up examples can be run through the
+            model: an engine that can't be tried isn't used.
     """
     rows = max(2, padding)
-    made_up = backend.made_up_like(leaves[:-1], rows)
+
+    def plain(made_up: list[Any]) -> list[Any] | None:
+        first_two, real = [t[:2] for t in made_up], backend.first_rows(2, 2)
+        try:
+            sums, norms, *_ = backend.loop_engine(example_loss, variables, first_two, real, clipped)
+        except Exception:
+            return None  # made-up values of this kind mean nothing to this model
+        return [*sums, norms] if backend.all_finite([*sums, norms]) else None
 
     def error() -> float:
-        first_two = [t[:2] for t in made_up]
-        try:
-            plain_sums, plain_norms, *_ = backend.loop_engine(
-                example_loss, variables, first_two, backend.first_rows(2, 2), clipped
-            )
-        except Exception:
-            return 0.0  # made-up values mean nothing to this model
-        sums, norms, *_ = run([*made_up, backend.first_rows(rows, 2)])
-        return backend.relative_error([*sums, norms[:2]], [*plain_sums, plain_norms])
+        for size, spread in _KINDS:
+            made_up = backend.made_up_like(leaves[:-1], rows, size=size, spread=spread)
+            wanted = plain(made_up)
+            if wanted is not None:
+                sums, norms, *_ = run([*made_up, backend.first_rows(rows, 2)])
+                return backend.relative_error([*sums, norms[:2]], wanted)
+        raise ArithmeticError(
+            "it can't be tried: no made-up examples can be run through the model, or none with "
+            "finite gradients"
+        )
 
     off = backend.apart(error)
     if off > tolerance:

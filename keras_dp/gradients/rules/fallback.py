@@ -26,9 +26,7 @@ def vectorized(unit: Unit, rows: Any, args: Any, kwargs: Any) -> Any:
     examples = _Examples(unit, rows, args, kwargs)
     # Copies, because a tensor may be handed through, or returned twice.
     outputs = tree.map_structure(_copied, unit.call(*args, **kwargs))
-    for t in tree.flatten(outputs):
-        if _is_float(t):
-            unit.watch(t)
+    outputs = tree.map_structure(lambda t: unit.watch(t) if _is_float(t) else t, outputs)
 
     def one(weights: list[Any], leaves: list[Any]) -> list[Any]:
         found, _ = examples.call_on_one(weights, leaves, {})
@@ -92,10 +90,8 @@ def alone(
 
     results = backend.map_examples(one, examples.weights, leaves)
     made, length = structure
+    results = [unit.watch(t) if _is_float(t) else t for t in results]
     outputs, penalties = results[:length], results[length:]
-    for t in results:
-        if _is_float(t):
-            unit.watch(t)
 
     def reached_of_one(weights: list[Any], leaves: list[Any]) -> list[Any]:
         return [t for t in one(weights, leaves) if _is_float(t)]

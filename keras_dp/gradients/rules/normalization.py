@@ -52,7 +52,7 @@ def _scale_and_shift(unit: Unit, inputs: Any, gamma: Any, beta: Any) -> Any:
         outputs = outputs * spread(values[0])
     if values[1] is not None:
         outputs = outputs + spread(values[1])
-    unit.watch(outputs)
+    outputs = unit.watch(outputs)
 
     def gradients(g: Any) -> list[tuple[Any, Any]]:
         found = []

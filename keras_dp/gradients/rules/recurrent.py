@@ -57,9 +57,9 @@ def recurrent(
         return last, every, final
 
     arguments = {"initial_state": initial_state, "mask": mask, "training": training}
-    unit.watch(cell.projected)
+    projected = unit.watch(cell.projected)
     attributes = {"cell": double, "inner_loop": inner_loop}
-    outputs = unit.call_with(attributes, cell.projected, **arguments)
+    outputs = unit.call_with(attributes, projected, **arguments)
     first, every = states
     previous = _states_before(first, every, mask, backwards=layer.go_backwards)
 

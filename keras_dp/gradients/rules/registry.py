@@ -52,7 +52,11 @@ class Unit:
         self._on_watch = on_watch
 
     def watch(self, tensor: Any) -> Any:
-        """Asks for the gradient of the loss with respect to `tensor`, of shape (B, ...)."""
+        """Asks for the gradient of the loss with respect to `tensor`, of shape (B, ...).
+
+        Returns:
+            What is to be used in the place of the tensor from here on.
+        """
         self._on_watch(tensor)
         self.watched.append(tensor)
         return tensor

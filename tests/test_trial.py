@@ -1,0 +1,166 @@
+"""Rule 19: what can't be verified is not used. And faults of the rooms, each found once."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tiny
+from keras import layers
+
+import keras_dp
+from keras_dp import backend
+from keras_dp.gradients import trial
+from keras_dp.gradients.rules.registry import Unit
+from keras_dp.sampling import PoissonDataset
+from keras_dp.training import Budget, Meter, Phase
+
+pytestmark = pytest.mark.filterwarnings("ignore::keras_dp.PrivacyWarning")
+
+
+def tried(loss, run):
+    """Tries an engine against a loop over a loss of one example and one weight."""
+    weight = keras.Variable([2.0])
+    leaves = [tf.ones((4, 1)), tf.ones(4, tf.bool)]
+
+    def clipped(gradients, real):
+        return [tf.reduce_sum(g, axis=0) for g in gradients], tf.stack(
+            [tf.norm(tf.reshape(g, (g.shape[0], -1)), axis=1) for g in gradients], axis=1
+        )
+
+    trial.require_agreement(loss, [weight], run, clipped, leaves, 1, 1e-3)
+
+
+def ran(leaves):
+    raise AssertionError("an engine ran that could not be tried")
+
+
+def raising(weights, leaves):
+    raise ValueError("nothing made up will do")
+
+
+def not_finite(weights, leaves):
+    return tf.reduce_sum(weights[0]) * np.nan, []
+
+
+@pytest.mark.parametrize("loss", [raising, not_finite])
+def test_rule_19_an_engine_that_can_not_be_tried_is_not_used(loss):
+    """Both counted as an error of 0, so whatever the engine computed was used."""
+    with pytest.raises(ArithmeticError, match="can't be tried"):
+        tried(loss, ran)
+
+
+def test_rule_19_what_is_not_finite_agrees_with_nothing():
+    one, nan = [tf.constant([1.0])], [tf.constant([np.nan])]
+    assert backend.relative_error(one, one) == 0
+    assert backend.relative_error(nan, one) == backend.relative_error(one, nan) == np.inf
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (layers.LayerNormalization(), (4,)),
+        (layers.GroupNormalization(2), (4,)),
+        (layers.LSTM(2), (3, 4)),
+        (layers.GRU(2), (3, 4)),
+        (layers.Dense(2), (4,)),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, keras.Layer) else None,
+)
+def test_rules_use_what_watching_returns(layer, shape, monkeypatch):
+    """Where watching makes a new tensor, the old one has no gradient."""
+    watch = Unit.watch
+    monkeypatch.setattr(Unit, "watch", lambda self, tensor: watch(self, tf.identity(tensor)))
+    model = keras.Sequential([keras.Input(shape), layer, layers.Flatten(), layers.Dense(1)])
+    model.compile(
+        keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=0.0, gradients="ghost"), loss="mse"
+    )
+    model.train_on_batch(np.ones((4, *shape)), np.ones((4, 1)))
+    assert model.optimizer.engine == "ghost"
+
+
+def test_two_optimizers_do_not_move_one_c():
+    strategy = keras_dp.clipping.AdaptiveClipping(quantile=0.7)
+    made = {"noise_multiplier": 1.0, "clipping": strategy}
+    one = keras_dp.DPSGD(0.1, max_grad_norm=3.0, **made)
+    two = keras_dp.DPSGD(0.1, max_grad_norm=5.0, **made)
+    assert one.clipping_strategy is strategy and strategy.max_grad_norm == 3.0
+    assert two.clipping_strategy.max_grad_norm == 5.0
+    assert two.clipping_strategy.get_config() == strategy.get_config()
+    one.clipping_strategy.restore(4.0)
+    assert two.clipping_strategy.max_grad_norm == 5.0
+
+
+@pytest.mark.parametrize(
+    ("argument", "meaning"),
+    [
+        ("microbatch_size", "how many examples are in memory at once"),
+        ("augmentation_multiplicity", "how many times each example is run"),
+    ],
+)
+def test_a_wrong_number_is_explained_as_what_it_is(argument, meaning):
+    with pytest.raises(ValueError, match=rf"`{argument}` must be a positive integer: {meaning}"):
+        keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=1.0, **{argument: 0})
+
+
+def test_steps_per_epoch_is_explained_as_what_it_is():
+    model = tiny.compiled()
+    x, y = tiny.data(8)
+    with pytest.raises(ValueError, match="how many steps are an epoch"):
+        model.fit(x, y, steps_per_epoch=0)
+
+
+# -- the meter by itself, as plain code -----------------------------------------------------------
+
+
+def meter(**options):
+    return Meter(1.0, 1.0, clipping="flat", seeded=False, **options)
+
+
+POISSON = PoissonDataset(np.zeros((40, 1)), batch_size=10).sampling
+
+
+def steps(one, count):
+    for _ in range(count):
+        one.spend(lambda now: tf.zeros(()), lambda: tf.zeros(()), after=[])
+
+
+def test_a_phase_of_a_loop_is_over_when_a_fit_begins():
+    """The number of its steps outlived it, and schedules in graphs then ran out of values."""
+    one = meter()
+    one.begin(Phase("loop", POISSON, 10), iteration=0)
+    steps(one, 3)
+    one.begin(Phase("fit", POISSON, 4), iteration=3)
+    assert (one.phase.kind, one.phase.steps) == ("fit", 4)
+    steps(one, 4)
+    one.end(iteration=7)
+    assert (one.phase.kind, one.phase.steps) == ("batches", None)
+    assert [(r.sampler, r.steps) for r in one.ledger if r.steps] == [("poisson", 7)]
+
+
+def test_a_meter_stops_at_its_limit_and_counts_no_further():
+    one = meter()
+    one.begin(Phase("fit", POISSON, 50), iteration=0)
+    allowed = one.limit(Budget(6.0, 1e-5), 50)
+    assert 0 < allowed < 50
+    steps(one, allowed + 5)
+    assert one.releases == allowed == one.ledger.steps and one.limit_reached
+    with pytest.raises(keras_dp.PrivacyBudgetExceeded):
+        one.require_left()
+
+
+def test_a_meter_is_held_to_every_budget():
+    for order in ((9.0, 6.0), (6.0, 9.0)):
+        one = meter()
+        one.begin(Phase("fit", POISSON, 50), iteration=0)
+        allowed = min(one.limit(Budget(e, 1e-5), 50) for e in order)
+        steps(one, 50)
+        assert one.releases == allowed
+
+
+def test_a_target_is_for_the_planned_steps():
+    one = Meter(None, 1.0, clipping="flat", seeded=False, target=Budget(3.0, 1e-5))
+    one.begin(Phase("fit", POISSON, 12), iteration=0)
+    steps(one, 20)
+    one.end(iteration=12)
+    steps(one, 3)
+    assert one.releases == 12
