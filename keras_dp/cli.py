@@ -15,8 +15,10 @@ import os
 import pathlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from .waiting import said_if_slow
 
 if TYPE_CHECKING:
     from .planning import Cell, Plan
@@ -392,7 +394,7 @@ def _run_epsilon(options: argparse.Namespace) -> _Answer:
     from . import planning
 
     plan, k = _plan_of(options), options.examples_per_person
-    with _working("epsilon"):
+    with _working("Computing epsilon"):
         figures = {a: plan.epsilon(a, k) for a in _accountants(options)}
         best = min(figures, key=lambda a: figures[a])
         others = {
@@ -504,7 +506,7 @@ def _search(
 ) -> _Answer:
     """The plan that reaches the target best, by the accountant that is tightest."""
     accountants = _accountants(options)
-    with _working(f"{options.command} for epsilon {options.epsilon:g}"):
+    with _working(f"Searching: {options.command} for epsilon {options.epsilon:g}"):
         plans = {accountant: find(accountant) for accountant in accountants}
         reached = {a: plan for a, plan in plans.items() if plan is not None}
         if not reached:
@@ -529,11 +531,8 @@ def _run_risk(options: argparse.Namespace) -> _Answer:
     plan, people = _plan_of(options), _distinct(options.examples_per_person)
     if options.picture is not None:
         _check_picture(options.picture)
-    with _working("risk", len(people)) as done:
-        found = []
-        for k in people:
-            found.append(plan.risk(k))
-            done()
+    with _working("The risk of an attack"):
+        found = [plan.risk(k) for k in people]
     rates = [f"{100 * rate:g} %" for rate in found[0].false_positive_rates]
     rows = [["examples", "epsilon", *(f"at {rate}" for rate in rates), "advantage"]]
     for risk in found:
@@ -595,7 +594,7 @@ def _run_select(options: argparse.Namespace) -> _Answer:
     from .repetition import DISTRIBUTIONS, Repetition
 
     plan, k, runs = _plan_of(options), options.examples_per_person, options.runs
-    with _working("select"):
+    with _working("The cost of choosing"):
         costs = {
             name: plan.best_of(Repetition(name, runs), options.score_noise, k)
             for name in DISTRIBUTIONS
@@ -651,7 +650,7 @@ def _run_table(options: argparse.Namespace) -> _Answer:
     if options.picture is not None:
         _check_picture(options.picture)
     count = len(sizes) * len(epochs) * (len(sigmas) or 1) * (len(targets) or 1)
-    with _working(f"{count} plans", count) as done:
+    with _working(f"{count} plans"):
         cells = list(
             planning.table(
                 num_examples=n,
@@ -662,7 +661,6 @@ def _run_table(options: argparse.Namespace) -> _Answer:
                 target_epsilons=targets,
                 sampling=options.sampling,
                 accountants=_accountants(options),
-                advance=done,
             )
         )
     assumptions = planning.common_assumptions() | {
@@ -883,22 +881,6 @@ def _version() -> str:
     return version("keras-dp")
 
 
-@contextlib.contextmanager
-def _working(what: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal's standard error, gone when done; elsewhere nothing.
-
-    Args:
-        what: What is being worked on.
-        total: How many times what is yielded will be called; if that isn't
-            known, the bar only shows that time passes.
-    """
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda: progress.advance(task)
+def _working(what: str) -> contextlib.AbstractContextManager[None]:
+    """A line on a terminal's standard error about what takes long; elsewhere nothing."""
+    return said_if_slow(what, silent=not sys.stderr.isatty(), file=sys.stderr)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from . import accounting, risk
@@ -277,7 +277,6 @@ def table(
     target_epsilons: Sequence[float] = (),
     sampling: str = "poisson",
     accountants: Sequence[str] = ("pld",),
-    advance: Callable[[], None] = lambda: None,
 ) -> Iterator[Cell]:
     """Epsilon over noise, batch size and epochs; or the noise for each of several epsilons.
 
@@ -290,7 +289,6 @@ def table(
         target_epsilons: Instead: epsilons, to find sigma for.
         sampling: How batches are drawn.
         accountants: Those to try; the tightest counts.
-        advance: Called after each cell.
 
     Yields:
         A cell for each combination.
@@ -300,7 +298,6 @@ def table(
     ):
         plan = Plan(num_examples, size, 1.0 if sigma is None else sigma, 0, delta, sampling)
         yield _cell(plan.for_epochs(count), count, target, accountants)
-        advance()
 
 
 def _cell(plan: Plan, epochs: int, target: float | None, accountants: Sequence[str]) -> Cell:

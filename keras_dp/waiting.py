@@ -6,17 +6,19 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from typing import TextIO
 
 _PATIENCE = 1.0  # seconds
 
 
 @contextlib.contextmanager
-def said_if_slow(what: str, *, silent: bool = False) -> Iterator[None]:
+def said_if_slow(what: str, *, silent: bool = False, file: TextIO | None = None) -> Iterator[None]:
     """Says what is being done, once it has taken a while; and then, how long it took.
 
     Args:
         what: What is being done, without a full stop.
         silent: Never say it.
+        file: Where to say it; standard output by default.
 
     Example:
 
@@ -30,7 +32,7 @@ def said_if_slow(what: str, *, silent: bool = False) -> Iterator[None]:
 
     def tell() -> None:
         told.set()
-        print(f"{what} ...", end="", flush=True)
+        print(f"{what} ...", end="", flush=True, file=file)
 
     timer = threading.Timer(_PATIENCE, tell)
     timer.daemon = True
@@ -43,4 +45,4 @@ def said_if_slow(what: str, *, silent: bool = False) -> Iterator[None]:
         timer.cancel()
         timer.join()
         if told.is_set():
-            print(ending, flush=True)
+            print(ending, flush=True, file=file)
