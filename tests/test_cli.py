@@ -480,9 +480,7 @@ class Terminal(io.StringIO):
         ("noise -n 100 -b 10 -e 1 --epsilon 2", "noise for epsilon 2"),
     ],
 )
-def test_a_long_job_is_said_on_a_terminal_and_never_in_the_output(
-    line, said, capsys, monkeypatch
-):
+def test_a_long_job_is_said_on_a_terminal_and_never_in_the_output(line, said, capsys, monkeypatch):
     line += " --accountant rdp --json"
     quiet = run(line, capsys)
     assert quiet[2] == ""
