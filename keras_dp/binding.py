@@ -180,7 +180,7 @@ class _TrainFunction:
         self.optimizer = optimizer
 
     def __call__(self, iterator: Any) -> Any:
-        with self.optimizer.session.gate.passing():
+        with self.optimizer.session.gate.passing(), backend.graphs_of([self]):
             return self._function(iterator)
 
 

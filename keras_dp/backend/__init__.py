@@ -23,6 +23,8 @@ if keras.backend.backend() not in _SUPPORTED:
 from .operations import (  # noqa: E402
     AsGraph,
     current_graph,
+    graphs_of,
+    keep_until_owner_goes,
     operation_count,
     require_nothing_kept,
     traced,
@@ -124,7 +126,9 @@ __all__ = [
     "filter_gradients",
     "first_rows",
     "gradient_tape",
+    "graphs_of",
     "halving",
+    "keep_until_owner_goes",
     "least_square",
     "loop_engine",
     "loop_gradients",

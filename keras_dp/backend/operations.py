@@ -7,10 +7,14 @@ is an operation of that graph, or of a function that it calls.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.framework import func_graph
 
 from ..errors import PrivacyError
 
@@ -214,7 +218,59 @@ def traced(function: Callable[[], Any]) -> Any:
     Raises:
         Exception: Whatever keeps it from being traced.
     """
-    return tf.function(function, autograph=False).get_concrete_function().graph
+    return concrete_of(tf.function(function, autograph=False)).graph
+
+
+_kept = threading.local()  # `graphs`: what was traced inside of what is being traced
+
+
+def concrete_of(function: Any, *signature: Any) -> Any:
+    """What TensorFlow traces of a function; its graph goes with the graph that it is part of.
+
+    `get_concrete_function` leaves the graph to the garbage collector, which can't see
+    through TensorFlow's own objects: every one would stay for good.
+    """
+    concrete = function.get_concrete_function(*signature)
+    keep_until_owner_goes(concrete.graph)
+    return concrete
+
+
+def keep_until_owner_goes(graph: Any) -> None:
+    """Has a graph taken apart with those of the `graphs_of` that is going on, if there is one."""
+    graphs = getattr(_kept, "graphs", None)
+    if graphs is not None and graph is not None:
+        graphs.append(graph)
+
+
+@contextlib.contextmanager
+def graphs_of(owners: list[Any]) -> Iterator[None]:
+    """Has what is traced meanwhile taken apart when its owner is gone.
+
+    Args:
+        owners: Holds the owner at the end, if there is one.
+    """
+    before, _kept.graphs = getattr(_kept, "graphs", None), []
+    try:
+        yield
+    finally:
+        graphs, _kept.graphs = _kept.graphs, before
+        if not owners:
+            _take_apart(graphs)
+        elif graphs:
+            weakref.finalize(owners[-1], _take_apart, graphs).atexit = False
+
+
+def _take_apart(graphs: list[Any]) -> None:
+    """Breaks the circles in graphs that nobody uses any more, and in what they call."""
+    waiting, seen = list(graphs), set()
+    while waiting:
+        graph = waiting.pop()
+        if id(graph) in seen:
+            continue
+        seen.add(id(graph))
+        functions = getattr(graph, "_functions", {}).values()
+        waiting += [g for f in functions if (g := getattr(f, "graph", None)) is not None]
+        func_graph.dismantle_func_graph(graph)
 
 
 class AsGraph:

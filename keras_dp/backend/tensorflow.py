@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from ..errors import PrivacyError
-from .operations import all_operations, require_nothing_kept
+from .operations import all_operations, concrete_of, graphs_of, require_nothing_kept
 
 Tensor = Any
 # One example's loss, and whatever else should come back for it, from the
@@ -964,7 +964,7 @@ def loop_engine(
         return sums, norms, losses, extra
 
     traced = tf.function(example, autograph=False)
-    concrete = traced.get_concrete_function(tf.TensorSpec((), tf.int32))
+    concrete = concrete_of(traced, tf.TensorSpec((), tf.int32))
     require_nothing_kept(concrete.graph)  # now: what follows fails for sizes that aren't known
     spec = concrete.structured_outputs
     flat_spec = tf.nest.flatten(spec[1:])
@@ -1021,7 +1021,7 @@ def chunked_sum(
         return cut((sums, norms, losses, extra))
 
     traced = tf.function(chunk, autograph=False)
-    spec = traced.get_concrete_function(tf.TensorSpec((), tf.int32)).structured_outputs
+    spec = concrete_of(traced, tf.TensorSpec((), tf.int32)).structured_outputs
     arrays = [
         tf.TensorArray(s.dtype, size=count, element_shape=s.shape, infer_shape=False)
         for s in tf.nest.flatten(spec[1:])
@@ -1071,26 +1071,29 @@ def compiled_candidate(
         Exception: Whatever tracing the model raised.
     """
     function = tf.function(engine, autograph=False, jit_compile=jit_compile or None)
-    _tracing.for_xla = jit_compile
-    try:
-        concrete = function.get_concrete_function(
-            [tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in leaves]
-        )
-    finally:
-        _tracing.for_xla = False
-    if not may_write:
-        require_nothing_kept(concrete.graph)
-    if not jit_compile and emits_broken_matmul(concrete.graph):
-        raise BrokenMatmul(
-            "oneDNN multiplies a batch of single matrices with a shared matrix wrongly"
-        )
-    if jit_compile:
-        require_xla_can_compile(concrete.graph)
+    owners: list[Any] = []
+    with graphs_of(owners):
+        _tracing.for_xla = jit_compile
+        try:
+            concrete = concrete_of(
+                function, [tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in leaves]
+            )
+        finally:
+            _tracing.for_xla = False
+        if not may_write:
+            require_nothing_kept(concrete.graph)
+        if not jit_compile and emits_broken_matmul(concrete.graph):
+            raise BrokenMatmul(
+                "oneDNN multiplies a batch of single matrices with a shared matrix wrongly"
+            )
+        if jit_compile:
+            require_xla_can_compile(concrete.graph)
 
-    def run(leaves: list[Tensor]) -> EngineResult:
-        sums, norms, losses, extra = concrete(leaves)
-        return list(sums), norms, losses, list(extra)
+        def run(leaves: list[Tensor]) -> EngineResult:
+            sums, norms, losses, extra = concrete(leaves)
+            return list(sums), norms, losses, list(extra)
 
+        owners.append(run)
     return run
 
 

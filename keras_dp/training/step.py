@@ -65,6 +65,7 @@ def private_train_step(
     Returns:
         The model's metrics by name, and the engine that was used.
     """
+    backend.keep_until_owner_goes(backend.current_graph())
     mechanism, meter = parts.mechanism, parts.meter
     batch = Batch(*keras.utils.unpack_x_y_sample_weight(data))
     batch = batch.with_leaves(backend.as_tensors(batch.leaves()))
@@ -320,13 +321,14 @@ def _look_through_metrics(
         logs, written = _updated(model, batch, rows, real, outcome, penalty)
         return [ops.convert_to_tensor(v) for v in (*logs.values(), *(v for _, v in written))]
 
-    try:
-        graph = backend.traced(look)
-    except PrivacyError:
-        raise
-    except Exception:
-        return False
-    backend.require_nothing_kept(graph, of=_UPDATE)
+    with backend.graphs_of([]):
+        try:
+            graph = backend.traced(look)
+        except PrivacyError:
+            raise
+        except Exception:
+            return False
+        backend.require_nothing_kept(graph, of=_UPDATE)
     _closed_metrics[model] = known
     return True
 
