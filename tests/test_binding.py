@@ -91,7 +91,7 @@ def test_an_unbuilt_sequential_model_trains_privately():
 # -- compiling again --------------------------------------------------------------------------
 
 
-def test_rule_1_a_train_function_from_before_binding_is_rebuilt():
+def test_rule_01_a_train_function_from_before_binding_is_rebuilt():
     model = tiny.model()
     x, y = tiny.data()
     model.compile("sgd", loss="mse")
@@ -114,7 +114,7 @@ def test_compiling_with_an_ordinary_optimizer_unbinds_fully():
     assert {"train_step", "fit", "make_train_function", "train_on_batch"}.isdisjoint(vars(model))
 
 
-def test_rule_6_another_dp_optimizer_takes_over_what_was_spent():
+def test_rule_06_another_dp_optimizer_takes_over_what_was_spent():
     model = tiny.compiled()
     x, y = tiny.data()
     model.fit(x, y, batch_size=16, verbose=0)
@@ -128,7 +128,7 @@ def test_rule_6_another_dp_optimizer_takes_over_what_was_spent():
     assert first.ledger.steps == 8  # the ledger is that of the weights, whoever trained them
 
 
-def test_rule_6_unprotected_training_in_between_is_never_forgotten():
+def test_rule_06_unprotected_training_in_between_is_never_forgotten():
     model = tiny.compiled()
     x, y = tiny.data()
     model.fit(x, y, batch_size=16, verbose=0)
@@ -238,7 +238,7 @@ def test_rule_10_what_an_overridden_fit_hands_to_keras_is_what_is_accounted():
 
 
 @pytest.mark.parametrize("method", ["train_step", "make_train_function"])
-def test_rule_1_a_class_that_overrides_the_training_is_refused(method):
+def test_rule_01_a_class_that_overrides_the_training_is_refused(method):
     own = type("Own", (Subclassed,), {method: lambda self, *args: {}})
     model = own()
     with pytest.raises(keras_dp.PrivacyError, match=f"Own overrides `{method}`.*compute_loss"):
@@ -338,7 +338,7 @@ def test_ordinary_models_train_as_if_keras_dp_were_not_there():
 
 
 @pytest.mark.parametrize("replacement", [tiny.sgd, keras.optimizers.SGD])
-def test_rule_6_an_optimizer_replaced_without_compile_is_refused(replacement):
+def test_rule_06_an_optimizer_replaced_without_compile_is_refused(replacement):
     """Its ledger would not hold the steps, and epsilon would be too small."""
     model = tiny.compiled()
     model.optimizer = replacement()
@@ -349,7 +349,7 @@ def test_rule_6_an_optimizer_replaced_without_compile_is_refused(replacement):
     assert tiny.same(before, model.get_weights())
 
 
-def test_rule_1_a_train_step_replaced_after_compile_is_refused():
+def test_rule_01_a_train_step_replaced_after_compile_is_refused():
     model = tiny.compiled()
     model.train_step = lambda data: {}
     with pytest.raises(keras_dp.PrivacyError, match="train_step"):

@@ -254,7 +254,7 @@ def test_an_example_with_a_huge_gradient_counts_as_c(gradients):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])  # the square of the last is inf
 @pytest.mark.parametrize("gradients", ALL)
-def test_privacy_rule_5_an_example_with_a_non_finite_norm_adds_nothing(bad, gradients):
+def test_rule_05_an_example_with_a_non_finite_norm_adds_nothing(bad, gradients):
     x = np.array([[0.3, 0.4], [bad, 1.0], [6.0, 8.0]], "float32")
     outcome, _ = engine_outcome(
         linear(), x, np.zeros((3, 1)), max_grad_norm=1.0, gradients=gradients
@@ -344,7 +344,7 @@ def test_a_chunked_sum_adds_sums_and_joins_the_rest_in_order(in_graph):
         ("loop", {"run_eagerly": True}),
     ],
 )
-def test_privacy_rule_4_an_empty_batch_is_a_step_that_moves_nothing_without_noise(gradients, mode):
+def test_rule_04_an_empty_batch_is_a_step_that_moves_nothing_without_noise(gradients, mode):
     x = keras.Input((4, 4, 1))
     h = layers.MaxPooling2D()(layers.Conv2D(2, 2)(x))
     model = keras.Model(x, layers.Dense(1)(layers.Flatten()(h)))

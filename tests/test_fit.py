@@ -130,7 +130,7 @@ def test_rule_10_train_on_batch_during_fit_is_refused():
 
 @quiet
 @pytest.mark.parametrize(("declared", "divisor"), [(None, 16), (32, 32)])
-def test_rule_2_the_divisor_of_a_foreign_source_is_the_declared_batch_size(declared, divisor):
+def test_rule_02_the_divisor_of_a_foreign_source_is_the_declared_batch_size(declared, divisor):
     model = tiny.compiled(tiny.noiseless(keras_dp.DPSGD, 1.0))
     before = tiny.weights_of(model)
     model.fit(FOREIGN["tf.data"]().take(1), batch_size=declared, verbose=0)
@@ -142,7 +142,7 @@ def test_rule_2_the_divisor_of_a_foreign_source_is_the_declared_batch_size(decla
 
 
 @quiet
-def test_rule_2_the_divisor_of_fit_is_the_expected_batch_size_whatever_was_drawn():
+def test_rule_02_the_divisor_of_fit_is_the_expected_batch_size_whatever_was_drawn():
     # Equal examples: the size of the update tells how many were drawn.
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
     model.layers[0].kernel.assign([[0.0]])
@@ -332,7 +332,7 @@ def test_the_usual_callbacks_work(tmp_path):
         assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1"]
 
 
-def test_rule_6_early_stopping_restores_weights_and_keeps_the_ledger():
+def test_rule_06_early_stopping_restores_weights_and_keeps_the_ledger():
     model = tiny.compiled()
     stop = keras.callbacks.EarlyStopping(
         "loss", patience=1, min_delta=1e9, restore_best_weights=True
@@ -345,7 +345,7 @@ def test_rule_6_early_stopping_restores_weights_and_keeps_the_ledger():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_rule_6_an_interrupted_fit_keeps_its_ledger_and_training_goes_on(error):
+def test_rule_06_an_interrupted_fit_keeps_its_ledger_and_training_goes_on(error):
     class Interrupt(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             if batch == 2:

@@ -577,7 +577,7 @@ def test_a_count_that_can_not_be_written_at_the_end_loses_nothing(path, monkeypa
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each kill would cost a start of TensorFlow")
-def test_rule_6_after_kill_minus_nine_no_executed_step_is_forgotten():
+def test_rule_06_after_kill_minus_nine_no_executed_step_is_forgotten():
     lives = kill_and_resume.Lives()
     seed = random.SystemRandom().randrange(10**6)
     try:

@@ -313,7 +313,7 @@ def test_variables_are_the_inner_optimizers_and_setting_them_keeps_the_ledger():
 
 
 @pytest.mark.parametrize("by", ["apply", "apply_gradients", "stateless_apply"])
-def test_rule_1_ordinary_gradients_are_refused(by):
+def test_rule_01_ordinary_gradients_are_refused(by):
     model = tiny.compiled()
     before = tiny.weights_of(model)
     variables = model.trainable_variables
@@ -332,7 +332,7 @@ def test_rule_1_ordinary_gradients_are_refused(by):
     assert tiny.same(model.get_weights(), before)
 
 
-def test_rule_1_ordinary_gradients_are_refused_after_a_private_step_too():
+def test_rule_01_ordinary_gradients_are_refused_after_a_private_step_too():
     model = tiny.compiled()
     model.fit(*tiny.data(), verbose=0)
     variables = model.trainable_variables

@@ -276,7 +276,7 @@ def test_what_to_doubt_is_said_and_where_it_comes_from(way, doubts):
     assert list(report.warnings) == strict(report.to_json())["warnings"]
 
 
-def test_rule_7_a_chosen_seed_is_said_to_void_the_guarantee():
+def test_rule_07_a_chosen_seed_is_said_to_void_the_guarantee():
     report = report_of("seed")
     assert report.seeded and not report.private
     assert "guarantee is void" in str(report)

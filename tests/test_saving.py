@@ -43,7 +43,7 @@ def run(script, *arguments):
 
 
 @pytest.mark.oldest
-def test_rule_6_a_keras_file_carries_ledger_and_optimizer_state(tmp_path):
+def test_rule_06_a_keras_file_carries_ledger_and_optimizer_state(tmp_path):
     model = fitted()
     model.save(tmp_path / "m.keras")
     again = keras.saving.load_model(tmp_path / "m.keras")
@@ -58,7 +58,7 @@ def test_rule_6_a_keras_file_carries_ledger_and_optimizer_state(tmp_path):
 
 
 @pytest.mark.parametrize("built", [False, True])
-def test_rule_6_a_weights_file_carries_ledger_and_optimizer_state(built, tmp_path):
+def test_rule_06_a_weights_file_carries_ledger_and_optimizer_state(built, tmp_path):
     model = fitted()
     model.save_weights(tmp_path / "m.weights.h5")
     other = tiny.compiled(tiny.sgd(momentum=0.9))
@@ -70,7 +70,7 @@ def test_rule_6_a_weights_file_carries_ledger_and_optimizer_state(built, tmp_pat
     assert other.optimizer.ledger == model.optimizer.ledger
 
 
-def test_rule_6_loading_an_older_state_of_the_same_training_takes_nothing_back(tmp_path):
+def test_rule_06_loading_an_older_state_of_the_same_training_takes_nothing_back(tmp_path):
     model = fitted()
     model.save_weights(tmp_path / "old.weights.h5")
     model.fit(X, Y, batch_size=16, verbose=0)
@@ -84,7 +84,7 @@ def test_rule_6_loading_an_older_state_of_the_same_training_takes_nothing_back(t
     assert model.optimizer.ledger.steps == 12
 
 
-def test_rule_6_loading_another_training_adds_what_it_has_cost(tmp_path):
+def test_rule_06_loading_another_training_adds_what_it_has_cost(tmp_path):
     first, second = fitted(), fitted()
     first.save_weights(tmp_path / "first.weights.h5")
     second.load_weights(tmp_path / "first.weights.h5")
@@ -113,7 +113,7 @@ def test_weights_of_unknown_cost_are_loaded_with_a_warning(tmp_path):
     assert model.optimizer.ledger.steps == 0
 
 
-def test_rule_7_no_seed_and_no_generator_state_is_saved(tmp_path):
+def test_rule_07_no_seed_and_no_generator_state_is_saved(tmp_path):
     import zipfile
 
     model = fitted(seed=987654321)
@@ -129,7 +129,7 @@ def test_rule_7_no_seed_and_no_generator_state_is_saved(tmp_path):
 # -- BackupAndRestore -------------------------------------------------------------------------
 
 
-def test_rule_6_backup_and_restore_goes_on_in_a_fresh_process(tmp_path):
+def test_rule_06_backup_and_restore_goes_on_in_a_fresh_process(tmp_path):
     script = """
         import os, sys
         sys.path.insert(0, sys.argv[1])
