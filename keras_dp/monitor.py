@@ -160,7 +160,7 @@ class PrivacyMonitor(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts to gather."""
         optimizer = self.model.optimizer
-        if not hasattr(optimizer, "watch"):
+        if not hasattr(optimizer, "get_epsilon"):
             raise ValueError(
                 f"PrivacyMonitor watches a DP optimizer, and the model '{self.model.name}' is "
                 f"compiled with {type(optimizer).__name__}, whose training is not private. "
