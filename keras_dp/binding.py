@@ -13,7 +13,6 @@ import contextlib
 import functools
 import inspect
 import itertools
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,6 +34,7 @@ from .sampling import (
     common_length,
     split_for_validation,
 )
+from .training import training_alone
 from .waiting import said_if_slow
 
 _BOUND = ("train_step", "make_train_function")
@@ -180,7 +180,11 @@ class _TrainFunction:
         self.optimizer = optimizer
 
     def __call__(self, iterator: Any) -> Any:
-        with self.optimizer.session.gate.passing(), backend.graphs_of([self]):
+        with (
+            self.optimizer.session.gate.passing(),
+            backend.graphs_of([self]),
+            backend.assertions_without_values(),
+        ):
             return self._function(iterator)
 
 
@@ -244,35 +248,6 @@ def _train_on_batch_of(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # -- fit -------------------------------------------------------------------------------------
-
-_trained_now: dict[int, str] = {}  # weights of models that a fit trains, by id
-_trained_now_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def training_alone(model: keras.Model) -> Iterator[None]:
-    """Keeps out every other private fit of the model's weights, in whatever model they are.
-
-    Raises:
-        PrivacyError: If one is going on: each would count only its own steps against its
-            budget.
-    """
-    own = {id(v): model.name for v in model.weights}
-    with _trained_now_lock:
-        shared = [v for v in model.weights if id(v) in _trained_now]
-        if shared:
-            raise PrivacyError(
-                f"fit of the model '{model.name}' was called while a fit of the model "
-                f"'{_trained_now[id(shared[0])]}' is going on, which has weights in common with "
-                f"it ({shared[0].path}). Train one after the other."
-            )
-        _trained_now.update(own)
-    try:
-        yield
-    finally:
-        with _trained_now_lock:
-            for key in own:
-                _trained_now.pop(key, None)
 
 
 def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -135,6 +135,12 @@ def _finding(layer: keras.Layer) -> tuple[str, str] | None:
             "blends examples of a batch with one another.",
             "Remove it: private training needs each example by itself.",
         )
+    if isinstance(layer, _classes("MelSpectrogram")) and getattr(layer, "power_to_db", True):
+        return (
+            "cuts decibels off below the loudest of its whole batch.",
+            "Compute the spectrograms before training, or make it with `power_to_db=False` and "
+            "take the logarithm in a layer after it.",
+        )
     if isinstance(layer, _classes("AugMix")):
         return (
             "chooses its operations once for a whole batch, by Python's own random numbers.",

@@ -56,6 +56,10 @@ class _Trainer:
         self._last = now
         return self._counted
 
+    def at_least(self, steps: int) -> None:
+        """Has it counted so many steps, also where its own count was set back meanwhile."""
+        self._counted = max(self.steps, steps)
+
     def skip(self) -> None:
         """Goes on from what the optimizer counts now: a file has set it, or steps were private."""
         self._last = self._read()
@@ -108,6 +112,7 @@ _books: weakref.WeakSet[LedgerBook] = weakref.WeakSet()
 _ordinary: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers that have weights to train
 _driven: weakref.WeakSet[Any] = weakref.WeakSet()  # inner optimizers of private ones
 _trainers: weakref.WeakKeyDictionary[Any, _Trainer] = weakref.WeakKeyDictionary()
+_generation = [0]  # how often something was added from elsewhere
 _file_had_a_ledger = [False]  # while a file is loaded
 
 
@@ -250,6 +255,7 @@ def add(ledger: PrivacyLedger, *owners: Any) -> None:
     """
     if not ledger.steps:
         return
+    _generation[0] += 1
     things = _things(owners)
     lineages = [_lineage(x) for x in things]
     private = any(r.steps for r in _private_releases(lineages)[0])
@@ -335,6 +341,7 @@ def ordinary_training(model: keras.Model) -> Iterator[None]:
     _note_ordinary(optimizer, _written(trained, [model]), since)
     try:
         yield
+        _trainer(optimizer).at_least(since + 1)  # its own count may have been set back
     finally:  # a model that wasn't built has its weights now
         trained = keras_private.trained_by(optimizer) or model.trainable_variables
         _note_ordinary(optimizer, _written(trained, [model]), since)
@@ -404,6 +411,11 @@ def _can_not_carry(model: Any, what: str = "tf.train.Checkpoint") -> None:
             PrivacyWarning,
             stacklevel=keras_private.outside(),
         )
+
+
+def generation() -> int:
+    """A number that grows whenever files or copies have brought releases along."""
+    return _generation[0]
 
 
 def file_had_a_ledger() -> bool:

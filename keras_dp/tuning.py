@@ -291,10 +291,10 @@ class BestOfRuns:
                 f"{name} was trained with noise or batches from a chosen seed, which voids the "
                 "guarantee. Leave out `seed`."
             )
-        if {release.id for release in ledger} <= self._known:
+        if {release.id for release in ledger} & self._known:
             raise PrivacyError(
-                f"{name} was offered by an earlier run and has not been trained since. Every run "
-                "needs a new model, trained in that run."
+                f"{name} was offered by an earlier run, or goes on from one. Every run needs a "
+                "new model, trained in that run alone."
             )
         if not dominated(ledger, self._declared):
             raise PrivacyError(

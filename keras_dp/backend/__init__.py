@@ -22,6 +22,7 @@ if keras.backend.backend() not in _SUPPORTED:
 
 from .operations import (  # noqa: E402
     AsGraph,
+    assertions_without_values,
     current_graph,
     graphs_of,
     keep_until_owner_goes,
@@ -110,6 +111,7 @@ __all__ = [
     "all_finite",
     "apart",
     "as_tensors",
+    "assertions_without_values",
     "at_least_float32",
     "branch",
     "call_numpy",

@@ -180,7 +180,7 @@ class Instantiated(PerExample):
     def weighted_sum(self, clip_weights: Any) -> Any:
         flat = _flat(self.gradients)
         total = backend.exactly(ops.matmul, _row(clip_weights, flat), flat)
-        return ops.reshape(total, self.gradients.shape[1:])
+        return ops.reshape(total, ops.shape(self.gradients)[1:])
 
     def instantiate(self) -> Any:
         return self.gradients
@@ -194,7 +194,7 @@ class Instantiated(PerExample):
     def folded(self, rows_each: int) -> PerExample:
         if rows_each == 1:
             return self
-        shape = (-1, rows_each, *self.gradients.shape[1:])
+        shape = (-1, rows_each, *ops.shape(self.gradients)[1:])
         return Instantiated(ops.sum(ops.reshape(self.gradients, shape), axis=1))
 
 

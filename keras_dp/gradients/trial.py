@@ -178,8 +178,16 @@ def _key(loss: ExampleLoss, leaves: list[Any]) -> Any:
         [id(v) for v in loss.variables],
         [(tuple(t.shape[1:]), t.dtype) for t in leaves],
         id(loss.model.loss),
-        [type(layer) for layer in loss.model.layers],
+        [(type(layer), _settings_of(layer)) for layer in all_layers(loss.model)],
     )
+
+
+def _settings_of(layer: Any) -> list[tuple[str, Any]]:
+    """What a layer from outside of Keras may do otherwise by, from one eager step to the next."""
+    if type(layer).__module__.startswith("keras."):
+        return []
+    plain = (bool, int, float, str)
+    return [(k, v) for k, v in vars(layer).items() if isinstance(v, plain) and k[0] != "_"]
 
 
 class _Shares:

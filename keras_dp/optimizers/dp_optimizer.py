@@ -310,6 +310,7 @@ class DPOptimizer(OptimizerWrapper):
 
     # -- the private step ----------------------------------------------------------------
 
+    @backend.without_autograph
     def train_step(self, model: keras.Model, data: Any) -> dict[str, Any]:
         """Takes the private step that `compile` puts in the place of the model's `train_step`.
 

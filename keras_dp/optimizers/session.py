@@ -16,7 +16,7 @@ from ..clipping import AdaptiveClipping
 from ..errors import PrivacyError, PrivacyWarning
 from ..ledger import PrivacyLedger
 from ..sampling import UNKNOWN, Sampling
-from ..training import Gate, Mechanism, Meter, Phase, Watcher
+from ..training import Gate, Mechanism, Meter, Phase, Watcher, require_alone
 
 __all__ = ["Notes", "Session"]
 
@@ -275,6 +275,8 @@ class Session:
                 f"{name} can't be held to target_epsilon: how many batches will follow is "
                 "unknown. Use `fit`, or give noise_multiplier and watch get_epsilon."
             )
+        if self.model is not None:
+            require_alone(f"{name} of the model '{self.model.name}'", self.model.weights)
         self.follow_weights()
         self._mechanism.noise.refresh_after_fork()
         self._meter.declare_batches(UNKNOWN, iteration=self._iteration)

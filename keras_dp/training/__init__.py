@@ -1,5 +1,6 @@
 """The private step, and what it is made of: a mechanism, a meter, settings, a gate."""
 
+from .alone import require_alone, training_alone
 from .gate import Gate
 from .loops import OwnLoop, PrivateGradients
 from .mechanism import Mechanism, Watcher
@@ -20,4 +21,6 @@ __all__ = [
     "Watcher",
     "checked",
     "private_train_step",
+    "require_alone",
+    "training_alone",
 ]

@@ -20,6 +20,7 @@ from ..compatibility import require_trainable_privately
 from ..errors import PrivacyError
 from ..gradients import Batch, Engine, EngineOptions, Outcome
 from ..sampling import UNKNOWN, HandedOut, PoissonDataset, Sampling, ShuffledDataset, as_array
+from .alone import require_alone
 from .mechanism import Clipped, Mechanism, StepValues
 from .meter import Meter, Phase
 
@@ -468,6 +469,23 @@ def clipped_sums(
     return clipped, backend.mean_over(outcome.losses, real), engine.name
 
 
+def _require_of_this_graph(batch: Any) -> None:
+    """Refuses a batch that a graph would use for many steps as if it were drawn for each.
+
+    Raises:
+        PrivacyError: If it is a constant of the graph, or comes from outside of a loop in it.
+    """
+    graph = backend.current_graph()
+    for leaf in tree.flatten(batch):
+        if leaf is not None and getattr(leaf, "graph", None) is not graph:
+            raise PrivacyError(
+                "This batch was drawn once, while your tf.function was traced, or outside of a "
+                "loop in it, so that every step would use the same rows, and `sampling` says that "
+                "each has a draw of its own. Draw outside of the function and give it the batch "
+                "as an argument, or iterate a tf.data.Dataset inside and leave `sampling` out."
+            )
+
+
 class TracedSteps:
     """Steps on loss functions, each traced once for batches of one kind, of any size.
 
@@ -622,7 +640,11 @@ class OwnLoop:
         rows = backend.row_count(examples.leaves()[0])
         require_by_itself(loss_fn, batch)
         traced = backend.current_graph() is not None
+        if traced and sampling is not None:
+            _require_of_this_graph(batch)
         with backend.outside_graph():
+            weights = [v for model in inside if hasattr(model, "weights") for v in model.weights]
+            require_alone("private_gradients", [*variables, *weights])
             self._build_for(variables)
             lineage.learns(self._meter.book, variables, inside)
             if run_eagerly:

@@ -101,6 +101,9 @@ class Meter:
         self._samplings: list[Sampling] = []
         self._declared = backend.Counter(-1)  # the number of the sampling that is declared
         self._sampling: Sampling | None = None
+        self._limits: list[Budget] = []  # what the limit was found for
+        self._foreign = 0  # releases of others behind the weights, when it was
+        self._seen = lineage.generation()
         self._stale = False  # whether the limit is of other steps than those to come
         self.run_number = 0  # how many runs of steps were begun
         self._process = os.getpid()
@@ -196,6 +199,7 @@ class Meter:
         """
         self.phase = phase
         self.budgets = ()
+        self._limits = []
         self._stale = False
         self._limit.set(_NO_LIMIT)
         if self.target is not None and phase.steps != 0:
@@ -256,9 +260,24 @@ class Meter:
         """Finds how many steps the budgets of the fit before allow, where that isn't known."""
         if self._stale and self.target is None:
             self._limit.set(_NO_LIMIT)
+            self._limits = []
             for budget in self.budgets:
                 self.limit(budget, None)
+        else:
+            self.look_again()
         self._stale = False
+
+    def look_again(self) -> None:
+        """Lowers the limit if somebody else has added to the weights since it was found."""
+        self._seen = lineage.generation()
+        limits = [*self._limits, *([] if self.target is None else [self.target])]
+        if not self.limited or not limits or self.limit_reached:
+            return
+        foreign = self.ledger.steps - self.releases
+        if foreign > self._foreign:
+            most = self._limit.read() - self.releases
+            for budget in limits:
+                self._lower_to(budget, most)
 
     def require_left(self) -> None:
         """Goes on only if a further step may be released.
@@ -293,7 +312,12 @@ class Meter:
                 "A budget with a schedule of noise or clipping norms needs the number of steps, "
                 "which this data source doesn't tell. Pass steps_per_epoch to `fit`, or arrays."
             )
+        self._limits.append(budget)
+        return self._lower_to(budget, planned)
+
+    def _lower_to(self, budget: Budget, planned: int | None) -> int:
         known = self.ledger
+        self._foreign = known.steps - self.releases
         allowed = accounting.most_further_steps(
             lambda steps: known.merge(self._book.runs_after(steps)),
             epsilon=budget.epsilon,
@@ -356,6 +380,7 @@ class Meter:
             delta=target.delta,
         )
         self._limit.set(self.releases + phase.steps)
+        self._foreign = self.ledger.steps - self.releases
 
     def _notice_fork(self) -> None:
         """After a fork the two sides' steps are runs of their own, which add up."""
@@ -369,6 +394,8 @@ class Meter:
     def announce(self, steps: int) -> None:
         """Has sigma and C ready for so many steps to come."""
         self._notice_fork()
+        if self._seen != lineage.generation():
+            self.look_again()
         self._settings.announce(steps)
 
     def max_grad_norm(self) -> Any:
