@@ -212,8 +212,9 @@ def assertions_without_values() -> Iterator[None]:
         if not found:
             raise
         message = (
-            f"{error.message[: found.start()]}assertion failed. The values that it prints are left out here, since they "
-            "may be those of private examples. Look at it with made-up data."
+            f"{error.message[: found.start()]}assertion failed. The values that it prints are "
+            "left out here, since they may be those of private examples. Look at it with made-up "
+            "data."
         )
         raise tf.errors.InvalidArgumentError(error.node_def, error.op, message) from None
 

@@ -952,7 +952,10 @@ def loop_engine(
 
     def example(index: Tensor) -> Any:
         gradients, loss, extra = _example_gradients(one, weights, [t[index] for t in leaves])
-        sums, norms = clipped([g[tf.newaxis] for g in gradients], real[index : index + 1])
+        sums, norms = clipped(
+            [g[tf.newaxis] for g in gradients],
+            tf.reshape(real[index], [1]),  # a slice would have no static shape under XLA
+        )
         return sums, norms[0], loss, extra
 
     rows = tf.shape(leaves[0])[0]

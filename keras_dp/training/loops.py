@@ -679,7 +679,7 @@ class OwnLoop:
                 return [ops.zeros(v.shape, v.dtype) for v in variables]
 
             released, gradients = self._meter.spend(
-                noised, nothing, after=found.evidence, sampling=drawn
+                noised, nothing, after=[*found.evidence, *leaves], sampling=drawn
             )
             return gradients, released, loss, []
 

@@ -91,7 +91,8 @@ def private_train_step(
         parts.apply(with_regularizers(gradients, variables), variables)
         return ops.zeros(())
 
-    meter.spend(step, lambda: ops.zeros(()), after=found.evidence, sampling=sampling)
+    seen = [*found.evidence, *batch.leaves()]  # what was found alone may be constants
+    meter.spend(step, lambda: ops.zeros(()), after=seen, sampling=sampling)
     return _metrics(model, batch, rows, real, outcome, penalty), engine.name
 
 
