@@ -91,8 +91,8 @@ def private_train_step(
         parts.apply(with_regularizers(gradients, variables), variables)
         return ops.zeros(())
 
-    seen = [*found.evidence, *batch.leaves()]  # what was found alone may be constants
-    meter.spend(step, lambda: ops.zeros(()), after=seen, sampling=sampling)
+    after = [*found.evidence, *batch.leaves()]  # what was found alone may be constants
+    meter.spend(step, lambda: ops.zeros(()), after=after, sampling=sampling)
     return _metrics(model, batch, rows, real, outcome, penalty), engine.name
 
 
