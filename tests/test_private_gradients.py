@@ -22,6 +22,9 @@ DELTA = 1e-5
 ALARM = stats.norm.isf(2.5e-7)  # standard deviations, passed by mistake once in two million
 UNKNOWN = pytest.mark.filterwarnings("ignore:private_gradients can't know")
 
+# Plain Python code sees the examples, which is what most of these tests debug by.
+pytestmark = pytest.mark.filterwarnings("ignore:With run_eagerly=True:keras_dp.PrivacyWarning")
+
 
 def squared_error_of(model):
     def squared_error(example):
