@@ -260,7 +260,7 @@ def updates_of(optimizer: keras.optimizers.Optimizer) -> Callable[[], int]:
     iterations = optimizer._iterations
 
     def read() -> int:  # `int(iterations)` fails for a variable of several replicas
-        return int(keras.ops.convert_to_tensor(iterations))
+        return int(keras.ops.add(iterations, 0))
 
     return read
 

@@ -59,6 +59,7 @@ def is_private(model, x, y):
 # -- kinds of models --------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:With run_eagerly=True:keras_dp.PrivacyWarning")
 @pytest.mark.parametrize("make", [tiny.model, Subclassed])
 @pytest.mark.parametrize(
     "mode", [{}, {"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 3}], ids=str
