@@ -64,7 +64,6 @@ def is_private(model, x, y):
 @pytest.mark.parametrize(
     "mode", [{}, {"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 3}], ids=str
 )
-@pytest.mark.filterwarnings("ignore:With run_eagerly=True the Python code of 'subclassed'")
 def test_every_kind_of_model_trains_privately_in_every_mode(make, mode):
     model = make()
     model.compile(tiny.sgd(), loss="mse", metrics=["mae"], **mode)

@@ -887,7 +887,8 @@ BAD = {"nan": np.nan, "inf": np.inf, "overflow": 1e30}
     [(n, m) for n in BAD_MODELS for m in ("graph", "eager")]
     + [("dense", "xla"), ("convolution", "xla"), ("embedding", "xla")],
 )
-def test_an_example_with_bad_numbers_adds_nothing_and_spoils_nothing(name, mode, bad):
+def test_an_example_with_bad_numbers_adds_at_most_c_and_spoils_nothing(name, mode, bad):
+    """Nothing if its gradient isn't finite; where only its square would overflow, at most C."""
     build, x = BAD_MODELS[name]
     model = build(x)
     model.compile("sgd", loss="mse")
@@ -912,9 +913,15 @@ def test_an_example_with_bad_numbers_adds_nothing_and_spoils_nothing(name, mode,
         eagerly=mode == "eager",
     )
     assert used == "ghost"
-    assert not np.isfinite(outcome.norms[1])
+    assert bad == "overflow" or not np.isfinite(outcome.norms[1])
     np.testing.assert_allclose(np.asarray(outcome.norms)[good], norms_of(gradients), rtol=TOLERANCE)
-    assert relative_error(outcome.sums, clipped_sum(gradients, 0.3)) < TOLERANCE
+    others = clipped_sum(gradients, 0.3)
+    if np.isfinite(outcome.norms[1]):
+        pairs = zip(outcome.sums, others, strict=True)
+        added = np.concatenate([np.ravel(np.asarray(a, "f8") - b) for a, b in pairs])
+        assert 0 < np.linalg.norm(added) <= 0.3 * (1 + 1e-4) + 1e-5
+    else:
+        assert relative_error(outcome.sums, others) < TOLERANCE
 
 
 # -- rematerialized, padded, half precision ----------------------------------------------------
