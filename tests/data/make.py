@@ -11,9 +11,6 @@ import numpy as np
 
 import keras_dp
 
-folder = sys.argv[1]
-keras.utils.set_random_seed(0)
-
 
 def compiled(inner_is_private=False):
     encoder = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, activation="tanh")])
@@ -34,18 +31,24 @@ def fitted(x, y, callbacks=(), **kwargs):
     return model
 
 
-data = np.random.default_rng(0)
-x, y = data.normal(size=(64, 4)).astype("float32"), data.normal(size=(64, 1)).astype("float32")
-ledger_path = os.path.join(folder, "journal.jsonl")
-model = fitted(x, y, [keras_dp.PrivacyBudget(delta=1e-5, ledger_path=ledger_path)])
-model.save(os.path.join(folder, "model.keras"))
-model.save_weights(os.path.join(folder, "model.weights.h5"))
-model.save(os.path.join(folder, "model.h5"))
-fitted(
-    x,
-    y,
-    [keras.callbacks.BackupAndRestore(os.path.join(folder, "backup"), delete_checkpoint=False)],
-)
-inner = fitted(x, y, inner_is_private=True)
-inner.layers[0].fit(x, y @ np.ones((1, 3), "float32"), batch_size=16, verbose=0)
-inner.save(os.path.join(folder, "nested.keras"))
+def main(folder):
+    keras.utils.set_random_seed(0)
+    data = np.random.default_rng(0)
+    x, y = data.normal(size=(64, 4)).astype("float32"), data.normal(size=(64, 1)).astype("float32")
+    ledger_path = os.path.join(folder, "journal.jsonl")
+    model = fitted(x, y, [keras_dp.PrivacyBudget(delta=1e-5, ledger_path=ledger_path)])
+    model.save(os.path.join(folder, "model.keras"))
+    model.save_weights(os.path.join(folder, "model.weights.h5"))
+    model.save(os.path.join(folder, "model.h5"))
+    fitted(
+        x,
+        y,
+        [keras.callbacks.BackupAndRestore(os.path.join(folder, "backup"), delete_checkpoint=False)],
+    )
+    inner = fitted(x, y, inner_is_private=True)
+    inner.layers[0].fit(x, y @ np.ones((1, 3), "float32"), batch_size=16, verbose=0)
+    inner.save(os.path.join(folder, "nested.keras"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
