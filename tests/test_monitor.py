@@ -335,7 +335,7 @@ def test_what_is_private_follows_from_noised_values_alone(clipping, monkeypatch)
         run_eagerly=True,
     )
     noise = Noise()
-    monkeypatch.setattr(model.optimizer, "_noise", noise)
+    monkeypatch.setattr(model.optimizer._mechanism, "noise", noise)
     model.fit(*tiny.data(N), batch_size=N, verbose=0, callbacks=[monitor])
     history = {k: v[0] for k, v in monitor.history.items()}
 

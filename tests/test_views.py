@@ -138,7 +138,7 @@ def test_views_that_are_all_the_same_are_told_of():
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, "4", None])
 def test_a_multiplicity_that_makes_no_sense_is_named(value):
-    with pytest.raises(ValueError, match="`augmentation_multiplicity` must be an integer"):
+    with pytest.raises(ValueError, match="`augmentation_multiplicity` must be a positive integer"):
         tiny.sgd(augmentation_multiplicity=value)
 
 
