@@ -19,7 +19,7 @@ from ..keras_private import all_layers
 from .example import ExampleLoss
 from .ghost import GhostEngine, NotPossible, named
 
-__all__ = ["passed", "require_agreement", "require_right_gradients", "tolerance"]
+__all__ = ["Untried", "passed", "require_agreement", "require_right_gradients", "tolerance"]
 
 _ROWS = 5  # unlike the sizes that stand in for those that aren't known
 # In a deep network rounding may take a relu or a pooling the other way, and a gradient with
@@ -29,6 +29,10 @@ _COMPARED = 3  # of these, for comparing with plain gradients
 # What examples are made up: the size where none is known, and the spread of values.
 _KINDS = ((4, "uniform"), (32, "uniform"), (32, "normal"))
 _passed: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+class Untried(ArithmeticError):
+    """No made-up examples can be run through a model, so an engine can't be tried on it."""
 
 
 def require_agreement(
@@ -43,8 +47,9 @@ def require_agreement(
     """Tries a traced engine against the loop, on two made-up examples.
 
     Raises:
-        ArithmeticError: If they differ, or no made-up examples can be run through the
-            model: an engine that can't be tried isn't used.
+        ArithmeticError: If they differ.
+        Untried: If no made-up examples can be run through the model: an engine that
+            can't be tried isn't used.
     """
     rows = max(2, padding)
 
@@ -63,7 +68,7 @@ def require_agreement(
             if wanted is not None:
                 sums, norms, *_ = run([*made_up, backend.first_rows(rows, 2)])
                 return backend.relative_error([*sums, norms[:2]], wanted)
-        raise ArithmeticError(
+        raise Untried(
             "it can't be tried: no made-up examples can be run through the model, or none with "
             "finite gradients"
         )
