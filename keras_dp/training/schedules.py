@@ -142,14 +142,22 @@ class StepSettings:
             From a number, counted from this step on, to sigma and C of that step.
         """
         self._period = _Period(self._schedules, step, hold)
+        self._seen = step
         self._began.set(self._count.read())
         self._told = 0
         self.announce(1)
         return self._period
 
     def expects(self, step: int) -> bool:
-        """Whether the next step has this number in the schedules, or none has any."""
-        return not self.scheduled or step == self._period.first + self._made
+        """Whether an optimizer that has taken so many steps goes on with this period.
+
+        It may lag behind: not all gradients need be applied, and a schedule goes by
+        the releases. A count that was set, back or forth, begins a period of its own.
+        """
+        if not self.scheduled or self._seen <= step <= self._period.first + self._made:
+            self._seen = step
+            return True
+        return False
 
     @property
     def _made(self) -> int:
