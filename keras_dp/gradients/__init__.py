@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -14,7 +13,7 @@ from .. import backend
 from ..errors import PrivacyError
 from . import trial
 from .example import Batch, ExampleLoss, MeanOfViews, Outcome
-from .ghost import GhostEngine
+from .ghost import GhostEngine, Replanned
 from .per_example import Instantiated, OuterProducts, clipped_sums
 from .rules import register_rule
 
@@ -192,22 +191,13 @@ class Engine:
         whole = self._whole(chunk)
         if self._eagerly and trial.passed(ghost, one_view):
             return whole
-        # How the model treats its batches is seen when their number of rows is open.
         while True:
-            handled = ghost.plan.handled
-            ghost.plan.forget_calls()
-            run = backend.compiled_candidate(chunk, leaves, jit_compile=self._jit_compile)
-            trial.require_right_gradients(ghost, one_view)
-            if ghost.plan.handled == handled:
-                break
-        if self._eagerly:
-            return whole
-        if whole is not chunk or any(each != 1 for each in ghost.plan.rows_each.values()):
             run = backend.compiled_candidate(whole, leaves, jit_compile=self._jit_compile)
-        if not ghost.draws_random:  # else it draws otherwise than the loop
-            with contextlib.suppress(trial.Untried):  # its gradients were tried above
-                self._require_agreement(run, leaves)
-        return run
+            try:
+                trial.require_right_gradients(ghost, one_view)
+            except Replanned:
+                continue
+            return whole if self._eagerly else run
 
     def _tell(self, failures: list[tuple[str, Exception]]) -> None:
         """Says once for each model why a slower engine takes its place."""
