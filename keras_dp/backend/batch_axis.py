@@ -76,6 +76,17 @@ class Stack:
 
 
 @dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Holds the whole batch several times along the first axis, one part of space each.
+
+    Attributes:
+        count: How many times.
+    """
+
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Mixed:
     """Follows from several examples at once.
 
@@ -97,7 +108,7 @@ class Unknown:
     why: str
 
 
-State = Shared | Rows | Count | Counts | Stack | Mixed | Unknown
+State = Shared | Rows | Count | Counts | Stack | Blocks | Mixed | Unknown
 _Rule = Callable[["BatchAxis", Any, list[State]], Any]  # a state, or one for each result
 
 SHARED = Shared()
@@ -232,8 +243,8 @@ def _elementwise(axis: BatchAxis, op: Any, states: list[State]) -> State:
     rows = [k for k, s in enumerate(states) if isinstance(s, Rows)]
     if len(states) == 1 and not isinstance(states[0], _OF_ALL):
         return states[0]
-    if any(isinstance(s, Stack) for s in states):
-        return _unknown(op, "is of lists")
+    if any(isinstance(s, Stack | Blocks) for s in states):
+        return _unknown(op, "is of something else than rows")
     if not rows:
         return _of_counts(op, states)
     if any(isinstance(s, Count | Counts) for s in states):
@@ -541,6 +552,8 @@ def _moved_by_new_axis(op: Any, states: list[State], where: int) -> State:
 
 def _expand_dims(axis: BatchAxis, op: Any, states: list[State]) -> State:
     state, where = states[0], _static(op.inputs[1])
+    if isinstance(state, Blocks) and where not in (None, 0):
+        return state
     if isinstance(state, Count | Counts):
         return (
             Counts((state,)) if isinstance(state, Count) and _rank(op.inputs[0]) == 0 else Count()
@@ -555,6 +568,9 @@ def _expand_dims(axis: BatchAxis, op: Any, states: list[State]) -> State:
 
 def _squeeze(axis: BatchAxis, op: Any, states: list[State]) -> State:
     state, rank = states[0], _rank(op.inputs[0])
+    if isinstance(state, Blocks) and rank and op.get_attr("squeeze_dims"):
+        first = any(d % rank == 0 for d in op.get_attr("squeeze_dims"))
+        return _mixed(op, "drops the axis of the examples") if first else state
     if isinstance(state, Count | Counts):
         return (
             state
@@ -932,6 +948,8 @@ def _first_axis(*others: int) -> _Rule:
     """
 
     def rule(axis: BatchAxis, op: Any, states: list[State]) -> State:
+        if isinstance(states[0], Blocks) and all(isinstance(s, Shared) for s in states[1:]):
+            return states[0]
         rows = [s for s in states if isinstance(s, Rows)]
         if not rows:
             return _plain(op, states)
@@ -951,8 +969,25 @@ def _first_axis(*others: int) -> _Rule:
     return rule
 
 
+def _space_to_batch(axis: BatchAxis, op: Any, states: list[State]) -> State:
+    """As a dilated convolution does: each block of space becomes a batch of its own."""
+    state, count = states[0], _static(op.inputs[1])
+    if not isinstance(state, Rows | Blocks):
+        return _plain(op, states)
+    if count is None or any(not isinstance(s, Shared) for s in states[1:]):
+        return _unknown(op, "has blocks that aren't known")
+    if op.type == "SpaceToBatchND":
+        if state == Rows():
+            return Blocks(math.prod(count))
+    elif state == Blocks(math.prod(count)):
+        return Rows()
+    return _unknown(op, "doesn't have the examples first")
+
+
 def _bias_add(axis: BatchAxis, op: Any, states: list[State]) -> State:
     state, rank = states[0], _rank(op.inputs[0])
+    if isinstance(state, Blocks) and isinstance(states[1], Shared):
+        return state
     if not isinstance(state, Rows):
         return _plain(op, states)
     last = 1 if op.get_attr("data_format") == b"NCHW" else (rank or 0) - 1
@@ -1139,7 +1174,7 @@ def _list_from_tensor(axis: BatchAxis, op: Any, states: list[State]) -> State:
     state = states[0]
     if isinstance(state, Rows):
         if state.axis == 0:
-            return _mixed(op, "takes the batch apart")
+            return _unknown(op, "takes the batch apart")
         return Stack(Rows(state.axis - 1))
     return Stack(SHARED) if isinstance(state, Shared) else _plain(op, states)
 
@@ -1218,6 +1253,7 @@ _RULES: dict[str, _Rule] = {
         ("All", "Any", "ArgMax", "ArgMin", "EuclideanNorm", "Max", "Mean", "Min", "Prod", "Sum"),
         _reduction,
     ),
+    "Roll": _along(2),
     **dict.fromkeys(("Cumsum", "Cumprod", "CumulativeLogsumexp", "ReverseV2"), _along(1)),
     **dict.fromkeys(
         ("LogSoftmax", "Softmax", "TopKV2", "FFT", "IFFT", "RFFT", "IRFFT"), _last_axes(1)
@@ -1262,6 +1298,7 @@ _RULES: dict[str, _Rule] = {
     ),
     **dict.fromkeys(("AdjustContrastv2", "AdjustHue", "AdjustSaturation"), _last_axes(3)),
     **dict.fromkeys(("HSVToRGB", "RGBToHSV"), _last_axes(1)),
+    **dict.fromkeys(("BatchToSpaceND", "SpaceToBatchND"), _space_to_batch),
     "ReverseSequence": _first_axis(1),
     "FusedBatchNormV3": _normalization,
     "BiasAdd": _bias_add,
