@@ -272,7 +272,7 @@ class LedgerBook:
     Args:
         count: Reads the number of releases that this optimizer has made.
         updates: Reads the number of updates that its state says it has made. Those
-            that were neither its own nor told of by a file with a ledger are in the
+            that are neither its own nor explained by a file with a ledger are in the
             ledger as unprotected ones: somebody has set the state.
 
     Attributes:

@@ -1,13 +1,16 @@
 """Balls-in-bins and truncated Poisson batches: what they cost, and how ledgers keep them."""
 
 import itertools
+import json
 import math
 import time
 
 import numpy as np
 import pytest
+import tiny
 from dp_accounting import get_epsilon_gaussian
 
+import keras_dp
 from keras_dp import accounting, risk
 from keras_dp.accounting import samplers
 from keras_dp.accounting.accountants import pld
@@ -370,3 +373,44 @@ def test_rule_10_after_a_fork_both_may_go_on_with_the_same_choice():
     count[0] = 10
     assert [(r.sampler, r.steps) for r in book.ledger] == [("balls_in_bins", 4), ("shuffled", 6)]
     assert book.ledger.merge(before).steps == 10
+
+
+# --- the statement ----------------------------------------------------------
+
+
+def test_rule_10_the_statement_says_how_batches_were_drawn_and_accounted():
+    model = tiny.compiled()
+    releases = (bins(2.0, 12, 5, num_examples=50), truncated(2.0, 3, 5, 50, 15))
+    model.optimizer.absorb(PrivacyLedger(releases))
+    report = keras_dp.privacy_report(model, delta=DELTA)
+    assert report.epsilon["pld"] == epsilon(*releases)
+    assert report.epsilon_if_shuffled["pld"] > report.epsilon["pld"]
+    text = str(report)
+    for said in (
+        "| 12 steps | each example once per epoch, in a batch that chance chose",
+        "once in 5 steps",
+        "| 3 steps | Poisson sampling, cut to 15 at most",
+        "keras_dp's own, with every rounding upwards",
+        "chosen uniformly, independently of all other examples and epochs. (seen to by keras_dp)",
+        "above the public capacity of 15, a uniformly random part was kept. (seen to by keras_dp)",
+        "had the batches been shuffled",
+        "but for what it has no event for",
+    ):
+        assert said in text, said
+    entries = json.loads(report.to_json())["releases"]
+    assert [e.get("capacity") for e in entries] == [None, 15]
+    assert [e["sampler_basis"] for e in entries] == ["verified"] * 2
+    again = [Release(**{k: v for k, v in e.items() if k != "sampler_basis"}) for e in entries]
+    assert tuple(again) == releases
+
+
+def test_rule_13_what_is_asserted_or_seeded_is_not_said_to_be_seen_to():
+    for more in ({"asserted": True}, {"seeded": True}):
+        model = tiny.compiled()
+        model.optimizer.absorb(PrivacyLedger((bins(2.0, 12, 5, **more),)))
+        drawn = [
+            a
+            for a in keras_dp.privacy_report(model, delta=DELTA).assumptions
+            if "chosen uniformly" in a["text"]
+        ]
+        assert [a["verified"] for a in drawn] == [False]

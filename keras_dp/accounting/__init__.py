@@ -25,7 +25,7 @@ steps, nothing for a repetition. So searches start from RDP, go on with a PLD on
 a coarser grid, and ask for the reported figure only at the end.
 """
 
-from .accountants import ACCOUNTANTS, check_accountant
+from .accountants import ACCOUNTANTS, check_accountant, descriptions
 from .arguments import check_delta
 from .ledgers import (
     calibrate_release,
@@ -52,6 +52,7 @@ __all__ = [
     "check_accountant",
     "check_delta",
     "compute_epsilon",
+    "descriptions",
     "ledger_epsilon",
     "most_further_steps",
     "privacy_loss",

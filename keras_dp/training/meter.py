@@ -21,7 +21,7 @@ __all__ = ["BATCHES", "Budget", "Meter", "Phase"]
 
 _NO_LIMIT = 2**62
 _DECLARED_ANEW = (
-    "keras_dp: since this function was compiled, the optimizer was told that batches are drawn "
+    "keras_dp: since this function was compiled, it was declared that batches are drawn "
     "otherwise, so this step would be accounted wrongly. Call optimizer.begin_loop(sampling) "
     "before it, or use an optimizer for each way of drawing."
 )

@@ -50,6 +50,11 @@ def bounds_of(accountant: str) -> list[Callable[[Counts, float], float]]:
     return [reported, *(functools.partial(reported, rough=k) for k in roughs)]
 
 
+def descriptions() -> dict[str, str]:
+    """Returns how each accountant computes, in a few words."""
+    return {name: one.description for name, one in _ACCOUNTANTS.items()}
+
+
 def check_accountant(value: Any) -> str:
     """The name of an accountant.
 
@@ -62,4 +67,11 @@ def check_accountant(value: Any) -> str:
     raise ValueError(f"`accountant` must be {names}. Received: accountant={value!r}")
 
 
-__all__ = ["ACCOUNTANTS", "Accountant", "bounds_of", "check_accountant", "epsilon_of"]
+__all__ = [
+    "ACCOUNTANTS",
+    "Accountant",
+    "bounds_of",
+    "check_accountant",
+    "descriptions",
+    "epsilon_of",
+]

@@ -123,6 +123,10 @@ class BallsInBins(Sampler):
         return True
 
     @property
+    def bounded_here(self) -> bool:
+        return self.steps_per_epoch > 1
+
+    @property
     def computed(self) -> str:
         return (
             "Balls in bins (each example once per epoch, in a batch that chance chose): an upper "

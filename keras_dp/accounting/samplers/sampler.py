@@ -56,6 +56,11 @@ class Sampler(abc.ABC):
         return False
 
     @property
+    def bounded_here(self) -> bool:
+        """Whether its privacy loss is bounded by keras_dp itself, and not by dp-accounting."""
+        return False
+
+    @property
     def computed(self) -> str:
         """How its steps are accounted, a sentence for the privacy statement; `""` if as usual."""
         return ""
