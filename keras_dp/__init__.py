@@ -51,8 +51,8 @@ __all__ = [
     "tuning",
 ]
 
-# All of it is loaded at once, lest `keras.saving.load_model` meet a DP optimizer
-# that Keras hasn't been told of. The command that plans trains nothing, and starts
+# All of it is loaded at once, so that `keras.saving.load_model` never meets a DP optimizer
+# that Keras doesn't know. The command that plans trains nothing, and starts
 # ten times as fast without Keras and TensorFlow.
 if not _only_plans():
     from . import backend as _backend  # noqa: F401 - says which backends of Keras will do

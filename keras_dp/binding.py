@@ -131,7 +131,7 @@ def _check_can_bind(model: keras.Model, optimizer: DPOptimizer, arguments: dict[
 
 
 def _bind(model: keras.Model, optimizer: DPOptimizer) -> None:
-    keras_private.seed_states_of(model)  # made now, lest the first step be traced twice
+    keras_private.seed_states_of(model)  # made now, or the first step would be traced twice
     methods: dict[str, Callable[..., Any]] = {
         "train_step": functools.partial(optimizer.train_step, model),
         "make_train_function": functools.partial(_make_train_function, model),

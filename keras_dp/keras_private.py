@@ -423,7 +423,7 @@ def watch_state_trees(taken: Callable[[Any], None]) -> None:
 
 
 def outside() -> int:
-    """The stack level of the caller's first frame outside of keras_dp, Keras and TensorFlow."""
+    """The stack level of the first frame outside of keras_dp, Keras and TensorFlow."""
     modules = (f.frame.f_globals.get("__name__", "") for f in inspect.stack(context=0))
     inside = ("keras_dp.", "keras.", "tensorflow.", "contextlib", "functools")
     return next((level for level, m in enumerate(modules) if not m.startswith(inside)), 1)

@@ -113,7 +113,7 @@ def attributes_of(model):
 
 
 class Fragile(layers.Layer):
-    """Breaks when it is told to, inside its own call or in an activation."""
+    """Breaks when it is asked to, inside its own call or in an activation."""
 
     broken = False
 
