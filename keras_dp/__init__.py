@@ -22,6 +22,7 @@ __version__ = _version("keras-dp")
 __all__ = [
     "DPSGD",
     "AuditResult",
+    "BallsInBinsDataset",
     "DPAdagrad",
     "DPAdam",
     "DPAdamW",
@@ -44,6 +45,7 @@ __all__ = [
     "check_model",
     "clipping",
     "fix_model",
+    "from_files",
     "privacy_report",
     "register_rule",
     "risk",
@@ -69,7 +71,7 @@ if not _only_plans():
     from .monitor import PrivacyMonitor
     from .optimizers import DPSGD, DPAdagrad, DPAdam, DPAdamW, DPOptimizer, DPRMSprop
     from .report import PrivacyReport, privacy_report
-    from .sampling import PoissonDataset, ShuffledDataset
+    from .sampling import BallsInBinsDataset, PoissonDataset, ShuffledDataset, from_files
     from .saving import save_inference_model
 
     _install()

@@ -27,11 +27,12 @@ from .errors import PrivacyError, PrivacyWarning
 from .ledger import PrivacyLedger
 from .optimizers import DPOptimizer
 from .sampling import (
+    OWN,
     PoissonDataset,
     Sampling,
-    ShuffledDataset,
-    as_arrays,
+    as_leaves,
     common_length,
+    is_source,
     split_for_validation,
 )
 from .training import training_alone
@@ -262,7 +263,7 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
             del given["self"]
             require_trainable_privately(self)
             optimizer.session.require_same_weights(self)
-            sampling, steps = _private_source(given, optimizer)
+            sampling, steps, dataset = _private_source(given, optimizer)
             declaration = _FitDeclaration(
                 optimizer, sampling, steps, given.get("initial_epoch", 0), given.get("epochs", 1)
             )
@@ -270,7 +271,7 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
             if decided is not None:
                 warnings.warn(decided, PrivacyWarning, stacklevel=2)
             try:
-                with _joined(declaration, given, self):
+                with _joined(declaration, given, self), _row_errors(dataset, optimizer):
                     return original(self, **given)
             finally:
                 optimizer.session.gate.close()
@@ -279,11 +280,31 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
     return fit
 
 
-def _private_source(given: dict[str, Any], optimizer: DPOptimizer) -> tuple[Sampling, int | None]:
+@contextlib.contextmanager
+def _row_errors(dataset: Any, optimizer: DPOptimizer) -> Iterator[None]:
+    """Raises what reading a row ended with, in the place of what TensorFlow makes of it."""
+    before, failure = optimizer.ledger.steps, None
+    try:
+        yield
+    except Exception:
+        failure = getattr(dataset, "failure", None)
+        if failure is None:
+            raise
+    if failure is not None:  # outside of `except`: what was raised there may hold data
+        steps = optimizer.ledger.steps - before
+        raise type(failure)(
+            f"{failure} Training ended after {steps} steps of this fit, all of which are counted."
+        )
+
+
+def _private_source(
+    given: dict[str, Any], optimizer: DPOptimizer
+) -> tuple[Sampling, int | None, Any]:
     """Puts the data source that private training needs into `fit`'s arguments.
 
     Returns:
-        How its batches are drawn, and the steps of an epoch, where known.
+        How its batches are drawn, the steps of an epoch, where known, and the data set of
+        ours that it is fed from, if there is one.
     """
     x: Any = given.get("x")
     y, weights = given.get("y"), given.get("sample_weight")
@@ -296,17 +317,22 @@ def _private_source(given: dict[str, Any], optimizer: DPOptimizer) -> tuple[Samp
     if steps is not None:
         steps = arguments.positive_integer("steps_per_epoch", steps, "how many steps are an epoch")
 
-    if isinstance(x, keras.utils.PyDataset) or not keras_private.can_convert_arrays(
+    leaves = tree.flatten((x, y, weights))
+    in_memory = not isinstance(x, keras.utils.PyDataset) and keras_private.can_convert_arrays(
         (x, y, weights)
+    )
+    sources = [leaf for leaf in leaves if is_source(leaf)]
+    if given.get("validation_split") and (sources or not in_memory):
+        raise ValueError(
+            "`validation_split` is only supported for arrays. Split the data first and pass "
+            "validation_data=(x_val, y_val)."
+        )
+    if not in_memory and not (
+        sources and all(is_source(t) or keras_private.can_convert_arrays(t) for t in leaves)
     ):
-        if given.get("validation_split"):
-            raise ValueError(
-                "`validation_split` is only supported for arrays. Split the data first and pass "
-                "validation_data=(x_val, y_val)."
-            )
-        if type(x) in (PoissonDataset, ShuffledDataset):
+        if type(x) in OWN:
             return _own_dataset(given, x, steps, optimizer.secure_mode)
-        return _foreign_source(given, x, batch_size, optimizer, steps)
+        return *_foreign_source(given, x, batch_size, optimizer, steps), None
 
     if given.get("shuffle", True) is not True:
         raise ValueError(
@@ -328,7 +354,7 @@ def _private_source(given: dict[str, Any], optimizer: DPOptimizer) -> tuple[Samp
     given["validation_batch_size"] = given.get("validation_batch_size") or batch_size
     for name in ("y", "sample_weight", "batch_size"):
         given.pop(name, None)
-    x, y, weights = as_arrays(x, "x"), as_arrays(y, "y"), as_arrays(weights, "sample_weight")
+    x, y, weights = as_leaves(x, "x"), as_leaves(y, "y"), as_leaves(weights, "sample_weight")
     if batch_size is None:
         n = common_length(x, y, weights)
         batch_size = min(-(-n // steps) if steps else _DEFAULT_BATCH_SIZE, n)
@@ -337,17 +363,21 @@ def _private_source(given: dict[str, Any], optimizer: DPOptimizer) -> tuple[Samp
 
 
 def _own_dataset(
-    given: dict[str, Any],
-    dataset: PoissonDataset | ShuffledDataset,
-    steps: int | None,
-    secure_mode: bool,
-) -> tuple[Sampling, int | None]:
+    given: dict[str, Any], dataset: Any, steps: int | None, secure_mode: bool
+) -> tuple[Sampling, int | None, Any]:
+    for name in ("y", "sample_weight"):
+        if given.pop(name, None) is not None:
+            raise ValueError(
+                f"fit({name}=...): a {type(dataset).__name__} was given as `x`, which holds all "
+                f"that is trained on. Give `{name}` to the data set instead."
+            )
     # Nobody else has what is trained on, so nobody can draw from it or change its order.
     dataset = dataset.for_fit(steps, secure_mode=secure_mode)
-    given["x"] = dataset
-    given.pop("steps_per_epoch", None)
-    given["shuffle"] = False  # both are random already
-    return dataset.sampling, dataset.num_batches
+    given["x"] = dataset.feed()
+    for name in ("steps_per_epoch", "batch_size"):
+        given.pop(name, None)
+    given["shuffle"] = False  # it is random already
+    return dataset.sampling, dataset.num_batches, dataset
 
 
 def _foreign_source(

@@ -20,6 +20,7 @@ except ImportError as error:
 if keras.backend.backend() not in _SUPPORTED:
     raise ImportError(f"Keras is using its {keras.backend.backend()!r} backend. {_MEND}")
 
+from .feeding import gathering, reading  # noqa: E402
 from .operations import (  # noqa: E402
     AsGraph,
     assertions_without_values,
@@ -127,6 +128,7 @@ __all__ = [
     "exactly",
     "filter_gradients",
     "first_rows",
+    "gathering",
     "gradient_tape",
     "graphs_of",
     "halving",
@@ -152,6 +154,7 @@ __all__ = [
     "pad_examples",
     "per_example_seeds",
     "products_off",
+    "reading",
     "real_examples",
     "relative_error",
     "repeat_first_row",

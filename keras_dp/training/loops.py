@@ -19,7 +19,7 @@ from .. import arguments, backend, keras_private, lineage
 from ..compatibility import require_trainable_privately
 from ..errors import PrivacyError
 from ..gradients import Batch, Engine, EngineOptions, Outcome
-from ..sampling import UNKNOWN, HandedOut, PoissonDataset, Sampling, ShuffledDataset, as_array
+from ..sampling import OWN, UNKNOWN, HandedOut, Sampling, ShuffledDataset, as_array
 from .alone import require_alone
 from .mechanism import Clipped, Mechanism, StepValues
 from .meter import Meter, Phase
@@ -143,7 +143,7 @@ def sampling_of(source: Any) -> Sampling:
     """
     if source is None:
         return UNKNOWN
-    if type(source) not in (PoissonDataset, ShuffledDataset):
+    if type(source) not in OWN:
         raise ValueError(
             "`sampling` must be the keras_dp.PoissonDataset or keras_dp.ShuffledDataset that the "
             "batches are drawn from, or None if they are drawn in any other way. Received: "
