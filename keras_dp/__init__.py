@@ -50,6 +50,7 @@ __all__ = [
     "register_rule",
     "risk",
     "save_inference_model",
+    "spool",
     "tuning",
 ]
 
@@ -71,7 +72,13 @@ if not _only_plans():
     from .monitor import PrivacyMonitor
     from .optimizers import DPSGD, DPAdagrad, DPAdam, DPAdamW, DPOptimizer, DPRMSprop
     from .report import PrivacyReport, privacy_report
-    from .sampling import BallsInBinsDataset, PoissonDataset, ShuffledDataset, from_files
+    from .sampling import (
+        BallsInBinsDataset,
+        PoissonDataset,
+        ShuffledDataset,
+        from_files,
+        spool,
+    )
     from .saving import save_inference_model
 
     _install()

@@ -20,7 +20,7 @@ except ImportError as error:
 if keras.backend.backend() not in _SUPPORTED:
     raise ImportError(f"Keras is using its {keras.backend.backend()!r} backend. {_MEND}")
 
-from .feeding import gathering, reading  # noqa: E402
+from .feeding import elements, gathering, is_infinite, makes_batches, reading  # noqa: E402
 from .operations import (  # noqa: E402
     AsGraph,
     assertions_without_values,
@@ -125,6 +125,7 @@ __all__ = [
     "dense",
     "depthwise_filter_gradients",
     "disturbed",
+    "elements",
     "exactly",
     "filter_gradients",
     "first_rows",
@@ -132,12 +133,14 @@ __all__ = [
     "gradient_tape",
     "graphs_of",
     "halving",
+    "is_infinite",
     "keep_until_owner_goes",
     "least_square",
     "loop_engine",
     "loop_gradients",
     "loss_scales",
     "made_up_like",
+    "makes_batches",
     "map_examples",
     "map_loss",
     "map_weight_gradients",

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-__all__ = ["gathering", "reading"]
+__all__ = ["elements", "gathering", "is_infinite", "makes_batches", "reading"]
 
 _STEPS = 64  # whose indices are drawn together: calls from TensorFlow into Python are dear
 _INDICES = 1 << 17
@@ -106,8 +106,50 @@ def _grouped(batches: Iterator[np.ndarray], steps: int, most: int) -> Iterator[l
     while group := list(itertools.islice(batches, size)):
         yield group
         rows = max(1, *map(len, group))
-        size = max(1, min(2 * size, steps, most // rows))
+        size = max(1, min(8 * size, steps, most // rows))
 
 
 def _of_length(batches: tf.data.Dataset, steps: int) -> tf.data.Dataset:
-    return batches.apply(tf.data.experimental.assert_cardinality(steps))
+    options = tf.data.Options()
+    # As Keras does: rewriting the pipeline costs more, at the start of each epoch, than it saves.
+    options.experimental_optimization.apply_default_optimizations = False
+    counted = batches.apply(tf.data.experimental.assert_cardinality(steps))
+    return counted.with_options(options)
+
+
+# -- pipelines of yours ------------------------------------------------------------------------
+
+
+def is_infinite(source: Any) -> bool:
+    """Whether a `tf.data.Dataset` never ends."""
+    if not isinstance(source, tf.data.Dataset):
+        return False
+    return int(source.cardinality().numpy()) == tf.data.INFINITE_CARDINALITY
+
+
+def makes_batches(source: Any) -> bool:
+    """Whether the elements of a `tf.data.Dataset` are batches, as far as can be seen."""
+    if not isinstance(source, tf.data.Dataset):
+        return False
+    waiting = [source]
+    while waiting:
+        dataset = waiting.pop()
+        kind = type(dataset).__name__
+        if "Unbatch" in kind or "FlatMap" in kind or "Interleave" in kind:
+            continue
+        if "Batch" in kind and "RaggedBatch" not in kind:
+            return True
+        waiting += dataset._inputs()
+    return False
+
+
+def elements(source: Any) -> Iterator[Any]:
+    """The elements of a `tf.data.Dataset`, of NumPy arrays."""
+
+    def value(tensor: Any) -> Any:
+        if isinstance(tensor, tf.RaggedTensor):
+            return tensor.to_list()
+        return tensor.numpy()
+
+    for element in source:
+        yield tf.nest.map_structure(value, element)

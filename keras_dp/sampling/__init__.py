@@ -6,6 +6,7 @@ from .declaration import UNKNOWN, Sampling
 from .handed_out import HandedOut
 from .reading import RowError
 from .sources import from_files, is_source
+from .spooling import spool
 
 __all__ = [
     "OWN",
@@ -22,5 +23,6 @@ __all__ = [
     "common_length",
     "from_files",
     "is_source",
+    "spool",
     "split_for_validation",
 ]
