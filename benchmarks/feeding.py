@@ -116,7 +116,8 @@ def rows_of(gigabytes):
 def blocks(n, size=10_000):
     random = np.random.default_rng(0)
     for start in range(0, n, size):
-        yield slice(start, min(start + size, n)), random.random((min(size, n - start), 28, 28, 1), "float32")  # fmt: skip
+        count = min(size, n - start)
+        yield slice(start, start + count), random.random((count, 28, 28, 1), "float32")
 
 
 def memmap(folder, gigabytes):

@@ -16,7 +16,7 @@ import keras
 
 from . import accounting, people, risk, tuning
 from .binding import ledger_of
-from .ledger import PrivacyLedger, Release
+from .ledger import SAMPLERS, PrivacyLedger, Release
 from .losses import Loss, Renyi
 from .optimizers import DPOptimizer
 from .planning import require_matplotlib
@@ -60,14 +60,6 @@ _NO_PLD = (
     "Renyi differential privacy here too: for a choice among several runs no privacy loss "
     "distribution is known"
 )
-
-# How the batches came about, and who vouches for it.
-_DRAWN = {
-    "poisson": ("Poisson sampling, drawn by keras_dp", "verified"),
-    "shuffled": ("each example once per epoch, drawn by keras_dp; no amplification", "verified"),
-    "unknown": ("the caller's own batches; every example counted once in every step", "unknown"),
-    "unprotected": ("an ordinary optimizer, without protection", "none"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +169,11 @@ class PrivacyReport:
         return {"pld": _NO_PLD} | {name: METHODS[name] for name in METHODS if name != "pld"}
 
     @property
+    def _specially_accounted(self) -> list[str]:
+        said = (accounting.sampler_of(_release(r)).computed for r in self.releases)
+        return list(dict.fromkeys(text for text in said if text))
+
+    @property
     def summary(self) -> tuple[str, str, str]:
         """What an attacker can and can't learn, for readers who know no differential privacy."""
         it, these = ("they", "These models") if len(self.models) > 1 else ("it", "This model")
@@ -274,14 +271,14 @@ class PrivacyReport:
             ),
             ("Floating-point draws of a generator are as good as exact Gaussian noise.", False),
         ]
-        if "poisson" in samplers:
-            drawn = "Each example joined each Poisson batch independently with probability q."
-            stated.append((drawn, not self.seeded and not self._asserted("poisson")))
-        if "shuffled" in samplers:
-            once = "Each example was in exactly one batch of every shuffled epoch."
-            stated.append((once, not self._asserted("shuffled")))
-        if "unknown" in samplers:
-            stated.append(("No batch of the caller's own held an example twice.", False))
+        drawn: dict[str, bool] = {}
+        for release in sorted(map(_release, self.releases), key=_place):
+            sampler = accounting.sampler_of(release)
+            chosen = sampler.drawn_by_chance and self.seeded
+            seen_to = sampler.known and not release.asserted and not chosen
+            if sampler.assumption:
+                drawn[sampler.assumption] = drawn.get(sampler.assumption, True) and seen_to
+        stated += drawn.items()
         if self.examples_per_person > 1:
             most = f"Nobody has more than {self.examples_per_person} examples in the data."
             stated.append((most, False))
@@ -311,9 +308,6 @@ class PrivacyReport:
             ("n and all settings are public, and were not chosen by looking at the data.", False),
         ]
         return tuple({"text": text, "verified": verified} for text, verified in stated)
-
-    def _asserted(self, sampler: str) -> bool:
-        return any(r["asserted"] for r in self.releases if r["sampler"] == sampler)
 
     def to_json(self) -> str:
         """The report as strict JSON. An infinite epsilon is `null`, with `"private": false`."""
@@ -434,7 +428,10 @@ class PrivacyReport:
         ]
         lines += _section(
             "How it was accounted",
-            [f"{name.upper()}: {method}." for name, method in self.accounting.items()],
+            [
+                *(f"{name.upper()}: {method}." for name, method in self.accounting.items()),
+                *self._specially_accounted,
+            ],
         )
         lines += ["", "It rests on this:", ""]
         for assumption in self.assumptions:
@@ -501,14 +498,15 @@ def _table_of(releases: tuple[dict[str, Any], ...]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for release in releases:
+        sampler = accounting.sampler_of(_release(release))
         norm = _number(release["max_grad_norm"])
         if release["max_grad_norm"] is not None:
             norm += f" ({release['clipping']})"
         cells = [
             _count(release["steps"], "step"),
-            _DRAWN.get(release["sampler"], (release["sampler"],))[0],
+            sampler.description,
             release["sampler_basis"],
-            _rate(release),
+            sampler.rate or _number(None),
             _number(release["num_examples"]),
             _number(release["batch_size"]),
             _number(release["noise_multiplier"]),
@@ -521,12 +519,6 @@ def _table_of(releases: tuple[dict[str, Any], ...]) -> list[str]:
 
 def _count(number: int, of_what: str) -> str:
     return f"{number} {of_what}{'' if number == 1 else 's'}"
-
-
-def _rate(release: dict[str, Any]) -> str:
-    if release["sampler"] == "shuffled":
-        return f"once in {_count(release['steps_per_epoch'], 'step')}"
-    return _number(release["sampling_rate"])
 
 
 def _number(value: Any) -> str:
@@ -609,7 +601,7 @@ def privacy_report(
     selections = tuple(chosen)
     epsilon = _epsilon(ledger, selections, delta, examples)
     seeded = any(r.seeded for r in ledger)
-    releases = tuple({**dataclasses.asdict(r), "sampler_basis": _basis(r)} for r in ledger)
+    releases = tuple({**r.to_dict(), "sampler_basis": _basis(r)} for r in ledger)
     private = not seeded and all(map(math.isfinite, epsilon.values()))
     return PrivacyReport(
         model=", ".join(m.name for m in models),
@@ -690,8 +682,8 @@ def _selection(name: str, procedure: tuning.Procedure) -> dict[str, Any]:
         "distribution": procedure.repetition.distribution,
         "mean_runs": procedure.repetition.mean_runs,
         "score_noise_multiplier": procedure.score_noise_multiplier,
-        "declared": tuple(map(dataclasses.asdict, procedure.declared)),
-        "chosen": tuple(map(dataclasses.asdict, procedure.chosen)),
+        "declared": tuple(map(Release.to_dict, procedure.declared)),
+        "chosen": tuple(map(Release.to_dict, procedure.chosen)),
     }
 
 
@@ -706,10 +698,12 @@ def _loss(
             paid[key] = max(paid.get(key, 0), release.steps)
     further = []
     for given in releases:
-        release = Release(**{k: v for k, v in given.items() if k != "sampler_basis"})
+        release = _release(given)
         left = release.steps - paid.get((release.id, release.mechanism), 0)
         if left > 0:
-            further.append(release.with_steps(left))
+            # What is left of an epoch is no epoch of its own.
+            rest = release if left == release.steps else release.apart
+            further.append(rest.with_steps(left))
     if not selections:
         return accounting.privacy_loss(further, examples)
     divergences = selection_loss((), None, further, examples_per_person=examples).divergences
@@ -734,13 +728,22 @@ def _risk(
     found = risk.attack_risk(loss, delta=delta, examples_per_person=examples)
     if selections:
         return found
-    ledger = [Release(**{k: v for k, v in r.items() if k != "sampler_basis"}) for r in releases]
+    ledger = [_release(r) for r in releases]
     epsilon = accounting.ledger_epsilon(ledger, delta, examples_per_person=examples)
     return dataclasses.replace(found, epsilon=epsilon)
 
 
+def _release(entry: Mapping[str, Any]) -> Release:
+    """A release, from a report's entry for it."""
+    return Release(**{k: v for k, v in entry.items() if k != "sampler_basis"})
+
+
+def _place(release: Release) -> int:
+    return list(SAMPLERS).index(release.sampler)
+
+
 def _basis(release: Release) -> str:
-    basis = _DRAWN.get(release.sampler, ("", "unknown"))[1]
+    basis = accounting.sampler_of(release).basis
     return "asserted" if release.asserted and basis == "verified" else basis
 
 
@@ -752,7 +755,7 @@ def _epsilon(
 ) -> dict[str, float]:
     releases = PrivacyLedger(tuple(ledger))
     if selections:
-        loss = _loss(map(dataclasses.asdict, releases), selections, examples)
+        loss = _loss(map(Release.to_dict, releases), selections, examples)
         return dict.fromkeys(accounting.ACCOUNTANTS, loss.epsilon(delta))
     return {
         a: accounting.ledger_epsilon(releases, delta, a, examples) for a in accounting.ACCOUNTANTS
@@ -772,7 +775,7 @@ def _shuffled(release: Release) -> Release:
 def _all_shuffled(selection: Mapping[str, Any]) -> dict[str, Any]:
     """How a model was chosen, had all runs passed over shuffled data."""
     parts = {
-        part: tuple(dataclasses.asdict(_shuffled(Release(**r))) for r in selection[part])
+        part: tuple(_shuffled(Release(**r)).to_dict() for r in selection[part])
         for part in ("declared", "chosen")
     }
     return {**selection, **parts}

@@ -218,7 +218,7 @@ def test_settings_are_stated_in_words_and_in_json():
     for said in (row, "zero out", "public", "central", "every checkpoint", "one example"):
         assert said in text
     assert "once in 4 steps" in str(report_of("shuffled"))
-    assert "caller's own batches" in str(report_of("tf.data"))
+    assert "your own batches" in str(report_of("tf.data"))
     assert "1 of them" in str(report_of("resumed"))
 
 

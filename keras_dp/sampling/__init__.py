@@ -23,6 +23,6 @@ __all__ = [
     "common_length",
     "from_files",
     "is_source",
-    "spool",
     "split_for_validation",
+    "spool",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..ledger import Release
+from ..ledger import IN_PASSES, Release
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,16 +12,16 @@ class Sampling:
     """How batches were drawn, and the constant that their sums are divided by.
 
     Args:
-        sampler: `"poisson"`, `"truncated_poisson"`, `"balls_in_bins"`, `"shuffled"` or
-            `"unknown"`, as `Release` means them.
+        sampler: A word of `ledger.SAMPLERS`, as `Release` means it.
         batch_size: The expected number of examples in a batch. 0: the number
-            of rows that the caller hands over each time.
+            of rows that you hand over each time.
         num_examples: n, where it is known.
         sampling_rate: q, for Poisson sampling.
-        steps_per_epoch: Steps in one pass, for batches in passes.
+        steps_per_epoch: Steps in one pass, for shuffled batches and balls in bins.
         seeded: Whether the draws came from a seed that somebody chose.
         asserted: Whether it is your word alone that they were drawn so.
-        capacity: The public size that larger batches are cut to, for truncated ones.
+        capacity: The public size that larger batches are cut to, for truncated
+            Poisson sampling.
     """
 
     sampler: str
@@ -35,8 +35,8 @@ class Sampling:
 
     @property
     def in_passes(self) -> bool:
-        """Whether an example comes at most once in each pass of `steps_per_epoch` steps."""
-        return self.sampler in ("balls_in_bins", "shuffled")
+        """Whether batches come in passes over the data, each of which must be whole."""
+        return self.sampler in IN_PASSES
 
     def release(
         self, *, noise_multiplier: float, max_grad_norm: float, clipping: str, seeded: bool
@@ -53,6 +53,7 @@ class Sampling:
             clipping=clipping,
             seeded=seeded or self.seeded,
             asserted=self.asserted,
+            capacity=self.capacity,
         )
 
 

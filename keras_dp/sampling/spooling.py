@@ -65,14 +65,10 @@ class Spooled(Rows):
         pieces: list[list[Any]] = [[] for _ in self._form.leaves]
         for block in np.split(np.arange(len(indices)), np.flatnonzero(np.diff(part_of)) + 1):
             part = int(part_of[block[0]])
-            for column, found in zip(self._columns(part), pieces, strict=True):
-                found.append(column.take(indices[order[block]] - self._starts[part]))
-        columns = []
-        for found in pieces:
-            column = _joined(found)
-            columns.append(np.empty_like(column))
-            columns[-1][order] = column
-        return self._form.unpacked(columns)
+            for leaf, found in zip(self._columns(part), pieces, strict=True):
+                found.append(leaf.take(indices[order[block]] - self._starts[part]))
+        back = np.argsort(order)
+        return self._form.unpacked([_joined(found)[back] for found in pieces])
 
     def _columns(self, part: int) -> list[_Column]:
         if part not in self._parts:

@@ -19,7 +19,7 @@ from .. import arguments, backend, keras_private, lineage
 from ..compatibility import require_trainable_privately
 from ..errors import PrivacyError
 from ..gradients import Batch, Engine, EngineOptions, Outcome
-from ..sampling import OWN, UNKNOWN, HandedOut, Sampling, ShuffledDataset, as_array
+from ..sampling import OWN, UNKNOWN, HandedOut, Sampling, as_array
 from .alone import require_alone
 from .mechanism import Clipped, Mechanism, StepValues
 from .meter import Meter, Phase
@@ -186,8 +186,12 @@ class Draws:
                 self._refuse(rows, f"the batches of that ShuffledDataset have {size}")
         elif rows > n:
             self._refuse(rows, f"a draw from {n} examples can't have more than these")
+        elif sampling.capacity is not None and rows >= sampling.capacity:
+            if rows > sampling.capacity:
+                self._refuse(rows, f"its capacity is {sampling.capacity}")
         elif self._alike == (sampling, rows):
-            likeliest = _largest_probability(n, sampling.sampling_rate or 1.0)
+            rate = 1 / (sampling.steps_per_epoch or 1)
+            likeliest = _largest_probability(n, sampling.sampling_rate or rate)
             if likeliest**self._times < _BY_CHANCE:
                 self._refuse(
                     rows, f"so had the {self._times} before it, and Poisson draws vary in size"
@@ -208,7 +212,7 @@ class Draws:
 
 
 class Passes:
-    """Follows a loop over shuffled batches, in which a pass is one release of an example.
+    """Follows a loop over a dataset in passes, in each of which an example comes once.
 
     A run of steps is counted as passes by their number. That is right as long as
     every pass but the last is whole, and no batch comes twice in one.
@@ -216,11 +220,16 @@ class Passes:
 
     def __init__(self) -> None:
         self._run = 0
-        self._source: weakref.ref[ShuffledDataset] | None = None
+        self._source: weakref.ref[Any] | None = None
         self._number = 0
         self._indices: set[int] = set()
+        self._begun: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
-    def needs_new_run(self, run: int, source: ShuffledDataset, origin: tuple[int, int]) -> bool:
+    def is_within(self, source: Any, origin: tuple[int, int]) -> bool:
+        """Whether a batch's pass had a step before, in whatever run."""
+        return origin[0] <= self._begun.get(source, -1)
+
+    def needs_new_run(self, run: int, source: Any, origin: tuple[int, int]) -> bool:
         """Whether a batch can't be counted with the steps before it.
 
         Args:
@@ -228,18 +237,19 @@ class Passes:
             source: The dataset.
             origin: The pass, and the index in it, that the batch was handed out for.
         """
-        number, index = origin
+        (number, index), steps_of_pass = origin, int(source.steps_per_epoch)
         if self._source is None or self._run != run:
             return False
         if self._source() is not source:
             return True
         if number == self._number:
             return index in self._indices
-        return number < self._number or len(self._indices) < source.steps_per_epoch
+        return number < self._number or len(self._indices) < steps_of_pass
 
-    def add(self, run: int, source: ShuffledDataset, origin: tuple[int, int]) -> None:
+    def add(self, run: int, source: Any, origin: tuple[int, int]) -> None:
         """Takes note of a batch's step."""
         number, index = origin
+        self._begun[source] = max(number, self._begun.get(source, -1))
         same = self._source is not None and self._source() is source
         if not same or run != self._run or number != self._number:
             self._run, self._number, self._indices = run, number, set()
@@ -723,11 +733,11 @@ class OwnLoop:
         origin = None
         if isinstance(rows, int):
             self._draws.check(drawn, batch, rows)
-        if isinstance(source, ShuffledDataset):
+        if drawn.in_passes:
             if traced:
                 raise PrivacyError(
-                    "In a tf.function it can't be seen where a pass over a ShuffledDataset "
-                    "begins, and so not how often an example takes part. Call private_gradients "
+                    f"In a tf.function it can't be seen where a pass over a {type(source).__name__}"
+                    " begins, and so not how often an example takes part. Call private_gradients "
                     "outside of it (it compiles the step by itself), or draw from a "
                     "PoissonDataset."
                 )
@@ -737,15 +747,16 @@ class OwnLoop:
         self._mechanism.noise.refresh_after_fork()
         if meter.limit_reached and not traced and (meter.target is not None or not meter.budgets):
             meter.require_left()
-        meter.declare_batches(drawn, iteration=iteration)
+        within = origin is not None and self._passes.is_within(source, origin)
+        meter.declare_batches(drawn, iteration=iteration, within_pass=within)
         if origin is not None and self._passes.needs_new_run(meter.run_number, source, origin):
             if meter.limited:
                 raise PrivacyError(
-                    "A new pass over the ShuffledDataset begins before the last one was over, and "
-                    "the step limit was found for whole passes. Go over all of its batches, or "
-                    "call begin_loop(data) and limit_steps again before the new pass."
+                    f"A new pass over the {type(source).__name__} begins before the last one was "
+                    "over, and the step limit was found for whole passes. Go over all of its "
+                    "batches, or call begin_loop(data) and limit_steps again before the new pass."
                 )
-            meter.declare(drawn, iteration=iteration)
+            meter.declare(drawn, iteration=iteration, within_pass=within)
         meter.find_limit()
         if not traced:
             meter.require_left()
@@ -774,7 +785,8 @@ class OwnLoop:
         else:
             self._warn_once(
                 "private_gradients of other rows",
-                "This batch is not one that the ShuffledDataset handed out (its arrays were "
-                "converted or cut), so nobody can tell which pass it belongs to, and the step is "
-                "accounted as if every example took part in it. Pass on the arrays as they come.",
+                f"This batch is not one that the {type(source).__name__} handed out (its arrays "
+                "were converted or cut), so nobody can tell which pass it belongs to, and the "
+                "step is accounted as if every example took part in it. Pass on the arrays as "
+                "they come.",
             )
