@@ -179,6 +179,7 @@ class _TrainFunction:
     def __init__(self, function: Callable[[Any], Any], optimizer: DPOptimizer) -> None:
         self._function = function
         self.optimizer = optimizer
+        self.batch_capacity: int | None = None  # that its step was traced for
 
     def __call__(self, iterator: Any) -> Any:
         with (
@@ -208,6 +209,15 @@ def _make_train_function(model: keras.Model, force: bool = False) -> Any:
         model._jit_compile = jit_compile
     model.train_function = _TrainFunction(model.train_function, optimizer)
     return model.train_function
+
+
+def _renew_train_function(model: keras.Model, batch_capacity: int | None) -> None:
+    """Has the step traced anew, if batches are padded to another size than it was traced for."""
+    function = model.train_function
+    if function is not None and not isinstance(function, _TrainFunction):
+        return  # which is refused where it is used
+    if getattr(function, "batch_capacity", None) != batch_capacity:
+        _make_train_function(model, force=True).batch_capacity = batch_capacity
 
 
 def require_own_train_function(model: keras.Model, optimizer: DPOptimizer) -> None:
@@ -264,6 +274,7 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
             require_trainable_privately(self)
             optimizer.session.require_same_weights(self)
             sampling, steps, dataset = _private_source(given, optimizer)
+            _renew_train_function(self, sampling.capacity)
             declaration = _FitDeclaration(
                 optimizer, sampling, steps, given.get("initial_epoch", 0), given.get("epochs", 1)
             )
@@ -398,8 +409,7 @@ def _foreign_source(
         "source",
         f"fit can't know how a {kind} draws its batches, so every step is accounted as if every "
         "example took part in it (once), and epsilon grows fast. Even that holds only if no "
-        "example decides which others are in a batch. Pass arrays, of which fit draws Poisson "
-        "batches, or a keras_dp.PoissonDataset or ShuffledDataset, to be accounted as what it is.",
+        f"example decides which others are in a batch. {_better_than(x)}",
     )
     length = steps
     if length is None:
@@ -409,6 +419,25 @@ def _foreign_source(
         except (TypeError, NotImplementedError):
             length = None
     return Sampling("unknown", batch_size=float(batch_size)), length
+
+
+def _better_than(x: Any) -> str:
+    """How the examples of a foreign source get the epsilon of arrays, a line of code."""
+    kind = type(x).__name__
+    size = "batch_size=256"
+    if isinstance(x, OWN):
+        return f"A subclass of ours may draw otherwise: use the class itself, not {kind}."
+    if isinstance(x, keras.utils.PyDataset):
+        return (
+            "If it can give one example for an index, have it do so, and write: fit("
+            f"keras_dp.PoissonDataset(data, {size}, one_example_each=True)). If all fits into "
+            f"memory, write: fit(x, y, {size})."
+        )
+    return (
+        "Its examples have the epsilon of arrays once they can be read by index. Write them to "
+        "disk once, without .batch, .shuffle and .repeat, and train on that: fit(keras_dp.spool("
+        f"examples, 'folder'), {size}). If all fits into memory, write: fit(x, y, {size})."
+    )
 
 
 def _declared_batch_size(x: Any) -> tuple[Any, int]:
