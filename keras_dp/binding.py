@@ -20,7 +20,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from . import arguments, backend, keras_private, lineage
+from . import arguments, backend, keras_private, lineage, preprocessing
 from .compatibility import require_trainable_privately
 from .decisions import raw_decisions
 from .errors import PrivacyError, PrivacyWarning
@@ -138,6 +138,7 @@ def _bind(model: keras.Model, optimizer: DPOptimizer) -> None:
         "make_train_function": functools.partial(_make_train_function, model),
     }
     vars(model).update(methods)
+    preprocessing.watch(type(model), lambda model: _private_optimizer(model) is not None)
 
 
 def _private_optimizer(model: keras.Model) -> DPOptimizer | None:
@@ -273,7 +274,7 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
             del given["self"]
             require_trainable_privately(self)
             optimizer.session.require_same_weights(self)
-            sampling, steps, dataset = _private_source(given, optimizer)
+            sampling, steps, dataset = _private_source(given, optimizer, self)
             _renew_train_function(self, sampling.capacity)
             declaration = _FitDeclaration(
                 optimizer, sampling, steps, given.get("initial_epoch", 0), given.get("epochs", 1)
@@ -309,7 +310,7 @@ def _row_errors(dataset: Any, optimizer: DPOptimizer) -> Iterator[None]:
 
 
 def _private_source(
-    given: dict[str, Any], optimizer: DPOptimizer
+    given: dict[str, Any], optimizer: DPOptimizer, model: keras.Model
 ) -> tuple[Sampling, int | None, Any]:
     """Puts the data source that private training needs into `fit`'s arguments.
 
@@ -343,7 +344,14 @@ def _private_source(
     ):
         if type(x) in OWN:
             return _own_dataset(given, x, steps, optimizer.secure_mode)
-        return *_foreign_source(given, x, batch_size, optimizer, steps), None
+        if isinstance(x, (str, bytes, int, float, list, tuple, dict, set)) or x is None:
+            kinds = sorted({type(leaf).__name__ for leaf in leaves if leaf is not None})
+            raise ValueError(
+                f"fit(x=...): `x` is a {type(x).__name__} with values of type "
+                f"{', '.join(kinds) or 'None'}, whose rows can't be drawn. Pass arrays, one row "
+                "for each example (of a list: np.array(x)), or a source with rows by index."
+            )
+        return *_foreign_source(given, x, batch_size, optimizer, steps, model), None
 
     if given.get("shuffle", True) is not True:
         raise ValueError(
@@ -397,6 +405,7 @@ def _foreign_source(
     batch_size: int | None,
     optimizer: DPOptimizer,
     steps: int | None,
+    model: keras.Model,
 ) -> tuple[Sampling, int | None]:
     """A source whose batches nobody can vouch for."""
     if batch_size is None:
@@ -409,7 +418,7 @@ def _foreign_source(
         "source",
         f"fit can't know how a {kind} draws its batches, so every step is accounted as if every "
         "example took part in it (once), and epsilon grows fast. Even that holds only if no "
-        f"example decides which others are in a batch. {_better_than(x)}",
+        f"example decides which others are in a batch. {_better_than(x, model)}",
     )
     length = steps
     if length is None:
@@ -421,9 +430,15 @@ def _foreign_source(
     return Sampling("unknown", batch_size=float(batch_size)), length
 
 
-def _better_than(x: Any) -> str:
+def _better_than(x: Any, model: keras.Model) -> str:
     """How the examples of a foreign source get the epsilon of arrays, a line of code."""
-    kind = type(x).__name__
+    kind, owner = type(x).__name__, type(model)
+    if not hasattr(owner.fit, "_keras_dp"):
+        return (
+            f"The class {owner.__name__} has a `fit` of its own, which may have made this {kind} "
+            "of what you gave it. If you gave it arrays, preprocess them yourself, and write: "
+            "keras.Model.fit(model, x, y, batch_size=256)."
+        )
     size = "batch_size=256"
     if isinstance(x, OWN):
         return f"A subclass of ours may draw otherwise: use the class itself, not {kind}."

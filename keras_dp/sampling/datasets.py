@@ -93,6 +93,9 @@ class _Dataset(keras.utils.PyDataset):
             workers = arguments.positive_integer("workers", workers, "how many threads read rows")
         self._reader = Reader(map, workers)
         self._failed: list[RowError] = []
+        self._examine()
+
+    def _examine(self) -> None:
         try:
             self._reader.examine(self._parts, self.num_examples)
         except RowError as error:
@@ -145,6 +148,13 @@ class _Dataset(keras.utils.PyDataset):
             ),
             batch,
         )
+
+    def mapped(self, function: Callable[..., Any]) -> Any:
+        """Returns a copy of which a function is given each example last, after the draw."""
+        own = copy.copy(self)
+        own._reader = self._reader.then(function)
+        own._examine()
+        return own
 
     def _copied(self, secure_mode: bool) -> Any:
         own = copy.copy(self)

@@ -84,6 +84,15 @@ class Reader:
         self._specs: Any = None
         self._lengths: dict[int, int] = {}
 
+    def then(self, function: Callable[..., Any]) -> Reader:
+        """One that does this to each example as well, last."""
+        first = self._map
+        if first is None:
+            return Reader(function, self._workers)
+        return Reader(
+            lambda *parts: function(*unpacked(tree.lists_to_tuples(first(*parts)))), self._workers
+        )
+
     def examine(self, parts: tuple[Any, ...], count: int) -> Any:
         """Reads the first and the last example, and returns the structure of `Spec`s.
 
