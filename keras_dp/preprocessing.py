@@ -91,7 +91,7 @@ def _sampling_fit(
         if validation_data is not None:
             size = kwargs.pop("validation_batch_size", None) or dataset.batch_size
             validation_data = _preprocessed(self, validation_data, size)
-        inherited: Any = super(owner, self)  # type: ignore[arg-type]
+        inherited: Any = super(owner, self)
         return inherited.fit(x=dataset, validation_data=validation_data, **kwargs)
 
     return fit

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import tree
 
-from .sources import Examples, Rows, Unreadable, collated, stacked, structure_of
+from .sources import Examples, Rows, Unreadable, as_example, collated, stacked, structure_of
 
 _TEXT = "string"
 _FEW = 16  # rows that aren't worth a thread of their own
@@ -89,9 +89,7 @@ class Reader:
         first = self._map
         if first is None:
             return Reader(function, self._workers)
-        return Reader(
-            lambda *parts: function(*unpacked(tree.lists_to_tuples(first(*parts)))), self._workers
-        )
+        return Reader(lambda *parts: function(*unpacked(as_example(first(*parts)))), self._workers)
 
     def examine(self, parts: tuple[Any, ...], count: int) -> Any:
         """Reads the first and the last example, and returns the structure of `Spec`s.
@@ -197,7 +195,7 @@ class Reader:
             lists = [_examples(part, indices) for part in parts]
             whole = _of_whole_examples(parts)
             given = (unpacked(e[0]) if whole else e for e in zip(*lists, strict=True))
-            mapped = [tree.lists_to_tuples(self._map(*example)) for example in given]
+            mapped = [as_example(self._map(*example)) for example in given]
             batch = unpacked(collated(mapped))
         return self._conforming(batch, len(indices))
 
@@ -298,14 +296,16 @@ def _plain(column: Any, rows: int) -> np.ndarray:
 
 def _conforming(column: Any, spec: Spec, rows: int) -> np.ndarray:
     column = _plain(column, rows)
+    text = column.dtype.kind in "OUS"
+    if text != (spec.dtype == _TEXT):
+        found = _TEXT if text else column.dtype
+        raise Unreadable(f"its type is {found}, and the first row's is {spec.dtype}")
     if column.shape[1:] != spec.shape:
         raise Unreadable(
             f"its shape is {column.shape[1:]}, and the first row's is {spec.shape}. Bring all "
             "examples to one shape by `map` (pad or cut sequences, resize images)"
         )
-    if spec.dtype == _TEXT or column.dtype.kind in "OUS":
-        if spec.dtype != _TEXT or column.dtype.kind not in "OUS":
-            raise Unreadable(f"its type is {column.dtype}, and the first row's is {spec.dtype}")
+    if text:
         return column.astype(object)
     wanted = numpy_type(spec.dtype)
     if column.dtype != wanted:

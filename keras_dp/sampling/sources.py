@@ -100,8 +100,7 @@ def _mapped(array: Any) -> np.ndarray | None:
     if not plain or offset is None or file.driver not in ("sec2", "stdio"):
         return None
     file.flush()
-    base = file.userblock_size
-    return np.memmap(file.filename, array.dtype, "r", offset + base, array.shape)
+    return np.memmap(file.filename, array.dtype, "r", offset, array.shape)
 
 
 class ArrowRows(Rows):
@@ -208,7 +207,7 @@ class Examples(Rows):
                 raise Unreadable(f"`__getitems__` gave {len(found)} examples for {len(wanted)}")
         else:
             found = [self._source[index] for index in wanted]
-        return [tree.lists_to_tuples(example) for example in found]
+        return [as_example(example) for example in found]
 
 
 class Files:
@@ -409,6 +408,29 @@ def as_value(value: Any) -> Any:
     if array.dtype.kind not in "biufOUS":
         raise Unreadable(f"it holds values of type {array.dtype}: convert them to numbers")
     return array
+
+
+def as_example(value: Any, *, outermost: bool = True) -> Any:
+    """An example with tuples in the place of lists, except for lists of numbers or of text."""
+    if isinstance(value, dict):
+        return {key: as_example(v, outermost=False) for key, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(as_example(v, outermost=False) for v in value))
+    if isinstance(value, tuple) or (
+        isinstance(value, list) and (outermost or not _is_one_value(value))
+    ):
+        return tuple(as_example(v, outermost=False) for v in value)
+    return as_value(value) if isinstance(value, list) else value
+
+
+def _is_one_value(values: list[Any]) -> bool:
+    """Whether a list is of numbers, of text, or of such lists."""
+    return all(
+        _is_one_value(v)
+        if isinstance(v, list)
+        else v is None or isinstance(v, (*_TEXT, int, float, complex))
+        for v in values
+    )
 
 
 def collated(examples: list[Any]) -> Any:

@@ -24,7 +24,7 @@ import numpy as np
 from keras import tree
 
 from .. import arguments, backend
-from .sources import ArrowRows, Rows, Unreadable, as_value, ragged, structure_of
+from .sources import ArrowRows, Rows, Unreadable, as_example, as_value, ragged, structure_of
 
 _DESCRIPTION = "spool.json"
 _FORMAT = 1
@@ -331,8 +331,8 @@ class _Writer:
     def add(self, example: Any, *, may_look_like_batches: bool) -> None:
         """Takes the next example."""
         number = self._seen.count
-        example = tree.lists_to_tuples(example)
         try:
+            example = as_example(example)
             values = [as_value(v) for v in tree.flatten(example)]
             self._check(example, values)
         except Unreadable as error:
