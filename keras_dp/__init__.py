@@ -22,6 +22,7 @@ __version__ = _version("keras-dp")
 __all__ = [
     "DPSGD",
     "AuditResult",
+    "BallsInBinsDataset",
     "DPAdagrad",
     "DPAdam",
     "DPAdamW",
@@ -44,10 +45,12 @@ __all__ = [
     "check_model",
     "clipping",
     "fix_model",
+    "from_files",
     "privacy_report",
     "register_rule",
     "risk",
     "save_inference_model",
+    "spool",
     "tuning",
 ]
 
@@ -69,7 +72,13 @@ if not _only_plans():
     from .monitor import PrivacyMonitor
     from .optimizers import DPSGD, DPAdagrad, DPAdam, DPAdamW, DPOptimizer, DPRMSprop
     from .report import PrivacyReport, privacy_report
-    from .sampling import PoissonDataset, ShuffledDataset
+    from .sampling import (
+        BallsInBinsDataset,
+        PoissonDataset,
+        ShuffledDataset,
+        from_files,
+        spool,
+    )
     from .saving import save_inference_model
 
     _install()

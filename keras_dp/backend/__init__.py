@@ -21,6 +21,7 @@ if keras.backend.backend() not in _SUPPORTED:
     raise ImportError(f"Keras is using its {keras.backend.backend()!r} backend. {_MEND}")
 
 from .batch_axis import BatchAxis, Mixed, Rows, Shared, Unknown  # noqa: E402
+from .feeding import elements, gathering, is_infinite, makes_batches, reading  # noqa: E402
 from .operations import (  # noqa: E402
     AsGraph,
     assertions_without_values,
@@ -138,14 +139,17 @@ __all__ = [
     "dense",
     "depthwise_filter_gradients",
     "disturbed",
+    "elements",
     "exactly",
     "filter_gradients",
     "first_rows",
+    "gathering",
     "gradient_tape",
     "graphs_of",
     "halving",
     "in_numpy",
     "is_float",
+    "is_infinite",
     "keep_until_owner_goes",
     "least_square",
     "loop_engine",
@@ -153,6 +157,7 @@ __all__ = [
     "loss_scales",
     "made_up_gradient",
     "made_up_like",
+    "makes_batches",
     "map_examples",
     "map_loss",
     "map_weight_gradients",
@@ -172,6 +177,7 @@ __all__ = [
     "pad_examples",
     "per_example_seeds",
     "products_off",
+    "reading",
     "real_examples",
     "relative_error",
     "repeat_first_row",

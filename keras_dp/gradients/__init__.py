@@ -47,6 +47,7 @@ class EngineOptions:
             time; its gradient, before it is clipped, is the mean.
         jit_compile: Whether to compile with XLA.
         eagerly: Whether to run operation by operation, for debugging.
+        batch_capacity: The public size that all batches are padded to, or `None`.
     """
 
     gradients: str = "auto"
@@ -54,6 +55,7 @@ class EngineOptions:
     views: int = 1
     jit_compile: bool = False
     eagerly: bool = False
+    batch_capacity: int | None = None
 
 
 class Engine:
@@ -92,6 +94,7 @@ class Engine:
         self._microbatch_size = options.microbatch_size
         self._jit_compile = options.jit_compile
         self._eagerly = options.eagerly
+        self._batch_capacity = options.batch_capacity or 1
         self._run: Callable[[list[Any]], Any] | None = None
 
     @property
@@ -100,7 +103,8 @@ class Engine:
 
         XLA compiles once for every number of rows, so it is given few of them.
         """
-        return (self._microbatch_size or 32) if self._jit_compile and not self._eagerly else 1
+        each = (self._microbatch_size or 32) if self._jit_compile and not self._eagerly else 1
+        return -(-self._batch_capacity // each) * each
 
     def __call__(self, batch: Batch, real: Any, seeds: list[Any]) -> Outcome:
         """The clipped sum of a padded batch.

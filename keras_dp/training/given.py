@@ -15,7 +15,7 @@ from .. import backend
 from ..compatibility import require_trainable_privately
 from ..errors import PrivacyError
 from ..gradients import Batch
-from ..sampling import UNKNOWN, PoissonDataset, Sampling, ShuffledDataset, as_array
+from ..sampling import OWN, UNKNOWN, Sampling, as_array
 
 
 class PrivateGradients(tuple):
@@ -144,7 +144,7 @@ def sampling_of(source: Any) -> Sampling:
     """
     if source is None:
         return UNKNOWN
-    if type(source) not in (PoissonDataset, ShuffledDataset):
+    if type(source) not in OWN:
         raise ValueError(
             "`sampling` must be the keras_dp.PoissonDataset or keras_dp.ShuffledDataset that the "
             "batches are drawn from, or None if they are drawn in any other way. Received: "

@@ -232,6 +232,7 @@ class OwnLoop:
             gradients=self._slower_engine(),
             jit_compile=jit_compile,
             eagerly=run_eagerly,
+            batch_capacity=drawn.capacity,
         )
 
         def step(leaves: list[Any]) -> tuple[list[Any], Any, Any, list[Any]]:

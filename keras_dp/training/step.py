@@ -75,7 +75,10 @@ def private_train_step(
 
     # Gradients, clip, sum.
     options = dataclasses.replace(
-        parts.options, jit_compile=model.jit_compile, eagerly=model.run_eagerly
+        parts.options,
+        jit_compile=model.jit_compile,
+        eagerly=model.run_eagerly,
+        batch_capacity=meter.phase.sampling.capacity,
     )
     engine = Engine(example_loss, mechanism.clip(meter.max_grad_norm), options)
     padded, real, seeds = _padded(example_loss, batch, engine.padding, options.views)
