@@ -366,7 +366,7 @@ def _own_gradient(op: Any) -> str | None:
 
 
 def _parts_of(tensor: Any, state: State) -> tuple[Shared | Count, ...] | None:
-    """The numbers of a vector, or of one number; `None` if they can't be told apart."""
+    """The numbers of a vector, or of one number; `None` if they can't be distinguished."""
     if isinstance(state, Counts):
         return state.parts
     if isinstance(state, Count):
