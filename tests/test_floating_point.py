@@ -18,9 +18,9 @@ from reference import flat, noiseless_optimizer, update_on_batch
 
 import keras_dp
 from keras_dp import backend
-from keras_dp.backend import tensorflow as tensorflow_backend
-from keras_dp.gradients import per_example
-from keras_dp.gradients.per_example import (
+from keras_dp.backend.tensorflow import mapping as tensorflow_backend
+from keras_dp.gradients import forms
+from keras_dp.gradients.forms import (
     Instantiated,
     OuterProducts,
     Rows,
@@ -308,7 +308,7 @@ ORDINARY = {
 @pytest.mark.parametrize("kind", ["normal", "positive"])
 def test_rule_15_ordinary_gradients_are_clipped_to_c_without_float64(name, kind, monkeypatch):
     """Random upstream gradients, whose sum over the positions is small next to their sizes."""
-    monkeypatch.delattr(per_example.PerExample, "in_float64")
+    monkeypatch.delattr(forms.PerExample, "in_float64")
     length, d, p = ORDINARY[name]
     left, right = random_products(length, d, p)
     left = np.maximum(left, 0) if kind == "positive" else left
@@ -320,7 +320,7 @@ def test_rule_15_ordinary_gradients_are_clipped_to_c_without_float64(name, kind,
 
 @pytest.mark.parametrize("length", [60, 128, 400])
 def test_rule_15_ordinary_lookups_are_clipped_to_c_without_float64(length, monkeypatch):
-    monkeypatch.delattr(per_example.PerExample, "in_float64")
+    monkeypatch.delattr(forms.PerExample, "in_float64")
     random = np.random.default_rng(0)
     ids = random.zipf(1.3, (2, length)) % 5000
     right = random.normal(size=(2, length, 128)).astype("float32")

@@ -26,7 +26,7 @@ from reference import (
 import keras_dp
 from keras_dp import PrivacyError, backend, keras_private
 from keras_dp.gradients import Batch, ExampleLoss, capture, ghost
-from keras_dp.gradients.per_example import Instantiated, clipped_sums
+from keras_dp.gradients.forms import Instantiated, clipped_sums
 from keras_dp.gradients.rules import registry, rule_for
 
 pytestmark = [

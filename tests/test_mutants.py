@@ -14,7 +14,7 @@ import pytest
 
 from keras_dp import PoissonDataset, PrivacyError, ShuffledDataset, backend
 from keras_dp.clipping import Clip, FlatClipping
-from keras_dp.gradients.per_example import OuterProducts, Squares
+from keras_dp.gradients.forms import OuterProducts, Squares
 from keras_dp.noise import NoiseSource
 from keras_dp.training import Meter
 

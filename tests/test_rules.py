@@ -28,7 +28,7 @@ from reference import (
 import keras_dp
 from keras_dp import backend, keras_private
 from keras_dp.gradients import Batch, Engine, EngineOptions, ExampleLoss, capture, ghost
-from keras_dp.gradients.per_example import Instantiated, OuterProducts, Rows, Squares, combined
+from keras_dp.gradients.forms import Instantiated, OuterProducts, Rows, Squares, combined
 from keras_dp.gradients.rules import convolution, registry
 from keras_dp.gradients.rules.convolution import Filters
 

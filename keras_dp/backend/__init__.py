@@ -20,19 +20,9 @@ except ImportError as error:
 if keras.backend.backend() not in _SUPPORTED:
     raise ImportError(f"Keras is using its {keras.backend.backend()!r} backend. {_MEND}")
 
-from .batch_axis import BatchAxis, Mixed, Rows, Shared, Unknown  # noqa: E402
-from .feeding import elements, gathering, is_infinite, makes_batches, reading  # noqa: E402
-from .operations import (  # noqa: E402
-    AsGraph,
-    assertions_without_values,
-    current_graph,
-    graphs_of,
-    keep_until_owner_goes,
-    operation_count,
-    require_nothing_kept,
-    traced,
-)
-from .tensorflow import (  # noqa: E402
+from .tensorflow.batch_axis import BatchAxis, Mixed, Rows, Shared, Unknown  # noqa: E402
+from .tensorflow.feeding import elements, gathering, is_infinite, makes_batches, reading  # noqa: E402
+from .tensorflow.mapping import (  # noqa: E402
     BrokenMatmul,
     Counter,
     LossScale,
@@ -106,6 +96,16 @@ from .tensorflow import (  # noqa: E402
     watch_checkpoints,
     with_row_of,
     without_autograph,
+)
+from .tensorflow.operations import (  # noqa: E402
+    AsGraph,
+    assertions_without_values,
+    current_graph,
+    graphs_of,
+    keep_until_owner_goes,
+    operation_count,
+    require_nothing_kept,
+    traced,
 )
 
 __all__ = [

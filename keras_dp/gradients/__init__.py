@@ -13,8 +13,8 @@ from .. import backend
 from ..errors import PrivacyError
 from . import trial
 from .example import Batch, ExampleLoss, MeanOfViews, Outcome
+from .forms import Instantiated, OuterProducts, clipped_sums
 from .ghost import GhostEngine, Replanned
-from .per_example import Instantiated, OuterProducts, clipped_sums
 from .rules import register_rule
 
 __all__ = [

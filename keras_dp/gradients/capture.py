@@ -13,7 +13,7 @@ from keras import ops, tree
 
 from .. import backend, keras_private
 from ..errors import PrivacyError
-from .per_example import Instantiated, PerExample
+from .forms import Instantiated, PerExample
 from .rules import NoRule, Unit, alone, keeps_apart, overridden, rule_for, vectorized
 
 if TYPE_CHECKING:

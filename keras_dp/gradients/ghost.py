@@ -24,7 +24,7 @@ from keras import ops
 from .. import backend, keras_private
 from .capture import Apart, Capture, NotPossible, Plan, named, patching
 from .example import ExampleLoss
-from .per_example import Instantiated, PerExample, Scaled, clipped_sums, combined
+from .forms import Instantiated, PerExample, Scaled, clipped_sums, combined
 from .rules import Unit, overridden, rule_for
 
 __all__ = ["GhostEngine", "NotPossible", "Plan", "Replanned", "named"]

@@ -16,7 +16,7 @@ from typing import Any
 from keras import layers, ops
 
 from ... import backend
-from ..per_example import (
+from ..forms import (
     Instantiated,
     OuterProducts,
     PerExample,

@@ -15,7 +15,7 @@ import keras
 from keras import ops, tree
 
 from ... import backend, keras_private
-from ..per_example import Instantiated
+from ..forms import Instantiated
 from .registry import Unit
 
 __all__ = ["alone", "vectorized", "vectorized_function"]

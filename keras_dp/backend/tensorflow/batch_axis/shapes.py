@@ -21,7 +21,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.framework import ops as framework_ops
 
-from .operations import DRAWS
+from ..operations import DRAWS
 
 __all__ = ["BatchAxis", "Mixed", "Rows", "Shared", "State", "Unknown"]
 

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ..errors import PrivacyError
+from ...errors import PrivacyError
 from .operations import all_operations, concrete_of, graphs_of, require_nothing_kept
 
 Tensor = Any

@@ -17,7 +17,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.framework import func_graph
 
-from ..errors import PrivacyError
+from ...errors import PrivacyError
 
 Called = tuple[str, ...]  # the names of the operations that call a function, outermost first
 

@@ -1,0 +1,1 @@
+"""TensorFlow beneath Keras."""
