@@ -26,7 +26,7 @@ from reference import (
 import keras_dp
 from keras_dp import backend
 from keras_dp.backend import chunked_sum
-from keras_dp.backend.tensorflow.mapping import emits_broken_matmul
+from keras_dp.backend.tensorflow.compiling import emits_broken_matmul
 
 
 def linear(**kwargs):

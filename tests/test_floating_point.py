@@ -18,7 +18,7 @@ from reference import flat, noiseless_optimizer, update_on_batch
 
 import keras_dp
 from keras_dp import backend
-from keras_dp.backend.tensorflow import mapping as tensorflow_backend
+from keras_dp.backend.tensorflow import rounding as tensorflow_backend
 from keras_dp.gradients import forms
 from keras_dp.gradients.forms import (
     Instantiated,
