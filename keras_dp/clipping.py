@@ -25,7 +25,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from . import backend
+from . import arithmetic, backend
 from .errors import PrivacyError
 
 __all__ = [
@@ -153,7 +153,7 @@ class Clipping:
         return cls(**config)
 
 
-_total = backend.total_norms
+_total = arithmetic.total_norms
 
 
 def _scale_down(norms: Any, bound: Any) -> Any:

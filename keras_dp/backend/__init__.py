@@ -1,9 +1,14 @@
 """The one door to the deep-learning framework beneath Keras.
 
 Everything that must name a framework (gradient tapes, the vectorizer, random
-generators, control flow on tensors) stands in one module per framework, with
-the same functions. The rest of the package imports them from here.
+generators, control flow on tensors) stands in one folder per framework, with
+the names that `contract` lists and describes. The rest of the package imports
+them from here.
 """
+
+from typing import TYPE_CHECKING
+
+from .contract import NAMES
 
 _SUPPORTED = ("tensorflow",)
 _FIX = (
@@ -21,3 +26,6 @@ if keras.backend.backend() not in _SUPPORTED:
     raise ImportError(f"Keras is using its {keras.backend.backend()!r} backend. {_FIX}")
 
 from .tensorflow import *  # noqa: E402, F403
+
+if not TYPE_CHECKING:
+    __all__ = NAMES

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from .. import backend
+from .. import arithmetic, backend
 
 __all__ = [
     "Instantiated",
@@ -75,8 +75,8 @@ class Squares:
     @classmethod
     def of(cls, tensor: Any) -> Squares:
         """Of gradients that are written out, (B, ...): what is added is what is squared."""
-        value, off = backend.sum_of_squares(tensor)
-        lost = backend.numbers_each(tensor) * (2 * backend.least_square(tensor))
+        value, off = arithmetic.sum_of_squares(tensor)
+        lost = arithmetic.numbers_each(tensor) * (2 * backend.least_square(tensor))
         return cls(value, off + 4 * backend.roundoff(tensor), lost)
 
     @property
@@ -174,7 +174,7 @@ class Instantiated(PerExample):
     """
 
     def __init__(self, gradients: Any) -> None:
-        self.gradients = backend.at_least_float32(gradients)
+        self.gradients = arithmetic.at_least_float32(gradients)
 
     def squares(self) -> Squares:
         return Squares.of(self.gradients)
@@ -330,7 +330,7 @@ class OuterProducts(PerExample):
         return ops.transpose(ops.reshape(total, self.shape), self.order)
 
     def _exact(self) -> tuple[Any, Any]:
-        return backend.at_least_float32(self.left), backend.at_least_float32(self.right)
+        return arithmetic.at_least_float32(self.left), arithmetic.at_least_float32(self.right)
 
     def tensors(self) -> list[Any]:
         known = [self._products] if "_products" in self.__dict__ else []
@@ -375,7 +375,7 @@ class Rows(PerExample):
         self.rows = rows
 
     def squares(self) -> Squares:
-        right = backend.at_least_float32(self.right)
+        right = arithmetic.at_least_float32(self.right)
         length, width = right.shape[1:]
         if length == 1:
             return Squares.of(right)
@@ -401,11 +401,11 @@ class Rows(PerExample):
         off = ops.sum(ops.square((times + 3) * of_sizes) * share, axis=1)
         linear = 2 * _OF_A_BOUND * backend.products_off(right) * ops.sqrt(off)
         relative = (width + 8) * backend.roundoff(right)
-        lost = backend.numbers_each(right) * (2 * backend.least_square(right))
+        lost = arithmetic.numbers_each(right) * (2 * backend.least_square(right))
         return Squares(value, relative, lost, linear)
 
     def weighted_sum(self, clip_weights: Any) -> Any:
-        right = backend.at_least_float32(self.right)
+        right = arithmetic.at_least_float32(self.right)
         right = right * _column(ops.cast(clip_weights, right.dtype), right)
         width = right.shape[-1]
         return ops.segment_sum(
@@ -414,7 +414,7 @@ class Rows(PerExample):
 
     def instantiate(self) -> Any:
         hot = ops.one_hot(self.ids, self.rows, dtype="float32")
-        return ops.matmul(ops.swapaxes(hot, -1, -2), backend.at_least_float32(self.right))
+        return ops.matmul(ops.swapaxes(hot, -1, -2), arithmetic.at_least_float32(self.right))
 
     def tensors(self) -> list[Any]:
         return [self.right]
@@ -443,8 +443,8 @@ class _Tied(PerExample):
         self.products_part = products
 
     def squares(self) -> Squares:
-        left, right = (backend.at_least_float32(t) for t in self.products_part.factors())
-        looked_up = backend.at_least_float32(self.rows_part.right)
+        left, right = (arithmetic.at_least_float32(t) for t in self.products_part.factors())
+        looked_up = arithmetic.at_least_float32(self.rows_part.right)
         ids = ops.expand_dims(self.rows_part.ids, 1)  # (B, 1, T)
         ids = ops.broadcast_to(ids, (*ops.shape(left)[:2], ops.shape(ids)[2]))
         chosen = ops.take_along_axis(left, ids, axis=2)  # (B, S, T)
@@ -466,7 +466,7 @@ class _Tied(PerExample):
             axis=2,
         )
         most = ops.sum(ops.cast(most, "float64"), axis=1)
-        count = backend.numbers_each(chosen) * backend.least_square(left)
+        count = arithmetic.numbers_each(chosen) * backend.least_square(left)
         terms = _number(ops.shape(chosen)[2]) + right.shape[-1] + 4
         off = terms * backend.roundoff(left) + backend.products_off(left)
         slack = rows.most - rows.value + products.most - products.value
@@ -573,7 +573,7 @@ def _with_rows_as_positions(tensor: Any, rows_each: int) -> Any:
 def _slots(ids: Any) -> Any:
     """For each position a slot, (B, T), that it shares with those of its example with equal ids.
 
-    Equal ids are told apart by sorting each example's: the k-th different one
+    Different ids are found by sorting each example's: the k-th different one
     gets slot k of its example.
     """
     batch, length = ops.shape(ids)
@@ -726,18 +726,20 @@ def clipped_sums(
         squares = iter([once.squares(g) for g in forms])
         every = [None if g is None else next(squares) for g in gradients]
         computed, most = Squares.columns(every, real)
-        return backend.norms_in(computed, dtype) / views, backend.norms_in(most, dtype) / views
+        return arithmetic.norms_in(computed, dtype) / views, arithmetic.norms_in(
+            most, dtype
+        ) / views
 
     def weights_for(norms: Any) -> Any:
-        return backend.masked(clip(norms), real) / views
+        return arithmetic.masked(clip(norms), real) / views
 
     def sums_of(forms: Sequence[PerExample], clip_weights: Any) -> list[Any]:
         remaining = iter(forms)
         return [
-            backend.no_gradient_of(v)
+            arithmetic.no_gradient_of(v)
             if g is None
             else ops.cast(
-                once.weighted_sum(next(remaining), backend.column(clip_weights, k)), g.dtype
+                once.weighted_sum(next(remaining), arithmetic.column(clip_weights, k)), g.dtype
             )
             for k, (g, v) in enumerate(zip(gradients, variables, strict=True))
         ]
@@ -746,7 +748,7 @@ def clipped_sums(
         forms = [g.in_float64() for g in found]
         computed, most = norms_of(forms)
         # 0 times what isn't finite isn't 0: empty those examples.
-        bad = ops.logical_not(ops.isfinite(backend.total_norms(most)))
+        bad = ops.logical_not(ops.isfinite(arithmetic.total_norms(most)))
         forms = [g.with_tensors(g.emptied(bad)) for g in forms]
         clip_weights = ops.cast(weights_for(most), "float64")
         return [*sums_of(forms, clip_weights), computed]
@@ -754,10 +756,10 @@ def clipped_sums(
     computed, most = norms_of(found)
     rows = ops.shape(real)[0]
     both = clip(ops.concatenate([most, computed], axis=0))
-    clip_weights = backend.masked(both[:rows], real) / views
+    clip_weights = arithmetic.masked(both[:rows], real) / views
     known = both[:rows] >= (1 - _HARDER) * both[rows:]
     known = ops.logical_or(known, ops.logical_not(_column(real, known)))
-    fine = ops.logical_and(ops.all(ops.isfinite(backend.total_norms(most))), ops.all(known))
+    fine = ops.logical_and(ops.all(ops.isfinite(arithmetic.total_norms(most))), ops.all(known))
     *sums, norms = backend.branch(
         fine,
         lambda: [*sums_of(found, clip_weights), backend.copy_of(computed)],

@@ -12,18 +12,28 @@ whole model over its examples is compared with the loop.
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from keras import ops
 
 from .. import backend, keras_private
 from ..errors import PrivacyError
+from . import mapped
 from .example import ExampleLoss
 from .ghost import GhostEngine, NotPossible, Replanned, named
 
-__all__ = ["Untried", "passed", "require_agreement", "require_right_gradients", "tolerance"]
+__all__ = [
+    "Untried",
+    "passed",
+    "relative_error",
+    "require_agreement",
+    "require_right_gradients",
+    "tolerance",
+]
 
 _ROWS = 3
 # What examples are made up: the size where none is known, and the spread of values.
@@ -55,20 +65,20 @@ def require_agreement(
     rows = max(2, padding)
 
     def plain(made_up: list[Any]) -> list[Any] | None:
-        first_two, real = [t[:2] for t in made_up], backend.first_rows(2, 2)
+        first_two, real = [t[:2] for t in made_up], _first_rows(2, 2)
         try:
-            sums, norms, *_ = backend.loop_engine(example_loss, variables, first_two, real, clipped)
+            sums, norms, *_ = mapped.loop_engine(example_loss, variables, first_two, real, clipped)
         except Exception:
             return None  # made-up values of this kind mean nothing to this model
-        return [*sums, norms] if backend.all_finite([*sums, norms]) else None
+        return [*sums, norms] if _all_finite([*sums, norms]) else None
 
     def error() -> float:
         for size, spread in _KINDS:
             made_up = backend.made_up_like(leaves[:-1], rows, size=size, spread=spread)
             wanted = plain(made_up)
             if wanted is not None:
-                sums, norms, *_ = run([*made_up, backend.first_rows(rows, 2)])
-                return backend.relative_error([*sums, norms[:2]], wanted)
+                sums, norms, *_ = run([*made_up, _first_rows(rows, 2)])
+                return relative_error([*sums, norms[:2]], wanted)
         raise Untried(
             "it can't be tried: no made-up examples can be run through the model, or none with "
             "finite gradients"
@@ -80,6 +90,26 @@ def require_agreement(
             f"gradients of two made-up examples are off by {off:.1%}, as they are for a layer "
             "that draws random numbers without a keras.random.SeedGenerator"
         )
+
+
+def relative_error(got: Sequence[Any], wanted: Sequence[Any]) -> float:
+    """How far apart two lists of tensors (not traced) are; infinite where one isn't finite."""
+    a, b = (np.concatenate([np.ravel(_in_numpy(t)) for t in ts]) for ts in (got, wanted))
+    error = float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-12))
+    return error if np.isfinite(error) else math.inf
+
+
+def _all_finite(tensors: Sequence[Any]) -> bool:
+    return all(bool(np.all(np.isfinite(_in_numpy(t)))) for t in tensors)
+
+
+def _in_numpy(tensor: Any) -> np.ndarray:
+    return np.asarray(ops.convert_to_numpy(tensor), "f8")
+
+
+def _first_rows(rows: int, count: int) -> Any:
+    """A mask, (rows,), that is true for the first `count`."""
+    return ops.arange(rows) < count
 
 
 def require_right_gradients(ghost: GhostEngine, leaves: list[Any]) -> None:

@@ -11,10 +11,10 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from .. import backend, keras_private
+from .. import arithmetic, backend, keras_private
 from ..compatibility import require_trainable_privately
 from ..errors import PrivacyError
-from ..gradients import Batch, Engine, EngineOptions, ExampleLoss, Outcome
+from ..gradients import Batch, Engine, EngineOptions, ExampleLoss, Outcome, mapped
 from ..sampling import Sampling
 from .mechanism import Clipped, Mechanism, StepValues
 from .meter import Meter
@@ -69,7 +69,7 @@ def private_train_step(
     mechanism, meter = parts.mechanism, parts.meter
     batch = Batch(*keras.utils.unpack_x_y_sample_weight(data))
     batch = batch.with_leaves(backend.as_tensors(batch.leaves()))
-    rows = backend.row_count(batch.leaves()[0])
+    rows = arithmetic.row_count(batch.leaves()[0])
     example_loss = _prepare(parts, model, batch)
     variables = example_loss.variables
 
@@ -104,7 +104,7 @@ def _padded(
 ) -> tuple[Batch, Any, list[Any]]:
     """The batch with rows added, which of them are real, and seeds for each."""
     leaves, real = backend.pad_examples(batch.leaves(), multiple)
-    rows = backend.row_count(leaves[0])
+    rows = arithmetic.row_count(leaves[0])
     seeds = backend.per_example_seeds(example_loss.seed_states, rows, views)
     return batch.with_leaves(leaves), real, seeds
 
@@ -213,7 +213,7 @@ def regularizer_gradients(variables: list[Any]) -> list[Any] | None:
     """The gradient of the weight regularizers, which involve no data; `None` without any."""
     if all(v.regularizer is None for v in variables):
         return None
-    return backend.shared_gradient(lambda: _regularization(variables), variables)
+    return mapped.shared_gradient(lambda: _regularization(variables), variables)
 
 
 def _regularization(variables: list[Any]) -> Any:
@@ -273,7 +273,7 @@ def _updated(
         PrivacyError: If computing them assigns to a variable of anything but a metric.
     """
     by_engine = {id(v) for v, _ in outcome.metric_updates}
-    loss = backend.mean_over(outcome.losses, real)
+    loss = arithmetic.mean_over(outcome.losses, real)
     loss = loss + ops.cast(penalty, loss.dtype)
     tracker = keras_private.loss_tracker_of(model)
     with keras.StatelessScope() as scope:

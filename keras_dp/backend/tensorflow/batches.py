@@ -7,23 +7,15 @@ from typing import Any
 
 import tensorflow as tf
 
-from .rounding import at_least_float32
 from .types import Tensor
 
 __all__ = [
     "as_tensors",
-    "column",
     "copy_of",
-    "first_rows",
-    "masked",
-    "mean_over",
     "of_known_sizes",
     "of_open_length",
     "pad_examples",
     "real_examples",
-    "row_count",
-    "rows_times",
-    "scaled_rows",
 ]
 
 
@@ -44,19 +36,14 @@ def as_tensors(leaves: Sequence[Any]) -> list[Tensor]:
     return tensors
 
 
-def row_count(tensor: Tensor) -> Tensor:
-    """The length of the batch axis: an integer where it is known, else a scalar tensor."""
-    static = tensor.shape[0]
-    return tf.shape(tensor)[0] if static is None else static
-
-
 def pad_examples(leaves: Sequence[Tensor], multiple: int) -> tuple[list[Tensor], Tensor]:
     """Appends rows of zeros until the number of rows is a positive multiple of `multiple`.
 
     Returns:
         The padded leaves, and a mask of shape (rows,) that is true for real examples.
     """
-    rows = row_count(leaves[0])
+    static = leaves[0].shape[0]
+    rows = tf.shape(leaves[0])[0] if static is None else static
     if isinstance(rows, int) and rows > 0 and rows % multiple == 0:
         return list(leaves), tf.ones([rows], tf.bool)
     rows = tf.convert_to_tensor(rows)
@@ -84,13 +71,6 @@ def real_examples(tensor: Tensor, rows: Tensor) -> Tensor:
     return kept
 
 
-def mean_over(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean of `values` where `mask` is true."""
-    weights = tf.cast(mask, values.dtype)
-    total = tf.reduce_sum(tf.math.multiply_no_nan(values, weights))
-    return total / tf.maximum(tf.reduce_sum(weights), 1)
-
-
 def copy_of(tensor: Tensor) -> Tensor:
     """The same values in a tensor of its own."""
     return tf.identity(tensor)
@@ -110,32 +90,3 @@ def of_known_sizes(tensor: Tensor, sizes: Sequence[int | None]) -> Tensor:
     """The tensor, with those of its sizes that are known."""
     tensor.set_shape(sizes)
     return tensor
-
-
-def scaled_rows(tensor: Tensor, factors: Tensor) -> Tensor:
-    """Every row times its factor, multiplied in float32."""
-    column = tf.reshape(factors, [-1] + [1] * (tensor.shape.rank - 1))
-    return tf.cast(at_least_float32(tensor) * tf.cast(column, tf.float32), tensor.dtype)
-
-
-def column(weights: Tensor, number: int) -> Tensor:
-    """The weights, (rows,), for one of several parts: the same ones, if all share them."""
-    return weights if weights.shape.rank == 1 else weights[:, number]
-
-
-def masked(weights: Tensor, real: Tensor) -> Tensor:
-    """Weights, (rows,) or (rows, parts), as 0 where `real`, (rows,), is false."""
-    kept = tf.cast(real, weights.dtype)
-    return weights * (kept if weights.shape.rank == 1 else kept[:, tf.newaxis])
-
-
-def first_rows(rows: int, count: int) -> Tensor:
-    """A mask, (rows,), that is true for the first `count`."""
-    return tf.range(rows) < count
-
-
-def rows_times(tensor: Tensor, factors: Tensor) -> Tensor:
-    """A tensor of one row, or as many for each, times each example's factor."""
-    each = tensor.shape[0] // factors.shape[0]
-    repeated = tf.cast(tf.repeat(factors, each), tensor.dtype)
-    return tensor * tf.reshape(repeated, [-1] + [1] * (tensor.shape.rank - 1))

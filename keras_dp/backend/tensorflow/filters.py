@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from .compiling import is_for_xla
 from .control import apart
-from .mapping import map_weight_gradients
+from .mapping import map_rows
 from .types import Tensor
 
 __all__ = ["depthwise_filter_gradients", "filter_gradients"]
@@ -41,13 +41,17 @@ def filter_gradients(
     del groups  # the shapes tell
     if x.shape.rank > 4 or not _folded_filter_gradients_work():
 
-        def one(weights: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-            alone = leaves[0][tf.newaxis]
-            return [
-                keras.ops.conv(alone, weights[0], strides, padding, "channels_last", dilation)[0]
-            ]
+        def one(parts: list[Tensor]) -> Tensor:
+            filters, alone, upstream = parts
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(filters)
+                found = keras.ops.conv(
+                    alone[tf.newaxis], filters, strides, padding, "channels_last", dilation
+                )[0]
+            return tape.gradient(found, filters, output_gradients=upstream)
 
-        (found,) = map_weight_gradients(one, [tf.zeros(shape, x.dtype)], [x], [g])
+        filters = tf.zeros([tf.shape(x)[0], *shape], x.dtype)
+        found = map_rows(one, [filters, x, g])
         rank = len(shape) + 1
         return tf.transpose(found, (*range(1, rank - 1), 0, rank - 1))
     x, g, scale = _of_like_size(x, g)

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from .types import Tensor
 
-__all__ = [
-    "all_finite",
-    "disturbed",
-    "halving",
-    "in_numpy",
-    "made_up_gradient",
-    "made_up_like",
-    "one_of",
-    "relative_error",
-    "shaped_like",
-]
+__all__ = ["disturbed", "made_up_gradient", "made_up_like"]
 
 
 def made_up_like(
@@ -57,15 +45,6 @@ def made_up_like(
         return [made_up(leaf) for leaf in leaves]
 
 
-def shaped_like(leaf: Tensor, output: Tensor) -> Any:
-    """What a leaf is, with sizes that aren't known taken from a tensor that it goes with."""
-    shape = [
-        output.shape[k] if n is None and k and k < output.shape.rank else n
-        for k, n in enumerate(leaf.shape)
-    ]
-    return tf.TensorSpec(shape, leaf.dtype)
-
-
 def disturbed(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors with some noise added, always the same."""
     return [
@@ -74,33 +53,6 @@ def disturbed(tensors: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def halving(rows: int) -> Tensor:
-    """1, 1/2, 1/4, ..."""
-    return tf.constant(0.5 ** np.arange(rows), tf.float32)
-
-
-def one_of(rows: int, number: int) -> Tensor:
-    """1 for one row, 0 for all others."""
-    return tf.one_hot(number, rows)
-
-
-def in_numpy(tensor: Any) -> np.ndarray:
-    """A tensor (not traced), or a gradient, as an array of float64."""
-    return np.asarray(tf.convert_to_tensor(tensor), "f8")
-
-
 def made_up_gradient(tensor: Tensor, number: int) -> Tensor:
     """Normal random numbers, always the same for a number, in the shape of a tensor."""
     return tf.random.stateless_normal(tensor.shape, [number, 2], dtype=tensor.dtype)
-
-
-def relative_error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """How far apart two lists of tensors are; infinite where one isn't finite."""
-    a, b = (np.concatenate([np.ravel(t.numpy()).astype("f8") for t in ts]) for ts in (got, wanted))
-    error = float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-12))
-    return error if np.isfinite(error) else math.inf
-
-
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all numbers of some tensors (not traced) are finite."""
-    return all(bool(np.all(np.isfinite(t.numpy()))) for t in tensors)

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from .types import Tensor
 
-__all__ = ["NoiseGenerator", "call_numpy", "numbered_seeds", "per_example_seeds"]
+__all__ = ["NoiseGenerator", "call_numpy", "per_example_seeds"]
 
 
 class NoiseGenerator:
@@ -76,10 +76,3 @@ def per_example_seeds(states: Sequence[Any], rows: Tensor, views: int = 1) -> li
         )
         state.assign(value + tf.constant([0, 1], dtype=value.dtype))
     return seeds
-
-
-def numbered_seeds(seeds: Tensor, number: int = 0) -> Tensor:
-    """Seeds, (rows, 2), that differ from row to row, and for each `number`."""
-    with tf.init_scope():
-        steps = 7 * tf.range(seeds.shape[0]) + 1009 * number
-        return seeds[:1] + tf.cast(steps, seeds.dtype)[:, tf.newaxis]
