@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from .. import arithmetic, backend
+from ... import arithmetic, backend
 
 __all__ = [
     "Instantiated",
