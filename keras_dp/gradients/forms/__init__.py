@@ -12,19 +12,12 @@ be, because large numbers cancel or leave the range of float32, `clipped_sums`
 computes norms and sums once more in float64.
 """
 
-from .products import (
-    Instantiated,
-    OuterProducts,
-    PerExample,
-    Rows,
-    Scaled,
-    Squares,
-    added_up,
-    clipped_sums,
-    combined,
-    pairs,
-    squares_of_pairs,
-)
+from .clipped import clipped_sums
+from .form import Instantiated, PerExample, Scaled
+from .products import OuterProducts
+from .rows import Rows
+from .squares import Squares, added_up, pairs, squares_of_pairs
+from .uses import combined
 
 __all__ = [
     "Instantiated",
