@@ -80,6 +80,10 @@ RANDOM = {
         "What a function makes of arrays, run in Python each time the step runs; tensors of the "
         "types and shapes of `like`. What compiles may refuse it, but never leave it out."
     ),
+    "fixed_normal(shape, seed, dtype)": (
+        "Normal numbers of a floating-point type, always the same for a pair of numbers: only for "
+        "what is made up."
+    ),
     "per_example_seeds(states, rows, views)": (
         "For each Keras seed generator's state a seed for every example, (rows, 2), or "
         "(rows, views, 2), in the state's type. Advances each state once."
@@ -148,15 +152,6 @@ LOOKING_THROUGH = {
     "Unknown(why)": "A state: nothing is known of it.",
 }
 
-MADE_UP = {
-    "made_up_like(leaves, rows, *, size, spread, seed)": (
-        "Tensors of the same types and shapes as the leaves, with rows of made-up values, always "
-        "the same for a seed; `size` stands in for sizes that aren't known."
-    ),
-    "made_up_gradient(tensor, number)": "Normal numbers of its shape, the same for a number.",
-    "disturbed(tensors)": "The tensors with some noise added, always the same.",
-}
-
 HOST = {
     "gathering(parts, specs, epoch, steps)": "Batches of rows of arrays in memory, read ahead.",
     "reading(rows_of, specs, epoch, steps, *, chunk)": "Batches of rows that Python reads.",
@@ -170,7 +165,5 @@ HOST = {
     ),
 }
 
-CONTRACT = (
-    CONTROL | CELLS | RANDOM | BATCHES | GRADIENTS | ROUNDING | LOOKING_THROUGH | MADE_UP | HOST
-)
+CONTRACT = CONTROL | CELLS | RANDOM | BATCHES | GRADIENTS | ROUNDING | LOOKING_THROUGH | HOST
 NAMES = sorted(signature.partition("(")[0] for signature in CONTRACT)

@@ -26,6 +26,7 @@ from . import mapped
 from .capture import Apart, Capture, NotPossible, Plan, named, patching
 from .example import ExampleLoss
 from .forms import Instantiated, PerExample, Scaled, clipped_sums, combined
+from .made_up import made_up_gradient
 from .rules import Unit, overridden, rule_for
 from .scaling import loss_scales, scaled_rows
 
@@ -247,7 +248,7 @@ class GhostEngine:
         watched = [t for r in capture.records for t in r.unit.watched]
         if local:
             targets = [t for r in capture.records for t in r.outputs if arithmetic.is_float(t)]
-            upstream = [backend.made_up_gradient(t, k) for k, t in enumerate(targets)]
+            upstream = [made_up_gradient(t, k) for k, t in enumerate(targets)]
         else:
             passed = self._backward(leaves, weights, forward)
             reached = [k for k, g in enumerate(passed.upstream) if g is not None]

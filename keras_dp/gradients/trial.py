@@ -25,6 +25,7 @@ from ..errors import PrivacyError
 from . import mapped
 from .example import ExampleLoss
 from .ghost import GhostEngine, NotPossible, Replanned, named
+from .made_up import disturbed, made_up_like
 
 __all__ = [
     "Untried",
@@ -74,7 +75,7 @@ def require_agreement(
 
     def error() -> float:
         for size, spread in _KINDS:
-            made_up = backend.made_up_like(leaves[:-1], rows, size=size, spread=spread)
+            made_up = made_up_like(leaves[:-1], rows, size=size, spread=spread)
             wanted = plain(made_up)
             if wanted is not None:
                 sums, norms, *_ = run([*made_up, _first_rows(rows, 2)])
@@ -135,7 +136,7 @@ def require_right_gradients(ghost: GhostEngine, leaves: list[Any]) -> None:
 def _try(ghost: GhostEngine, leaves: list[Any], *, together: bool) -> None:
     loss = ghost.example_loss
     # Disturbed, because at initial zeros a fault may not show.
-    weights = backend.disturbed([v.value for v in loss.variables])
+    weights = disturbed([v.value for v in loss.variables])
     reason = "they aren't finite"
     for size, spread in _KINDS:
         try:
@@ -156,8 +157,8 @@ def _try(ghost: GhostEngine, leaves: list[Any], *, together: bool) -> None:
 def _made_up(loss: ExampleLoss, leaves: list[Any], size: int, spread: str) -> list[Any]:
     like, kind = leaves[:-1], {"size": size, "spread": spread}
     if any(None in t.shape[1:] for t in like):
-        like = loss.like_outputs(like, backend.made_up_like(like, 1, **kind))  # type: ignore[arg-type]
-    return loss.with_distinct_seeds(backend.made_up_like(like, _ROWS, **kind))  # type: ignore[arg-type]
+        like = loss.like_outputs(like, made_up_like(like, 1, **kind))  # type: ignore[arg-type]
+    return loss.with_distinct_seeds(made_up_like(like, _ROWS, **kind))  # type: ignore[arg-type]
 
 
 def _require_small(

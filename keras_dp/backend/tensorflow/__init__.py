@@ -13,7 +13,6 @@ from .feeding import *
 from .filters import *
 from .host import *
 from .loops import *
-from .made_up import *
 from .mapping import *
 from .operations import *
 from .random import *

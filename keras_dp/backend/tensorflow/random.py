@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from .types import Tensor
 
-__all__ = ["NoiseGenerator", "call_numpy", "per_example_seeds"]
+__all__ = ["NoiseGenerator", "call_numpy", "fixed_normal", "per_example_seeds"]
 
 
 class NoiseGenerator:
@@ -76,3 +76,8 @@ def per_example_seeds(states: Sequence[Any], rows: Tensor, views: int = 1) -> li
         )
         state.assign(value + tf.constant([0, 1], dtype=value.dtype))
     return seeds
+
+
+def fixed_normal(shape: Sequence[int], seed: tuple[int, int], dtype: Any) -> Tensor:
+    """Normal numbers, always the same for a seed."""
+    return tf.random.stateless_normal(shape, seed, dtype=dtype)
