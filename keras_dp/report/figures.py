@@ -63,6 +63,7 @@ def risk_of(
     delta: float,
     examples: int,
 ) -> AttackRisk:
+    """Returns how well any attack can tell who was in the data, for people with so many rows."""
     loss = loss_of(releases, selections, examples)
     found = risk.attack_risk(loss, delta=delta, examples_per_person=examples)
     if selections:
