@@ -64,8 +64,9 @@ class Engine:
     `"ghost"` takes one forward and one backward pass over the whole batch;
     `"vectorized"` maps the whole model over its examples; `"loop"` takes one
     example at a time. Each computes the same numbers, and each takes over, with
-    a line in the log, where the one before can't follow a model. Before the
-    first two are used they are compared with the loop on made-up examples.
+    a line in the log, where the one before can't follow a model. Before
+    `"ghost"` is used, it is proved that examples don't mix, and every layer's
+    gradients are tried; `"vectorized"` is compared with the loop.
 
     Formal guarantee: example i enters the sum only through c_i g_i, where g_i
     is the gradient of its own loss, computed on a batch of that example alone, and
