@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -202,7 +203,12 @@ class Engine:
                 trial.require_right_gradients(ghost, one_view)
             except Replanned:
                 continue
-            return whole if self._eagerly else run
+            if self._eagerly:
+                return whole
+            if ghost.plan.mapped and not ghost.draws_random:  # else it draws otherwise than a loop
+                with contextlib.suppress(trial.Untried):  # its gradients were tried above
+                    self._require_agreement(run, leaves)
+            return run
 
     def _tell(self, failures: list[tuple[str, Exception]]) -> None:
         """Says once for each model why a slower engine takes its place."""

@@ -60,6 +60,7 @@ class Plan:
         reasons: Why, for each of these, by id.
         calls: Of each call of a unit, how its arguments lie, by the number of the call.
         kinds: What each call of a unit comes down to: calls of one kind are alike.
+        mapped: Whether a layer without a rule was vectorized over the examples.
     """
 
     units: set[int] = dataclasses.field(default_factory=set)
@@ -67,6 +68,7 @@ class Plan:
     reasons: dict[int, str] = dataclasses.field(default_factory=dict)
     calls: dict[int, Arguments] = dataclasses.field(default_factory=dict)
     kinds: list[Any] = dataclasses.field(default_factory=list)
+    mapped: bool = False
 
     @property
     def handled(self) -> int:
@@ -139,6 +141,7 @@ class Capture:
         self.failure: Exception | None = None
         self.calls: dict[int, Arguments] = {}
         self.kinds: list[Any] = []
+        self.mapped = False
         self._loss = loss
         self._plan = plan
         self._unit_variables = unit_variables
@@ -237,6 +240,7 @@ class Capture:
     def _follow_rule(self, unit: Unit, mapped: tuple[bool, ...], args: Any, kwargs: Any) -> Any:
         layer = unit.layer
         if id(layer) in self._plan.alone:
+            self.mapped = True
             outputs, penalties, gradients = alone(unit, self._seeds, mapped, args, kwargs)
             if penalties is not None:
                 self.penalties.append(penalties)
@@ -254,6 +258,7 @@ class Capture:
                 self._fail(
                     NotPossible(f"{named(layer)}: its rule raised {type(error).__name__}: {reason}")
                 )
+        self.mapped = True
         before = self._seeds_now()
         outputs, gradients = vectorized(unit, mapped, args, kwargs)
         if any(a is not b for a, b in zip(before, self._seeds_now(), strict=True)):

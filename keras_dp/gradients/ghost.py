@@ -139,6 +139,7 @@ class GhostEngine:
         capture, flat = forward.capture, forward.flat
         if backend.current_graph() is not None:
             self.plan.calls, self.plan.kinds = capture.calls, capture.kinds
+            self.plan.mapped = capture.mapped
         passed = self._backward(leaves, weights, forward, views)
         reached = [k for k, g in enumerate(passed.upstream) if g is not None]
         watched = [t for r in capture.records for t in r.unit.watched]
