@@ -692,6 +692,7 @@ def _map(function: Callable[[Any], Any], mapped: Any) -> Any:
         graph = tf.compat.v1.get_default_graph()
         before = len(graph.get_operations())
         result = function(args)
+        require_nothing_kept(graph, before)  # now: the vectorizer drops what only writes
         _require_fixed_sizes(graph, before)
         return result
 
