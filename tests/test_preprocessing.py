@@ -96,13 +96,14 @@ def test_a_task_is_given_each_example_preprocessed_by_itself(classifier):
 
 
 def test_what_can_not_be_drawn_from_shows_no_data(classifier):
-    before = releases(classifier)
+    before, texts = releases(classifier), ["a secret", None, 2]
     with pytest.raises(ValueError, match="Python objects") as e:
-        classifier.fit(["a secret", None, 2], [0, 1, 0], batch_size=2, verbose=0)
+        classifier.fit(texts, [0, 1, 0], batch_size=2, verbose=0)
     assert "a secret" not in "".join(traceback.format_exception(e.value))
     assert releases(classifier) == before
 
 
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")  # KerasHub's
 def test_an_ordinary_task_trains_as_ever(hub, classifier):
     plain = type(classifier)(
         classifier.backbone.__class__.from_config(classifier.backbone.get_config()),
