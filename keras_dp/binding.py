@@ -437,7 +437,7 @@ def _better_than(x: Any, model: keras.Model) -> str:
         return (
             f"The class {owner.__name__} has a `fit` of its own, which may have made this {kind} "
             "of what you gave it. If you gave it arrays, preprocess them yourself, and write: "
-            "keras.Model.fit(model, x, y, batch_size=256)."
+            "keras.Model.fit(model, x, y, batch_size=256), which makes a keras_dp.PoissonDataset."
         )
     size = "batch_size=256"
     if isinstance(x, OWN):
