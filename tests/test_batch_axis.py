@@ -227,7 +227,8 @@ def test_rule_19_what_is_not_proved_is_run_alone(name, size):
         outcome, engine = engine_outcome(
             network(SUMS[name]), rows, y, max_grad_norm=c, gradients="auto"
         )
-        assert engine == "ghost"
+        # What has a gradient of its own needs the whole model on one example at a time.
+        assert engine == ("vectorized" if "way back" in name else "ghost")
         sums.append(np.concatenate([np.ravel(s) for s in outcome.sums]))
     assert np.linalg.norm(sums[0] - sums[1]) <= 2 * c * (1 + 1e-4)
 

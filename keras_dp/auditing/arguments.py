@@ -12,6 +12,7 @@ CHOOSING = 5  # every fifth score serves to choose the threshold, and for nothin
 
 
 def checked_scores(name: str, values: Any) -> np.ndarray:
+    """Returns scores as an array."""
     try:
         scores = np.ravel(np.asarray(values, "float64"))
     except (TypeError, ValueError) as error:
@@ -26,6 +27,7 @@ def checked_scores(name: str, values: Any) -> np.ndarray:
 
 
 def check_confidence(value: Any) -> float:
+    """Returns a confidence as a float."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         number = float(value)
         if 0 < number < 1:
@@ -36,6 +38,7 @@ def check_confidence(value: Any) -> float:
 
 
 def whole(name: str, value: Any, *, least: int = 1, most: float = math.inf) -> int:
+    """Returns an integer in bounds."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if whole and least <= value <= most:
         return int(value)

@@ -152,6 +152,7 @@ def bound_at(
     confidence: float,
     method: str,
 ) -> float:
+    """Returns the bound that a threshold gives."""
     level = (1 + confidence) / 2  # two bounds, so that both hold with `confidence`
     missed = _upper_rate(np.sum(inside <= threshold), len(inside), level)
     alarms = _upper_rate(np.sum(outside > threshold), len(outside), level)

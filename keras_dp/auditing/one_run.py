@@ -291,4 +291,5 @@ def _optimizer_of(model: keras.Model) -> DPOptimizer:
 
 
 def rows_of(structure: Any, indices: np.ndarray) -> Any:
+    """Returns rows of every array."""
     return tree.map_structure(lambda a: None if a is None else a[indices], structure)

@@ -32,7 +32,7 @@ CONTROL = {
     "map_rows(function, mapped)": (
         "A function of every row of a structure of tensors, (rows, ...), with its results stacked, "
         "(rows, ...). Vectorized while a step is traced. Raises NotImplementedError for what "
-        "can't be."
+        "can't be, PrivacyError for what could keep or carry out what it sees."
     ),
     "once_traced(function)": (
         "The function, from a list of tensors to another, which may be traced once and then "
@@ -149,7 +149,7 @@ LOOKING_THROUGH = {
     "Rows(axis, each)": "A state: examples along an axis, each one's part from that one alone.",
     "Shared(value)": "A state: the same whatever the examples are.",
     "Mixed(why)": "A state: follows from several examples at once.",
-    "Unknown(why)": "A state: nothing is known of it.",
+    "Unknown(why, way_back)": "A state: nothing is known of it, or of its gradient.",
 }
 
 HOST = {

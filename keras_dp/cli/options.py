@@ -41,6 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser_of_all() -> argparse.ArgumentParser:
+    """Returns the parser of the command and all its subcommands."""
     parser = _Parser(
         prog="keras-dp",
         description="Plans differentially private training, without training.",
@@ -249,6 +250,7 @@ def _short(text: str) -> str:
 
 
 def check_batch_sizes(num_examples: int, sizes: Sequence[int]) -> None:
+    """Refuses batches that are larger than the data."""
     for size in sizes:
         if size > num_examples:
             raise WrongArgumentError(
@@ -289,6 +291,7 @@ def delta_of(options: argparse.Namespace) -> tuple[float, str]:
 
 
 def accountants_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """Returns the accountants that were asked for."""
     return ACCOUNTANTS if options.accountant == "all" else (options.accountant,)
 
 
@@ -296,6 +299,7 @@ FORWARD = ("epsilon", "risk", "select")  # what a plan costs, in place of a plan
 
 
 def version_of_keras_dp() -> str:
+    """Returns the version that is installed."""
     from importlib.metadata import version
 
     return version("keras-dp")

@@ -32,6 +32,7 @@ class Answer:
 
 
 def for_people(examples: int) -> str:
+    """Returns for whom a figure holds, where that isn't people with one example."""
     return "" if examples == 1 else f" for people with up to {examples} examples"
 
 
@@ -42,6 +43,7 @@ def data_of(
     accountant: str,
     by_accountant: Mapping[str, float | None],
 ) -> dict[str, Any]:
+    """Returns what `--json` prints of a plan."""
     source, k = delta_of(options)[1], getattr(options, "examples_per_person", 1)
     return {
         "command": options.command,
@@ -92,6 +94,7 @@ def about(data: Mapping[str, Any], plan: Plan, figures: Mapping[str, str]) -> li
 
 
 def assumed(data: Mapping[str, Any]) -> list[str]:
+    """Returns lines that say what a figure rests on."""
     return ["", "assumes", *columns([[f"  {k}", v] for k, v in data["assumptions"].items()])]
 
 
@@ -110,6 +113,7 @@ def grid(cells: Sequence[Cell], epochs: Sequence[int]) -> list[str]:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table, flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True))
@@ -118,6 +122,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def row_of(cell: Cell) -> dict[str, Any]:
+    """Returns what `--json` prints of a cell of the table."""
     plan = cell.plan
     return {
         "batch_size": plan.batch_size,
@@ -152,11 +157,13 @@ def table_doubts(cells: Sequence[Cell]) -> list[str]:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns lines of two columns."""
     width = max(len(row[0]) for row in rows) + 3
     return [f"{row[0]:<{width}}{row[1]}" for row in rows]
 
 
 def as_text(epsilon: float) -> str:
+    """Returns an epsilon in five digits, or in words."""
     if epsilon == math.inf:
         return "infinite"
     return f"{epsilon:,.0f}" if 1000 <= epsilon < 1e15 else f"{epsilon:.5g}"
@@ -182,6 +189,7 @@ def strict(value: Any) -> Any:
 
 
 def distinct(values: Sequence[Any]) -> list[Any]:
+    """Returns values in order, each once."""
     return sorted(set(values))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -64,8 +65,9 @@ class Engine:
     `"ghost"` takes one forward and one backward pass over the whole batch;
     `"vectorized"` maps the whole model over its examples; `"loop"` takes one
     example at a time. Each computes the same numbers, and each takes over, with
-    a line in the log, where the one before can't follow a model. Before the
-    first two are used they are compared with the loop on made-up examples.
+    a line in the log, where the one before can't follow a model. Before
+    `"ghost"` is used, it is proved that examples don't mix, and every layer's
+    gradients are tried; `"vectorized"` is compared with the loop.
 
     Formal guarantee: example i enters the sum only through c_i g_i, where g_i
     is the gradient of its own loss, computed on a batch of that example alone, and
@@ -201,7 +203,12 @@ class Engine:
                 trial.require_right_gradients(ghost, one_view)
             except Replanned:
                 continue
-            return whole if self._eagerly else run
+            if self._eagerly:
+                return whole
+            if ghost.plan.mapped and not ghost.draws_random:  # else it draws otherwise than a loop
+                with contextlib.suppress(trial.Untried):  # its gradients were tried above
+                    self._require_agreement(run, leaves)
+            return run
 
     def _tell(self, failures: list[tuple[str, Exception]]) -> None:
         """Says once for each model why a slower engine takes its place."""

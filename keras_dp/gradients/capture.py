@@ -61,6 +61,7 @@ class Plan:
         reasons: Why, for each of these, by id.
         calls: Of each call of a unit, how its arguments lie, by the number of the call.
         kinds: What each call of a unit comes down to: calls of one kind are alike.
+        mapped: Whether a layer without a rule was vectorized over the examples.
     """
 
     units: set[int] = dataclasses.field(default_factory=set)
@@ -68,6 +69,7 @@ class Plan:
     reasons: dict[int, str] = dataclasses.field(default_factory=dict)
     calls: dict[int, Arguments] = dataclasses.field(default_factory=dict)
     kinds: list[Any] = dataclasses.field(default_factory=list)
+    mapped: bool = False
 
     @property
     def handled(self) -> int:
@@ -140,6 +142,8 @@ class Capture:
         self.failure: Exception | None = None
         self.calls: dict[int, Arguments] = {}
         self.kinds: list[Any] = []
+        self.mapped = False
+        self._drew_alone = False
         self._loss = loss
         self._plan = plan
         self._unit_variables = unit_variables
@@ -238,6 +242,9 @@ class Capture:
     def _follow_rule(self, unit: Unit, mapped: tuple[bool, ...], args: Any, kwargs: Any) -> Any:
         layer = unit.layer
         if id(layer) in self._plan.alone:
+            self.mapped = True
+            states = keras_private.seed_states_of(layer)
+            self._drew_alone = self._drew_alone or any(id(v) in self._seeds for v in states)
             outputs, penalties, gradients = alone(unit, self._seeds, mapped, args, kwargs)
             if penalties is not None:
                 self.penalties.append(penalties)
@@ -255,6 +262,7 @@ class Capture:
                 self._fail(
                     NotPossible(f"{named(layer)}: its rule raised {type(error).__name__}: {reason}")
                 )
+        self.mapped = True
         before = self._seeds_now()
         outputs, gradients = vectorized(unit, mapped, args, kwargs)
         if any(a is not b for a, b in zip(before, self._seeds_now(), strict=True)):
@@ -309,6 +317,9 @@ class Capture:
                         "gradients='vectorized', which runs the model on one example at a time."
                     )
                 )
+            elif isinstance(state, backend.Unknown) and state.way_back:
+                # The vectorizer would drop it from a layer that is run by itself.
+                self._fail(NotPossible(f"{named(layer)}: {state.why}"))
             elif isinstance(state, backend.Unknown):
                 self._hand_over(layer, state.why)
         if self._axis.drawn_together:
@@ -362,7 +373,7 @@ class Capture:
     def draws_random(self) -> bool:
         """Whether anything was drawn from a seed generator."""
         before = zip(self._initial_seeds, self._seeds_now(), strict=True)
-        return bool(self._plan.alone) or any(a is not b for a, b in before)
+        return self._drew_alone or any(a is not b for a, b in before)
 
     # -- the rest ---------------------------------------------------------------------------------
 

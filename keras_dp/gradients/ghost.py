@@ -42,8 +42,8 @@ class GhostEngine:
 
     Formal guarantee: that of every engine: example i enters the sums only
     through c_i g_i, g_i the gradient of its own loss. It holds for models whose
-    layers keep the examples of a batch apart, which is tried before the engine
-    is used. The norms that c_i follows from are computed by other formulas than
+    layers keep the examples of a batch apart, which is proved while the model is
+    traced (`Capture`). The norms that c_i follows from are computed by other formulas than
     the sums, so that each comes with a bound on how far the two may be apart in
     floating point, and c_i is such that even then example i adds at most C (1 + 1e-4):
     see `clipped_sums`.
@@ -142,6 +142,7 @@ class GhostEngine:
         capture, flat = forward.capture, forward.flat
         if backend.current_graph() is not None:
             self.plan.calls, self.plan.kinds = capture.calls, capture.kinds
+            self.plan.mapped = capture.mapped
         passed = self._backward(leaves, weights, forward, views)
         reached = [k for k, g in enumerate(passed.upstream) if g is not None]
         watched = [t for r in capture.records for t in r.unit.watched]

@@ -15,6 +15,7 @@ from ..risk import AttackRisk
 
 
 def selection_of(name: str, procedure: tuning.Procedure) -> dict[str, Any]:
+    """Returns what a report keeps of a choice among runs."""
     return {
         "model": name,
         "distribution": procedure.repetition.distribution,
@@ -62,6 +63,7 @@ def risk_of(
     delta: float,
     examples: int,
 ) -> AttackRisk:
+    """Returns how well any attack can tell who was in the data, for people with so many rows."""
     loss = loss_of(releases, selections, examples)
     found = risk.attack_risk(loss, delta=delta, examples_per_person=examples)
     if selections:
@@ -77,10 +79,12 @@ def release_of(entry: Mapping[str, Any]) -> Release:
 
 
 def place_of(release: Release) -> int:
+    """Returns where a release's sampler stands among all, for sorting."""
     return list(SAMPLERS).index(release.sampler)
 
 
 def basis_of(release: Release) -> str:
+    """Returns who vouches for the way that a release's batches were drawn."""
     basis = accounting.sampler_of(release).basis
     return "asserted" if release.asserted and basis == "verified" else basis
 
@@ -91,6 +95,7 @@ def epsilon_of(
     delta: float,
     examples: int,
 ) -> dict[str, float]:
+    """Returns epsilon, by every accountant, of releases and choices."""
     releases = PrivacyLedger(tuple(ledger))
     if selections:
         loss = loss_of(map(Release.to_dict, releases), selections, examples)

@@ -13,6 +13,7 @@ from .figures import release_of
 
 
 def section(title: str, items: Iterable[str]) -> list[str]:
+    """Returns the lines of a section with a list."""
     return ["", f"## {title}", "", *(f"- {item}" for item in items)]
 
 
@@ -41,6 +42,7 @@ def table_of_risks(risks: Sequence[AttackRisk], private: bool) -> list[str]:
 
 
 def chosen_in_words(selection: Mapping[str, Any]) -> str:
+    """Returns how a model was chosen."""
     noise = selection["score_noise_multiplier"]
     score = "public data" if noise is None else f"private data, with noise of sigma = {noise:g}"
     declared = [Release(**r) for r in selection["declared"]]
@@ -57,10 +59,12 @@ def chosen_in_words(selection: Mapping[str, Any]) -> str:
 
 
 def listed(words: Sequence[str]) -> str:
+    """Returns words as a list with commas, and an 'or' before the last."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def table_of(releases: tuple[dict[str, Any], ...]) -> list[str]:
+    """Returns the lines of the table of releases."""
     if not releases:
         return ["Nothing: no private step was taken."]
     lines = [
@@ -88,16 +92,19 @@ def table_of(releases: tuple[dict[str, Any], ...]) -> list[str]:
 
 
 def count(number: int, of_what: str) -> str:
+    """Returns a number of things."""
     return f"{number} {of_what}{'' if number == 1 else 's'}"
 
 
 def number(value: Any) -> str:
+    """Returns a number, or a dash where it is unknown."""
     if value is None:
         return "–"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def as_text(epsilon: float) -> str:
+    """Returns an epsilon, or that it is infinite."""
     if not math.isfinite(epsilon):
         return "infinite"
     return f"{epsilon:.3g}" if 0 < epsilon < 1e-3 else f"{epsilon:.4f}"

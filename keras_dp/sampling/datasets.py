@@ -19,12 +19,13 @@ from .declaration import Sampling
 from .draws import Draws
 from .handed_out import HandedOut
 from .reading import Reader, RowError
-from .sources import Rows, as_rows
+from .sources import Examples, Rows, as_rows
 
 __all__ = ["OWN", "BallsInBinsDataset", "PoissonDataset", "ShuffledDataset", "as_leaves"]
 
 _CHUNK_BYTES = 1 << 24  # rows that are read at once
 _CHUNK_STEPS = 64
+_CHUNK_EXAMPLES = 512  # where each is read or mapped by Python, which may be slow
 _IN_MEMORY_BYTES = 1 << 31  # more than this isn't copied into TensorFlow's memory
 
 
@@ -187,6 +188,9 @@ class _Dataset(keras.utils.PyDataset):
             return backend.gathering(self._parts, specs, self._epoch, self.num_batches)
         row_bytes = sum(s.row_bytes for s in tree.flatten(specs) if s is not None)
         steps = max(int(_CHUNK_BYTES / max(row_bytes * self.batch_size, 1)), 1)
+        by_python = any(isinstance(leaf, Examples) for leaf in leaves)
+        if by_python or not self._reader.takes_rows_as_they_are:
+            steps = min(steps, max(_CHUNK_EXAMPLES // self.batch_size, 1))
         chunk = min(steps, _CHUNK_STEPS)
         return backend.reading(self._rows_of, specs, self._epoch, self.num_batches, chunk=chunk)
 

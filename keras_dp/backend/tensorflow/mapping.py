@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from .operations import all_operations
+from .operations import all_operations, require_nothing_kept
 
 __all__ = ["map_rows"]
 
@@ -22,6 +22,7 @@ def map_rows(function: Callable[[Any], Any], mapped: Any) -> Any:
         mapped: The structure of tensors, each (rows, ...).
 
     Raises:
+        PrivacyError: While it is traced, if it could keep or carry out what it sees.
         NotImplementedError: While it is traced, if the size of a result depends on the data.
     """
     if tf.executing_eagerly():
@@ -35,6 +36,7 @@ def map_rows(function: Callable[[Any], Any], mapped: Any) -> Any:
         graph = tf.compat.v1.get_default_graph()
         before = len(graph.get_operations())
         result = function(args)
+        require_nothing_kept(graph, before)  # now: the vectorizer drops what only writes
         _require_fixed_sizes(graph, before)
         return result
 

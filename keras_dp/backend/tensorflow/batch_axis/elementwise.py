@@ -17,6 +17,7 @@ from .states import (
     Shared,
     Stack,
     State,
+    Unknown,
     by_number,
     mixes,
     not_known,
@@ -108,7 +109,11 @@ def each_its_own(axis: Any, op: Any, states: list[State]) -> list[State]:
         whose = _own_gradient(op)
         if whose is not None:
             return [
-                s if isinstance(s, OF_ALL) else not_known(op, f"has a gradient of its own {whose}")
+                s
+                if isinstance(s, OF_ALL)
+                else Unknown(
+                    f"the operation '{op.name}' has a gradient of its own {whose}", way_back=True
+                )
                 for s in states
             ]
     return list(states)

@@ -87,9 +87,11 @@ class Unknown:
 
     Attributes:
         why: The operation, and what isn't known of it.
+        way_back: Whether it is the gradient that isn't known.
     """
 
     why: str
+    way_back: bool = False
 
 
 State = Shared | Rows | Count | Counts | Stack | Blocks | Mixed | Unknown
