@@ -27,7 +27,8 @@ CONTROL = {
     "added_up(compute, count, *, joined)": (
         "A loop. `compute` makes of the scalar int32 numbers 0 to count - 1 tensors to add up, and "
         "tensors to keep. Returns two lists: sums, and what was kept, stacked along a new first "
-        "axis, or joined along the first axis there is. Only one turn is in memory at a time."
+        "axis, or joined along the first axis there is. Only one turn is in memory at a time. "
+        "Refuses (PrivacyError) what could keep or carry out what it sees."
     ),
     "map_rows(function, mapped)": (
         "A function of every row of a structure of tensors, (rows, ...), with its results stacked, "
