@@ -321,13 +321,29 @@ def _look_through_metrics(
     if _closed_metrics.get(model) == known or rows == 0:
         return True
 
-    def look() -> Any:
-        logs, written = _updated(model, batch, rows, real, outcome, penalty)
+    # As arguments: with constants, TensorFlow would trace the branch alone that these take.
+    flat = [batch.leaves(), real, outcome.losses, tree.flatten(outcome.outputs)]
+    masks = [keras_private.mask_of(t) for t in flat[-1]]
+    given = [*flat, [m for m in masks if m is not None], [u for _, u in outcome.metric_updates]]
+
+    def look(leaves: Any, real: Any, losses: Any, outputs: Any, masks_: Any, updates: Any) -> Any:
+        remaining = iter(masks_)
+        for tensor, mask in zip(outputs, masks, strict=True):
+            keras_private.set_mask(tensor, None if mask is None else next(remaining))
+        seen = dataclasses.replace(
+            outcome,
+            losses=losses,
+            outputs=tree.pack_sequence_as(outcome.outputs, list(outputs)),
+            metric_updates=[
+                (v, t) for (v, _), t in zip(outcome.metric_updates, updates, strict=True)
+            ],
+        )
+        logs, written = _updated(model, batch.with_leaves(leaves), rows, real, seen, penalty)
         return [ops.convert_to_tensor(v) for v in (*logs.values(), *(v for _, v in written))]
 
     with backend.graphs_of([]):
         try:
-            graph = backend.traced(look)
+            graph = backend.traced(look, *given)
         except PrivacyError:
             raise
         except Exception:
