@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 SAMPLERS = ("poisson", "shuffled", "unknown", "unprotected")
+UNITS = ("example", "user")
 _FORMAT = 1
 
 
@@ -50,6 +51,9 @@ class Release:
             voids the guarantee.
         asserted: Whether it is the caller's word alone that the batches were
             drawn so, in a training loop of their own.
+        unit: `"example"`; or `"user"`, where people took the place of examples: n, q and
+            the batch size count people, and what was clipped is the mean gradient of all
+            that one person had in a batch.
         id: The identity of this run of steps, for merging.
 
     Raises:
@@ -67,6 +71,7 @@ class Release:
     clipping: str = "flat"
     seeded: bool = False
     asserted: bool = False
+    unit: str = "example"
     id: str = dataclasses.field(default_factory=_new_id)
 
     def __post_init__(self) -> None:
@@ -74,6 +79,8 @@ class Release:
             raise ValueError(
                 f"`sampler` must be one of {', '.join(SAMPLERS)}. Received: {self.sampler!r}"
             )
+        if self.unit not in UNITS:
+            raise ValueError(f"`unit` must be one of {', '.join(UNITS)}. Received: {self.unit!r}")
         sigma = self.noise_multiplier
         if (
             not isinstance(sigma, (int, float))

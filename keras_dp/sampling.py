@@ -17,6 +17,7 @@ from keras import tree
 
 from . import arguments
 from .ledger import Release
+from .user_sampling import RowsOfUsers, Users
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Sampling:
         steps_per_epoch: Steps in one pass, for shuffled batches.
         seeded: Whether the draws came from a seed that somebody chose.
         asserted: Whether it is the caller's word alone that they were drawn so.
+        unit: `"example"`, or `"user"` where people were drawn, who are then what is
+            counted in the place of examples.
     """
 
     sampler: str
@@ -41,6 +44,7 @@ class Sampling:
     steps_per_epoch: int | None = None
     seeded: bool = False
     asserted: bool = False
+    unit: str = "example"
 
     def release(
         self, *, noise_multiplier: float, max_grad_norm: float, clipping: str, seeded: bool
@@ -57,6 +61,7 @@ class Sampling:
             clipping=clipping,
             seeded=seeded or self.seeded,
             asserted=self.asserted,
+            unit=self.unit,
         )
 
 
@@ -177,6 +182,7 @@ class _ArrayDataset(keras.utils.PyDataset):
     """Batches of rows of arrays, drawn by a plan that can't be changed."""
 
     _sealed = False
+    _hands_to_step = False  # whether batches say whose rows are whose
 
     def __init__(
         self,
@@ -186,6 +192,8 @@ class _ArrayDataset(keras.utils.PyDataset):
         *,
         batch_size: int,
         seed: int | None = None,
+        user_ids: Any = None,
+        max_examples_per_user: int | None = None,
     ) -> None:
         # One worker: a copy of this object in another process would draw the same batches.
         super().__init__(workers=1, use_multiprocessing=False)
@@ -193,13 +201,15 @@ class _ArrayDataset(keras.utils.PyDataset):
         self.y = as_arrays(y, "y")
         self.sample_weight = as_arrays(sample_weight, "sample_weight")
         self.num_examples = common_length(self.x, self.y, self.sample_weight)
+        self.users = _users(user_ids, max_examples_per_user, self.num_examples)
+        units = "examples" if self.users is None else "people"
         self.batch_size = arguments.positive_integer(
-            "batch_size", batch_size, "the expected number of examples in a batch"
+            "batch_size", batch_size, f"the expected number of {units} in a batch"
         )
-        if self.batch_size > self.num_examples:
+        if self.batch_size > self.num_units:
             raise ValueError(
-                f"`batch_size` ({self.batch_size}) is larger than the number of examples "
-                f"({self.num_examples}). Choose a batch size of at most {self.num_examples}."
+                f"`batch_size` ({self.batch_size}) is larger than the number of {units} "
+                f"({self.num_units}). Choose a batch size of at most {self.num_units}."
             )
         self.seed = arguments.seed(seed)
         self._draws = _Draws(self.seed)
@@ -218,23 +228,56 @@ class _ArrayDataset(keras.utils.PyDataset):
         super().__delattr__(name)
 
     @property
+    def num_units(self) -> int:
+        """n: how many there are of what is drawn, examples or people."""
+        return self.num_examples if self.users is None else self.users.number
+
+    @property
+    def unit(self) -> str:
+        """What is drawn, counted and clipped: `"example"` or `"user"`."""
+        return "example" if self.users is None else "user"
+
+    @property
     def steps_per_epoch(self) -> int:
         """`ceil(n / batch_size)`."""
-        return -(-self.num_examples // self.batch_size)
+        return -(-self.num_units // self.batch_size)
 
     @property
     def num_batches(self) -> int:
         return self.steps_per_epoch
 
     def _batch(self, indices: np.ndarray) -> tuple[Any, ...]:
+        present: Any = None
+        if self.users is not None:
+            if getattr(self, "secure_mode", False):
+                indices, present = self.users.rows_of(indices, None)
+            else:
+                with self._draws.lock:
+                    indices, present = self.users.rows_of(indices, self._draws.random)
+
         def rows(structure: Any) -> Any:
             return tree.map_structure(lambda t: None if t is None else _take(t, indices), structure)
 
+        x = rows(self.x)
+        if present is not None and self._hands_to_step:
+            x = RowsOfUsers(x, present)
         if self.y is None:
-            return (rows(self.x),)
+            return (x,)
         if self.sample_weight is None:
-            return rows(self.x), rows(self.y)
-        return rows(self.x), rows(self.y), rows(self.sample_weight)
+            return x, rows(self.y)
+        return x, rows(self.y), rows(self.sample_weight)
+
+
+def _users(user_ids: Any, most: int | None, num_rows: int) -> Users | None:
+    """Whose the rows are, if that was said."""
+    if user_ids is None:
+        if most is not None:
+            raise ValueError(
+                "`max_examples_per_user` needs `user_ids` beside it, which say whose each row is. "
+                f"Received: max_examples_per_user={most!r}, user_ids=None"
+            )
+        return None
+    return Users(user_ids, num_rows=num_rows, max_examples_per_user=most)
 
 
 class PoissonDataset(_ArrayDataset):
@@ -252,6 +295,12 @@ class PoissonDataset(_ArrayDataset):
     every batch is decided by 64 bits of its own from the operating system's
     cryptographic generator, with a probability of q rounded down to 2^-64.
 
+    With `user_ids` a person takes the place of an example, in everything: people
+    are drawn, `batch_size` and n count people, and what `fit` clips is the mean of
+    the gradients of one person's examples. So epsilon is that of adding, removing or
+    zeroing out all the examples of one person, however many there are. Draws are
+    batches of rows, each person's next to each other.
+
     Args:
         x: Inputs: an array, tensor or pandas object, or a list, tuple or dict
             of them; one row per example.
@@ -263,11 +312,18 @@ class PoissonDataset(_ArrayDataset):
         secure_mode: Draws from the operating system's cryptographic generator;
             costs time in proportion to n (some 3 ms for 100,000 examples). `fit`
             turns it on for an optimizer with `secure_mode`.
+        user_ids: Whose each row is: numbers or text, one for each row. Makes people the
+            unit of privacy.
+        max_examples_per_user: The most examples of one person that a batch holds: of those
+            who have more, so many are chosen at random, anew each time. Needed with
+            `user_ids`.
 
     Raises:
         ValueError: For arrays without rows, of different lengths, or that
             can't be indexed by row, for a `batch_size` that is no integer
-            from 1 to n, and for both a `seed` and `secure_mode`.
+            from 1 to n, and for both a `seed` and `secure_mode`; for `user_ids` that aren't
+            one for each row, of which some are missing or can't be told apart, or that are
+            all the same; and for a maximum that is no positive integer.
 
     Example:
 
@@ -290,8 +346,18 @@ class PoissonDataset(_ArrayDataset):
         batch_size: int,
         seed: int | None = None,
         secure_mode: bool = False,
+        user_ids: Any = None,
+        max_examples_per_user: int | None = None,
     ) -> None:
-        super().__init__(x, y, sample_weight, batch_size=batch_size, seed=seed)
+        super().__init__(
+            x,
+            y,
+            sample_weight,
+            batch_size=batch_size,
+            seed=seed,
+            user_ids=user_ids,
+            max_examples_per_user=max_examples_per_user,
+        )
         if secure_mode and seed is not None:
             raise ValueError(
                 "A seed makes batches repeatable, which secure_mode is there to prevent: give one "
@@ -303,7 +369,7 @@ class PoissonDataset(_ArrayDataset):
 
     @property
     def sampling_rate(self) -> float:
-        """q, the probability with which an example joins a batch."""
+        """q, the probability with which an example (or a person) joins a batch."""
         return 1.0 / self.steps_per_epoch
 
     @property
@@ -311,11 +377,12 @@ class PoissonDataset(_ArrayDataset):
         """How the batches are drawn, for the ledger."""
         return Sampling(
             "poisson",
-            batch_size=self.num_examples * self.sampling_rate,
-            num_examples=self.num_examples,
+            batch_size=self.num_units * self.sampling_rate,
+            num_examples=self.num_units,
             sampling_rate=self.sampling_rate,
             steps_per_epoch=self.steps_per_epoch,
             seeded=self.seed is not None,
+            unit=self.unit,
         )
 
     @property
@@ -336,6 +403,7 @@ class PoissonDataset(_ArrayDataset):
         """
         own = copy.copy(self)
         own._num_batches = num_batches
+        own._hands_to_step = True
         secure = self.secure_mode or (secure_mode and self.seed is None)
         object.__setattr__(own, "secure_mode", secure)
         return own
@@ -343,11 +411,11 @@ class PoissonDataset(_ArrayDataset):
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         """A fresh Poisson draw, whatever the index."""
         if self.secure_mode:
-            return self._batch(_secure_sample(self.num_examples, self.sampling_rate))
+            return self._batch(_secure_sample(self.num_units, self.sampling_rate))
         with self._draws.lock:
             random = self._draws.random
-            size = random.binomial(self.num_examples, self.sampling_rate)
-            indices = random.choice(self.num_examples, size, replace=False, shuffle=False)
+            size = random.binomial(self.num_units, self.sampling_rate)
+            indices = random.choice(self.num_units, size, replace=False, shuffle=False)
         return self._batch(indices)
 
 

@@ -97,6 +97,7 @@ from .tensorflow import (  # noqa: E402
     with_row_of,
     without_autograph,
 )
+from .users import chunked_sum_of_users, loop_engine_of_users  # noqa: E402
 
 __all__ = [
     "AsGraph",
@@ -116,6 +117,7 @@ __all__ = [
     "branch",
     "call_numpy",
     "chunked_sum",
+    "chunked_sum_of_users",
     "column",
     "compiled_candidate",
     "copy_of",
@@ -133,6 +135,7 @@ __all__ = [
     "keep_until_owner_goes",
     "least_square",
     "loop_engine",
+    "loop_engine_of_users",
     "loop_gradients",
     "loss_scales",
     "made_up_like",

@@ -25,6 +25,7 @@ from .. import backend, keras_private
 from .example import ExampleLoss
 from .per_example import Instantiated, PerExample, Scaled, clipped_sums, combined
 from .rules import NoRule, Unit, alone, overridden, rule_for, vectorized
+from .users import Users
 
 __all__ = ["GhostEngine", "NotPossible"]
 
@@ -120,7 +121,9 @@ class GhostEngine:
         self.used_outside: list[int] = []  # indices of weights
         self.owners = keras_private.owners_of(example_loss.model, example_loss.variables)
 
-    def __call__(self, leaves: list[Any], real: Any, clip: Callable[[Any], Any]) -> Any:
+    def __call__(
+        self, leaves: list[Any], real: Any, clip: Callable[[Any], Any], users: Users | None = None
+    ) -> Any:
         """Clipped sums, norms, losses and extras, as `backend.vectorized_engine` returns them.
 
         Args:
@@ -128,15 +131,21 @@ class GhostEngine:
                 (rows, views, 2).
             real: Mask, (rows,); rows where it is false add nothing.
             clip: Clip weights from norms.
+            users: Whose the examples are, if the mean over somebody's is what is clipped;
+                `real` and the norms are then those of people.
 
         Raises:
             NotPossible: If the model can't be served; says which layer and why.
         """
         views = self.views
-        gradients, losses, extra = self.per_example(self._all_views(leaves), views=views)
+        gradients, losses, extra = self.per_example(
+            self._all_views(leaves), views=views, users=users
+        )
         if views > 1:
             losses = ops.mean(ops.reshape(losses, (-1, views)), axis=1)
             extra = [t[::views] for t in extra]
+        if users is not None:
+            gradients = users.means(gradients)
         variables = self.example_loss.variables
         sums, norms = clipped_sums(gradients, variables, clip, real, views=views)
         return sums, norms, losses, extra
@@ -156,6 +165,7 @@ class GhostEngine:
         weights: list[Any] | None = None,
         observe: Callable[[keras.Layer, Any, bool], None] | None = None,
         views: int = 1,
+        users: Users | None = None,
     ) -> tuple[list[PerExample | None], Any, list[Any]]:
         """The per-example gradients of each weight (`None` where no loss reaches it).
 
@@ -166,6 +176,8 @@ class GhostEngine:
                 drew random numbers itself.
             views: How many consecutive rows are one example; their gradients are
                 added up.
+            users: Whose the examples are, if those of one person are to share what their
+                losses are scaled by.
 
         Returns:
             The gradients, the losses, (rows,), and what else comes back for each example.
@@ -177,7 +189,7 @@ class GhostEngine:
             weights = [ops.convert_to_tensor(v.value) for v in self.example_loss.variables]
         while True:
             try:
-                return self._attempt(leaves, weights, observe, views)
+                return self._attempt(leaves, weights, observe, views, users)
             except _Apart as found:
                 known = self.plan.units if found.as_unit else self.plan.alone
                 if id(found.layer) in known:
@@ -215,7 +227,12 @@ class GhostEngine:
         return found
 
     def _attempt(
-        self, leaves: list[Any], weights: list[Any], observe: Any, views: int
+        self,
+        leaves: list[Any],
+        weights: list[Any],
+        observe: Any,
+        views: int,
+        users: Users | None,
     ) -> tuple[list[PerExample | None], Any, list[Any]]:
         loss = self.example_loss
         data, seeds = loss.split(leaves)
@@ -238,7 +255,8 @@ class GhostEngine:
         )
         scales = None
         if loss.scaled:
-            scales = backend.loss_scales(upstream, backend.row_count(leaves[0]), views)
+            sizes = upstream if users is None else users.in_common(upstream, views)
+            scales = backend.loss_scales(sizes, backend.row_count(leaves[0]), views)
             upstream = [None if g is None else backend.scaled_rows(g, scales) for g in upstream]
         of_penalties = [ops.ones_like(p) for p in penalties]
         if scales is not None:
