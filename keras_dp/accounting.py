@@ -34,7 +34,8 @@ from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import rdp_privacy_accountant
 
 from . import losses, people
-from .ledger import PrivacyLedger, Release
+from .choices import Chosen, Repetition, WithChoices
+from .ledger import Choice, PrivacyLedger, Release
 
 ACCOUNTANTS = ("pld", "rdp")
 
@@ -338,7 +339,11 @@ def ledger_epsilon(
             examples. A Poisson-sampled step is a mixture of Gaussians over how
             many of the k it holds, which is exact (Ganesh 2024, arXiv
             2401.10294); everything else is a Gaussian of k times the
-            sensitivity, as all k may be in one batch.
+            sensitivity, as all k may be in one batch. Where the unit of all releases
+            is the person (`PoissonDataset(user_ids=...)`), it makes no difference.
+
+    A model that was chosen among several runs (`tuning`) is accounted with what the
+    choice cost: by Renyi differential privacy, whatever the accountant.
 
     Returns:
         Epsilon: 0.0 before any step; `inf` after a step without noise.
@@ -354,14 +359,29 @@ def ledger_epsilon(
     >>> round(accounting.ledger_epsilon(ledger, delta=1e-5), 3)
     4.377
     """
-    counts = _counts(_releases(ledger))
+    releases = _releases(ledger)
+    delta, accountant = check_delta(delta), check_accountant(accountant)
+    examples = people.check_examples_per_person(examples_per_person)
     return _epsilon_of(
-        counts, check_delta(delta), check_accountant(accountant), examples_per_person
+        _counts(releases), delta, accountant, 1 if _of_people(releases) else examples
     )
 
 
-def _epsilon_of(counts: _Counts, delta: float, accountant: str, examples_per_person: int) -> float:
+def _of_people(releases: Iterable[Release]) -> bool:
+    """Whether the unit of all of them is the person, who then has one of everything.
+
+    Where only that of some is, the others' k stands for all: it is never less.
+    """
+    units = {r.unit for r in releases if r.choice is None}
+    return units == {"user"}
+
+
+def _epsilon_of(
+    counts: _Counts | WithChoices, delta: float, accountant: str, examples_per_person: int
+) -> float:
     examples = people.check_examples_per_person(examples_per_person)
+    if isinstance(counts, WithChoices):
+        return counts.loss(examples).epsilon(delta)
     if examples > 1:
         return people.epsilon(counts, examples, delta, accountant)
     return _epsilon(counts, delta, accountant)
@@ -396,7 +416,11 @@ def privacy_loss(
     (4.377, 0.383)
     """
     examples = people.check_examples_per_person(examples_per_person)
-    counts = _counts(_releases(ledger))
+    releases = _releases(ledger)
+    counts = _counts(releases)
+    if isinstance(counts, WithChoices):
+        return counts.loss(examples)
+    examples = 1 if _of_people(releases) else examples
     if examples > 1 or check_accountant(accountant) == "rdp":
         return people.loss(counts, examples, accountant)
     return _loss_of_one(counts)
@@ -482,7 +506,7 @@ def most_further_steps(
     delta, accountant = check_delta(delta), check_accountant(accountant)
     most = _MOST_STEPS if at_most is None else _whole("at_most", at_most, least=0)
 
-    def counts(steps: int) -> _Counts:
+    def counts(steps: int) -> _Counts | WithChoices:
         return _counts(after(steps))
 
     if at_most is not None and _epsilon(counts(most), delta, accountant) <= target:
@@ -546,7 +570,7 @@ def calibrate_release(
             "training here."
         )
 
-    def counts(sigma: float) -> _Counts:
+    def counts(sigma: float) -> _Counts | WithChoices:
         more = dataclasses.replace(release, noise_multiplier=sigma, steps=total)
         return _counts((*made, more))
 
@@ -561,8 +585,42 @@ def _extend(made: tuple[Release, ...], release: Release, steps: int) -> tuple[Re
     return (*made, release.with_steps(steps))
 
 
-def _counts(releases: Iterable[Release]) -> _Counts:
+def _counts(releases: Iterable[Release]) -> _Counts | WithChoices:
     """How often each mechanism was used. Unprotected steps are sigma = 0."""
+    releases = list(releases)
+    chosen = [r.choice for r in releases if r.choice is not None and r.steps]
+    if not chosen:
+        return _counts_of_steps(releases)
+    further = _not_paid_for(releases, chosen)
+    return WithChoices(
+        _counts_of_steps(further),
+        _of_people(further),
+        tuple(
+            Chosen(
+                Repetition(c.distribution, c.mean_runs),
+                _counts_of_steps(c.each_run),
+                _of_people(c.each_run),
+            )
+            for c in chosen
+        ),
+    )
+
+
+def _not_paid_for(releases: Iterable[Release], chosen: Iterable[Choice]) -> list[Release]:
+    """What is left when the steps of chosen runs, which the choices pay for, are taken out."""
+    paid: dict[tuple[Any, ...], int] = {}
+    for release in (r for choice in chosen for r in choice.chosen):
+        key = (release.id, release.mechanism)
+        paid[key] = max(paid.get(key, 0), release.steps)
+    left = []
+    for release in releases:
+        steps = release.steps - paid.get((release.id, release.mechanism), 0)
+        if release.choice is None and steps > 0:
+            left.append(release.with_steps(steps))
+    return left
+
+
+def _counts_of_steps(releases: Iterable[Release]) -> _Counts:
     counts: dict[tuple[float, float], int] = {}
     for release in releases:
         rate, sigma, times = 1.0, float(release.noise_multiplier), int(release.steps)
@@ -581,7 +639,11 @@ def _counts(releases: Iterable[Release]) -> _Counts:
 
 
 def _most_steps(
-    counts: Callable[[int], _Counts], target: float, delta: float, accountant: str, most: int
+    counts: Callable[[int], _Counts | WithChoices],
+    target: float,
+    delta: float,
+    accountant: str,
+    most: int,
 ) -> int:
     """The largest number of steps, up to `most`, with epsilon <= target."""
     reported, *rough = _excesses(lambda k: counts(int(k)), target, delta, accountant)
@@ -594,7 +656,7 @@ def _most_steps(
 
 
 def _least_noise(
-    counts: Callable[[float], _Counts], target: float, delta: float, accountant: str
+    counts: Callable[[float], _Counts | WithChoices], target: float, delta: float, accountant: str
 ) -> float:
     """A sigma with which epsilon is the target, or up to 0.05 % less."""
     reported, *rough = _excesses(counts, target, delta, accountant)
@@ -612,7 +674,7 @@ def _least_noise(
 
 
 def _excesses(
-    counts: Callable[[float], _Counts], target: float, delta: float, accountant: str
+    counts: Callable[[float], _Counts | WithChoices], target: float, delta: float, accountant: str
 ) -> list[Callable[[float], float]]:
     """log(epsilon / target): as reported, then cheaper ones to start a search with."""
 
@@ -682,8 +744,12 @@ def _cross(
 
 
 @functools.lru_cache(maxsize=4096)
-def _epsilon(counts: _Counts, delta: float, accountant: str, coarser: int = 1) -> float:
+def _epsilon(
+    counts: _Counts | WithChoices, delta: float, accountant: str, coarser: int = 1
+) -> float:
     """Epsilon of composed mechanisms; a PLD's on a grid so many times coarser."""
+    if isinstance(counts, WithChoices):
+        return counts.loss().epsilon(delta)
     if not counts:
         return 0.0
     precision = math.fsum(

@@ -231,7 +231,7 @@ def _line(kind: str, release: Release, *, number: int, previous: str) -> _Line:
         "number": number,
         "previous": previous,
         "kind": kind,
-        "release": dataclasses.asdict(release),
+        "release": release.to_dict(),
     }
     digest = _hash(content)
     text = json.dumps({**content, "hash": digest}, separators=(",", ":"), allow_nan=False)

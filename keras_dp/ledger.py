@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-SAMPLERS = ("poisson", "shuffled", "unknown", "unprotected")
+SAMPLERS = ("poisson", "shuffled", "unknown", "unprotected", "choice")
 UNITS = ("example", "user")
 _FORMAT = 1
 
@@ -37,7 +37,8 @@ class Release:
             every example is in exactly one batch of each pass of
             `steps_per_epoch` steps. `"unknown"`: nothing is known, so every
             example may be in every batch. `"unprotected"`: training without
-            any noise; epsilon is infinite.
+            any noise; epsilon is infinite. `"choice"`: no steps, but that a model
+            was chosen among several runs (`choice`); always one, of sigma 0.
         noise_multiplier: sigma, the standard deviation of the noise divided by
             the L2 sensitivity of the released sum.
         steps: The number of releases made.
@@ -54,6 +55,7 @@ class Release:
         unit: `"example"`; or `"user"`, where people took the place of examples: n, q and
             the batch size count people, and what was clipped is the mean gradient of all
             that one person had in a batch.
+        choice: How a model was chosen, for `"choice"`.
         id: The identity of this run of steps, for merging.
 
     Raises:
@@ -72,12 +74,22 @@ class Release:
     seeded: bool = False
     asserted: bool = False
     unit: str = "example"
+    choice: Choice | None = None
     id: str = dataclasses.field(default_factory=_new_id)
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ValueError(
                 f"`sampler` must be one of {', '.join(SAMPLERS)}. Received: {self.sampler!r}"
+            )
+        if isinstance(self.choice, dict):  # from a file
+            object.__setattr__(self, "choice", Choice(**self.choice))
+        if (self.sampler == "choice") != isinstance(self.choice, Choice) or (
+            self.choice is not None and self.steps > 1
+        ):
+            raise ValueError(
+                "`choice` is for the sampler 'choice', which is a single one. "
+                f"Received: sampler={self.sampler!r}, choice={self.choice!r}, steps={self.steps}"
             )
         if self.unit not in UNITS:
             raise ValueError(f"`unit` must be one of {', '.join(UNITS)}. Received: {self.unit!r}")
@@ -115,6 +127,54 @@ class Release:
         """This run with another number of steps."""
         return dataclasses.replace(self, steps=steps)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields by name, for a file. Those that were not always there are left out where
+        they say nothing, so that versions from before can read what they can account for."""
+        found = dataclasses.asdict(self)
+        if self.choice is not None:
+            found["choice"] = self.choice.to_dict()
+        usual = {"unit": "example", "choice": None}
+        return {k: v for k, v in found.items() if k not in usual or v != usual[k]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """That a model is the best of several runs, whose number was drawn at random.
+
+    Args:
+        distribution: Of the number of runs: `"logarithmic"`, `"geometric"` or `"poisson"`.
+        mean_runs: How many there were on average.
+        score_noise_multiplier: sigma of the noise on a score that was computed on private
+            data; `None` for a score on public data.
+        declared: What each run's training released at most.
+        chosen: What the best run's training released. It is in `declared`, and so it is
+            paid for once by the choice.
+    """
+
+    distribution: str
+    mean_runs: float
+    score_noise_multiplier: float | None
+    declared: tuple[Release, ...]
+    chosen: tuple[Release, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("declared", "chosen"):
+            releases = (r if isinstance(r, Release) else Release(**r) for r in getattr(self, name))
+            object.__setattr__(self, name, tuple(releases))
+
+    @property
+    def each_run(self) -> tuple[Release, ...]:
+        """What each run released at most, its score included."""
+        noise = self.score_noise_multiplier
+        return (*self.declared, *([] if noise is None else [Release("unknown", noise, 1)]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields by name, for a file."""
+        parts = {
+            name: [r.to_dict() for r in getattr(self, name)] for name in ("declared", "chosen")
+        }
+        return {**dataclasses.asdict(self), **parts}
+
 
 @dataclasses.dataclass(frozen=True)
 class PrivacyLedger:
@@ -141,8 +201,8 @@ class PrivacyLedger:
 
     @property
     def steps(self) -> int:
-        """How many releases were made."""
-        return sum(r.steps for r in self.releases)
+        """How many steps were released. (A choice among several runs is none.)"""
+        return sum(r.steps for r in self.releases if r.choice is None)
 
     def merge(self, other: PrivacyLedger | Iterable[Release]) -> PrivacyLedger:
         """Every release that either ledger knows, each with its larger count.
@@ -163,7 +223,7 @@ class PrivacyLedger:
     def to_json(self) -> str:
         """The ledger as JSON text."""
         return json.dumps(
-            {"format": _FORMAT, "releases": [dataclasses.asdict(r) for r in self.releases]},
+            {"format": _FORMAT, "releases": [r.to_dict() for r in self.releases]},
             allow_nan=False,
         )
 

@@ -16,7 +16,7 @@ import keras
 
 from . import accounting, people, risk, tuning
 from .binding import ledger_of
-from .ledger import PrivacyLedger, Release
+from .ledger import Choice, PrivacyLedger, Release
 from .losses import Loss, Renyi
 from .optimizers import DPOptimizer
 from .planning import require_matplotlib
@@ -147,7 +147,7 @@ class PrivacyReport:
     def tuning_covered(self) -> bool:
         """Whether the guarantee covers that the model was chosen among several runs."""
         chosen = [selection["model"] for selection in self.selections]
-        return sorted(chosen) == sorted(self.models)
+        return set(chosen) == set(self.models)
 
     @property
     def not_covered(self) -> tuple[str, ...]:
@@ -595,10 +595,9 @@ def privacy_report(
     optimizers = [_optimizer_of(m) for m in models]
     ledger, chosen = PrivacyLedger(), []
     for m in models:
-        ledger = ledger.merge(r for r in _ledger_to_state(m) if r.steps)
-        procedure = tuning.procedure_of(m)
-        if procedure is not None:
-            chosen.append(_selection(m.name, procedure))
+        known = _ledger_to_state(m)
+        ledger = ledger.merge(r for r in known if r.steps and r.choice is None)
+        chosen += [_selection(m.name, r.choice) for r in known if r.choice is not None]
     sizes = [r.num_examples for r in ledger if r.num_examples]
     if delta is None:
         deltas = [o.session.notes.delta or o.target_delta for o in optimizers if o is not None]
@@ -609,7 +608,7 @@ def privacy_report(
     selections = tuple(chosen)
     epsilon = _epsilon(ledger, selections, delta, examples)
     seeded = any(r.seeded for r in ledger)
-    releases = tuple({**dataclasses.asdict(r), "sampler_basis": _basis(r)} for r in ledger)
+    releases = tuple({**_as_dict(r), "sampler_basis": _basis(r)} for r in ledger)
     private = not seeded and all(map(math.isfinite, epsilon.values()))
     return PrivacyReport(
         model=", ".join(m.name for m in models),
@@ -684,14 +683,20 @@ def _random_source(optimizers: Sequence[Any]) -> str:
     return _common(sources) or "operating system entropy"
 
 
-def _selection(name: str, procedure: tuning.Procedure) -> dict[str, Any]:
+def _as_dict(release: Release) -> dict[str, Any]:
+    fields = dataclasses.asdict(release)
+    del fields["choice"]
+    return fields
+
+
+def _selection(name: str, choice: Choice) -> dict[str, Any]:
     return {
         "model": name,
-        "distribution": procedure.repetition.distribution,
-        "mean_runs": procedure.repetition.mean_runs,
-        "score_noise_multiplier": procedure.score_noise_multiplier,
-        "declared": tuple(map(dataclasses.asdict, procedure.declared)),
-        "chosen": tuple(map(dataclasses.asdict, procedure.chosen)),
+        "distribution": choice.distribution,
+        "mean_runs": choice.mean_runs,
+        "score_noise_multiplier": choice.score_noise_multiplier,
+        "declared": tuple(map(_as_dict, choice.declared)),
+        "chosen": tuple(map(_as_dict, choice.chosen)),
     }
 
 
@@ -713,11 +718,13 @@ def _loss(
     if not selections:
         return accounting.privacy_loss(further, examples)
     divergences = selection_loss((), None, further, examples_per_person=examples).divergences
-    for selection in selections:
-        each_run = (
-            *(Release(**r) for r in selection["declared"]),
-            *tuning.score_releases(selection["score_noise_multiplier"]),
-        )
+    # A choice that is behind several models is one.
+    different = {
+        tuple((r["id"], r["steps"]) for r in selection["chosen"]): selection
+        for selection in selections
+    }
+    for selection in different.values():
+        each_run = Choice(**{k: v for k, v in selection.items() if k != "model"}).each_run
         repetition = Repetition(selection["distribution"], selection["mean_runs"])
         loss = selection_loss(each_run, repetition, examples_per_person=examples)
         divergences = divergences + loss.divergences
@@ -752,7 +759,7 @@ def _epsilon(
 ) -> dict[str, float]:
     releases = PrivacyLedger(tuple(ledger))
     if selections:
-        loss = _loss(map(dataclasses.asdict, releases), selections, examples)
+        loss = _loss(map(_as_dict, releases), selections, examples)
         return dict.fromkeys(accounting.ACCOUNTANTS, loss.epsilon(delta))
     return {
         a: accounting.ledger_epsilon(releases, delta, a, examples) for a in accounting.ACCOUNTANTS
@@ -772,7 +779,7 @@ def _shuffled(release: Release) -> Release:
 def _all_shuffled(selection: Mapping[str, Any]) -> dict[str, Any]:
     """How a model was chosen, had all runs passed over shuffled data."""
     parts = {
-        part: tuple(dataclasses.asdict(_shuffled(Release(**r))) for r in selection[part])
+        part: tuple(_as_dict(_shuffled(Release(**r))) for r in selection[part])
         for part in ("declared", "chosen")
     }
     return {**selection, **parts}

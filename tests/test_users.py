@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-import tiny
 from keras import layers
 from reference import clipped_sum, example_gradients, flat, norms_of, relative_error
 
-import keras_dp
 from keras_dp import backend, keras_private
 from keras_dp.gradients import Batch, EngineOptions, ExampleLoss, UserEngine, Users
 
