@@ -39,7 +39,8 @@ from scipy import optimize, special, stats
 from . import accounting, arguments, keras_private
 from .ledger import Release
 from .optimizers import DPSGD, DPOptimizer
-from .sampling import as_arrays, common_length
+from .sampling import PoissonDataset, as_arrays, common_length
+from .user_sampling import codes_of
 
 KINDS = ("mislabelled", "noise")
 _SHARES = (1.0, 0.5, 0.2, 0.05)  # of the canaries that are guessed at, in turn
@@ -374,6 +375,9 @@ def audit(
     score: Callable[[keras.Model, Any, Any], Any] | None = None,
     seed: int | None = None,
     verbose: Any = 1,
+    user_ids: Any = None,
+    canary_ids: Any = None,
+    max_examples_per_user: int | None = None,
     **fit_arguments: Any,
 ) -> AuditResult:
     """Audits private training of a model and data of your own, in one run.
@@ -410,6 +414,12 @@ def audit(
             compiled loss of each.
         seed: Makes the coins repeatable (and nothing else).
         verbose: As for `fit`.
+        user_ids: Whose each row of `x` is, to audit the training of people: a canary is then
+            a person, all of whose rows are in or out, and `batch_size` counts people. A
+            canary's score is the mean of its rows'.
+        canary_ids: Whose each row of the canaries is; people other than those of `x`,
+            whatever the ids. Needed with `user_ids`.
+        max_examples_per_user: As for `PoissonDataset`; needed with `user_ids`.
         **fit_arguments: More arguments of `fit`, such as `callbacks`.
 
     Returns:
@@ -446,24 +456,33 @@ def audit(
     parts = {"x": as_arrays(x, "x"), "y": as_arrays(y, "y")}
     common_length(parts["x"], parts["y"])
     x_canaries, y_canaries = _canaries_like(parts, canaries)
-    count = common_length(x_canaries, y_canaries)
+    rows = common_length(x_canaries, y_canaries)
+    whose, others = _whose(user_ids, canary_ids, common_length(parts["x"]), rows)
+    count = int(whose.max()) + 1
     model = make_model()
     _require_new_private(model)
 
     coins = np.random.default_rng(seed).integers(0, 2, count).astype(bool)
+    taken = coins[whose]
     joined = {
         name: tree.map_structure(
-            lambda a, b: None if a is None else np.concatenate([a, b[coins]]), parts[name], planted
+            lambda a, b: None if a is None else np.concatenate([a, b[taken]]), parts[name], planted
         )
         for name, planted in (("x", x_canaries), ("y", y_canaries))
     }
+    source: dict[str, Any] = {**joined, "batch_size": batch_size}
+    if others is not None:
+        ids = np.concatenate([others, others.max() + 1 + whose[taken]])
+        people: dict[str, Any] = {"user_ids": ids, "max_examples_per_user": max_examples_per_user}
+        source = {"x": PoissonDataset(**joined, batch_size=batch_size, **people)}
     score = score or _minus_loss
     keras_private.build_from_batch(model, x_canaries, y_canaries, None)
-    before = _scores_of(score, model, x_canaries, y_canaries, count)
-    model.fit(**joined, batch_size=batch_size, epochs=epochs, verbose=verbose, **fit_arguments)
-    after = _scores_of(score, model, x_canaries, y_canaries, count)
+    before = _scores_of(score, model, x_canaries, y_canaries, rows)
+    model.fit(**source, epochs=epochs, verbose=verbose, **fit_arguments)
+    after = _scores_of(score, model, x_canaries, y_canaries, rows)
     # Where a loss is infinite nothing is known: in the middle, neither in nor out.
     gain = np.nan_to_num(after - before, nan=0.0, posinf=0.0, neginf=0.0)
+    gain = np.bincount(whose, gain) / np.bincount(whose)
 
     right, guesses, bound = _best_guesses(gain, coins, delta, confidence)
     return AuditResult(
@@ -476,6 +495,20 @@ def audit(
         correct=right,
         method="one training run, black-box, Steinke et al. 2023",
     )
+
+
+def _whose(
+    user_ids: Any, canary_ids: Any, rows: int, canary_rows: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The number of each canary row's person, and of each other row's, where it was said."""
+    if (user_ids is None) != (canary_ids is None):
+        raise ValueError(
+            "`user_ids` and `canary_ids` belong together: the one says whose each row of `x` is, "
+            "the other whose each row of the canaries is. Give both or neither."
+        )
+    if user_ids is None:
+        return np.arange(canary_rows), None
+    return codes_of(canary_ids, canary_rows, "canary_ids"), codes_of(user_ids, rows)
 
 
 def _best_guesses(
@@ -589,6 +622,7 @@ def white_box_audit(
     compile_arguments: Mapping[str, Any] | None = None,
     seed: int | None = None,
     verbose: int = 1,
+    max_examples_per_user: int | None = None,
     **optimizer_arguments: Any,
 ) -> AuditResult:
     """Audits the training step with your settings, by an attacker who sees the weights.
@@ -620,6 +654,8 @@ def white_box_audit(
         compile_arguments: More for `compile`, such as `{"jit_compile": True}`.
         seed: For tests only: makes noise and canaries repeatable.
         verbose: 1 shows a progress bar; 0 keeps silent.
+        max_examples_per_user: Audits the training of people, each with 1 to so many
+            examples (`PoissonDataset(user_ids=...)`): a canary is then a person.
         **optimizer_arguments: More arguments of `DPSGD`, such as `gradients`,
             `clipping` or `microbatch_size`.
 
@@ -649,6 +685,7 @@ def white_box_audit(
     if steps is None:
         steps = min(max(1, round(float(sigma) ** 2)), _MOST_STEPS)
     steps = _count("steps", steps)
+    most = _count("max_examples_per_user", max_examples_per_user or 1)
 
     model = keras.Sequential(
         [
@@ -669,14 +706,21 @@ def white_box_audit(
     inside, outside, claimed = [], [], math.inf
     for run in range(runs):
         members = random.permutation(canaries)[: canaries // 2]
-        x = np.zeros((len(members), canaries), "float32")
-        x[np.arange(len(members)), members] = 7 * max_grad_norm
+        whose = np.repeat(members, random.integers(1, most, len(members), endpoint=True))
+        x = np.zeros((len(whose), canaries), "float32")
+        x[np.arange(len(whose)), whose] = 7 * max_grad_norm
+        y = np.zeros(len(x))
+        people: dict[str, Any] = {}
+        if max_examples_per_user is not None:
+            people = {"user_ids": whose, "max_examples_per_user": most}
         model.set_weights([np.zeros((canaries, 1))])
-        model.fit(x, np.zeros(len(x)), batch_size=len(x), epochs=steps, verbose=0)
+        data = PoissonDataset(x, y, batch_size=len(members), seed=seed, **people)
+        model.fit(data, epochs=steps, verbose=0)
         if run == 0:  # later runs start anew, from data of their own
             claimed = optimizer.get_epsilon(delta)
         # How often each example seems to have taken part in a step.
-        scores = -np.ravel(model.get_weights()[0]).astype("float64") * len(x) / max_grad_norm
+        moved = -np.ravel(model.get_weights()[0]).astype("float64")
+        scores = moved * len(members) / max_grad_norm
         taken = np.isin(np.arange(canaries), members)
         inside.append(scores[taken])
         outside.append(scores[~taken])

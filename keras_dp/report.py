@@ -23,7 +23,7 @@ from .planning import require_matplotlib
 from .repetition import Repetition, selection_loss
 from .risk import AttackRisk, percent
 
-_SCHEMA = 4
+_SCHEMA = 5
 _PACKAGES = ("keras-dp", "keras", "tensorflow", "dp-accounting", "numpy")
 _NO_NOISE = 1e-9  # a sigma that accounting takes for none
 
@@ -43,6 +43,8 @@ METHODS = {
 }
 SOFTWARE = "keras_dp: open source, Apache-2.0; every epsilon is computed by dp-accounting."
 _TUNING = "The choice of hyper-parameters by several runs on the same data."
+_MORE = "Somebody who has more examples in the data than is stated: the promise to them is weaker."
+_SEVERAL_IDS = "Somebody whose examples are under several user ids: the promise to them is weaker."
 NOT_COVERED = (
     "Metrics and losses that training reported, and whatever was decided by looking at them (by "
     "you, or by a callback that stops training, moves the learning rate or chooses a checkpoint): "
@@ -51,7 +53,7 @@ NOT_COVERED = (
     _TUNING,
     "The number of examples n, which is treated as public.",
     "Data that the weights, or layers adapted to data, had seen before private training.",
-    "Somebody who has more examples in the data than is stated: the promise to them is weaker.",
+    _MORE,
 )
 
 _BOTH = "privacy loss distributions; {} by Renyi differential privacy"
@@ -90,7 +92,7 @@ class PrivacyReport:
             where training had no protection.
         attack_risk: How well any attack can tell whether a person was in the
             data, at most: for people with 1, 2, 4, 8 and `examples_per_person`
-            examples.
+            examples. Once for everybody where people took the place of examples.
         selections: Where a model was chosen as the best of several runs: how,
             as a dictionary.
         epsilon_if_shuffled: What epsilon would be, had each example been in
@@ -152,12 +154,18 @@ class PrivacyReport:
     @property
     def not_covered(self) -> tuple[str, ...]:
         """What the guarantee doesn't cover."""
-        return tuple(t for t in NOT_COVERED if not (self.tuning_covered and t == _TUNING))
+        found = tuple(t for t in NOT_COVERED if not (self.tuning_covered and t == _TUNING))
+        return tuple(_SEVERAL_IDS if self._of_people and t == _MORE else t for t in found)
+
+    @property
+    def _of_people(self) -> bool:
+        """Whether people took the place of examples in all that was released."""
+        return bool(self.releases) and all(r["unit"] == "user" for r in self.releases)
 
     @property
     def unit_of_privacy(self) -> str:
         """What one person's data is taken to be."""
-        return UNIT if self.examples_per_person == 1 else "person"
+        return UNIT if self.examples_per_person == 1 and not self._of_people else "person"
 
     @property
     def adjacency(self) -> str:
@@ -167,6 +175,8 @@ class PrivacyReport:
     @property
     def _whose(self) -> str:
         k = self.examples_per_person
+        if self._of_people:
+            return "all examples of one person, however many"
         return "one example" if k == 1 else f"all examples of one person, at most {k}"
 
     @property
@@ -203,6 +213,8 @@ class PrivacyReport:
             can = "can often tell"
         k = self.examples_per_person
         whom = "one row" if k == 1 else f"up to {k} rows"
+        if self._of_people:
+            whom = "any number of rows"
         more = [r for r in self.attack_risk if r.examples_per_person > k]
         weaker = ""
         if more:
@@ -231,7 +243,7 @@ class PrivacyReport:
         if not self.private:
             return f"No guarantee holds: {self._void}."
         bound = math.ceil(self.epsilon["pld"] * 1e6) / 1e6
-        differ = "one example" if self.examples_per_person == 1 else self._whose
+        differ = "one example" if self.unit_of_privacy == UNIT else self._whose
         return (
             f"For any two data sets that differ in {differ}, which one has and the other has "
             "not (or has zeroed out), n being public, and for any set S of outputs: "
@@ -256,7 +268,8 @@ class PrivacyReport:
             loss: Loss = _loss(self.releases, self.selections, k)
             if not self.private:
                 loss = risk.NO_PROMISE
-            curves.append((f"{_count(k, 'example')} a person", loss))
+            label = "any person" if self._of_people else f"{_count(k, 'example')} a person"
+            curves.append((label, loss))
         risk.draw(curves, figure, f"Attacks on '{self.model}': who was in the data?")
         figure.savefig(path, dpi=150)
 
@@ -266,7 +279,13 @@ class PrivacyReport:
         samplers = {r["sampler"] for r in self.releases}
         protected = "unprotected" not in samplers
         stated = [
-            ("In every step each example's gradient was clipped to C by itself.", protected),
+            (
+                "In every step each person's gradient, the mean over that person's examples in "
+                "the batch, was clipped to C by itself."
+                if self._of_people
+                else "In every step each example's gradient was clipped to C by itself.",
+                protected,
+            ),
             (
                 "In every step the sum of them got fresh Gaussian noise of standard deviation "
                 "sigma * C.",
@@ -275,14 +294,17 @@ class PrivacyReport:
             ("Floating-point draws of a generator are as good as exact Gaussian noise.", False),
         ]
         if "poisson" in samplers:
-            drawn = "Each example joined each Poisson batch independently with probability q."
+            whoever = "person" if self._of_people else "example"
+            drawn = f"Each {whoever} joined each Poisson batch independently with probability q."
             stated.append((drawn, not self.seeded and not self._asserted("poisson")))
         if "shuffled" in samplers:
             once = "Each example was in exactly one batch of every shuffled epoch."
             stated.append((once, not self._asserted("shuffled")))
         if "unknown" in samplers:
             stated.append(("No batch of the caller's own held an example twice.", False))
-        if self.examples_per_person > 1:
+        if any(r["unit"] == "user" for r in self.releases):
+            stated.append(("The user ids say of every example whose it is.", False))
+        if self.examples_per_person > 1 and not self._of_people:
             most = f"Nobody has more than {self.examples_per_person} examples in the data."
             stated.append((most, False))
         if self.selections:
@@ -373,7 +395,9 @@ class PrivacyReport:
             f"{'Renyi differential privacy' if self.selections else _BOTH.format(rdp)}). "
             f"{self.statement}"
         )
-        if self.examples_per_person > 1:
+        if self._of_people:
+            promise = f"For people, with however many examples: {promise}"
+        elif self.examples_per_person > 1:
             promise = f"For people with up to {self.examples_per_person} examples: {promise}"
         if not self.private:
             promise = f"{whose} training is NOT private: see the doubts below."
@@ -403,7 +427,7 @@ class PrivacyReport:
             ]
         if self.warnings:
             lines += _section("Doubts", self.warnings)
-        lines += _table_of_risks(self.attack_risk, self.private)
+        lines += _table_of_risks(self.attack_risk, self.private, self._of_people)
         lines += _section(
             "What is promised",
             [
@@ -413,11 +437,13 @@ class PrivacyReport:
                 "Unit of privacy: "
                 + (
                     "one example, one row of the training data."
-                    if self.examples_per_person == 1
+                    if self.unit_of_privacy == UNIT
+                    else "one person, with however many examples."
+                    if self._of_people
                     else f"one person, with at most {self.examples_per_person} examples."
                 ),
-                f"Adjacency: add or remove (zero out) {self._whose}; the number of examples is "
-                "public.",
+                f"Adjacency: add or remove (zero out) {self._whose}; the number of "
+                f"{'people' if self._of_people else 'examples'} is public.",
             ],
         )
         if self.selections:
@@ -449,7 +475,7 @@ def _section(title: str, items: Iterable[str]) -> list[str]:
     return ["", f"## {title}", "", *(f"- {item}" for item in items)]
 
 
-def _table_of_risks(risks: Sequence[AttackRisk], private: bool) -> list[str]:
+def _table_of_risks(risks: Sequence[AttackRisk], private: bool, of_people: bool) -> list[str]:
     """Attacks, for people with one example and with several."""
     rates = [f"{100 * rate:g} %" for rate in risks[0].false_positive_rates]
     lines = [
@@ -465,7 +491,8 @@ def _table_of_risks(risks: Sequence[AttackRisk], private: bool) -> list[str]:
         "|---|---|" + "---|" * len(rates) + "---|",
     ]
     for found in risks:
-        cells = [str(found.examples_per_person), _figure(found.epsilon)]
+        many = "any number" if of_people else str(found.examples_per_person)
+        cells = [many, _figure(found.epsilon)]
         cells += [percent(rate) for rate in (*found.true_positive_rates, found.advantage)]
         lines.append(f"| {' | '.join(cells)} |")
     if private:
@@ -506,7 +533,8 @@ def _table_of(releases: tuple[dict[str, Any], ...]) -> list[str]:
             norm += f" ({release['clipping']})"
         cells = [
             _count(release["steps"], "step"),
-            _DRAWN.get(release["sampler"], (release["sampler"],))[0],
+            ("people: " if release["unit"] == "user" else "")
+            + _DRAWN.get(release["sampler"], (release["sampler"],))[0],
             release["sampler_basis"],
             _rate(release),
             _number(release["num_examples"]),
@@ -610,6 +638,7 @@ def privacy_report(
     seeded = any(r.seeded for r in ledger)
     releases = tuple({**_as_dict(r), "sampler_basis": _basis(r)} for r in ledger)
     private = not seeded and all(map(math.isfinite, epsilon.values()))
+    of_people = bool(releases) and all(r.unit == "user" for r in ledger)
     return PrivacyReport(
         model=", ".join(m.name for m in models),
         models=tuple(m.name for m in models),
@@ -618,7 +647,7 @@ def privacy_report(
         epsilon=epsilon,
         attack_risk=tuple(
             _risk(releases, selections, delta, k) if private else risk.unlimited(delta, k)
-            for k in sorted({*risk.EXAMPLES_PER_PERSON, examples})
+            for k in sorted({examples, *([] if of_people else risk.EXAMPLES_PER_PERSON)})
         ),
         selections=selections,
         epsilon_if_shuffled=_epsilon(
@@ -817,6 +846,12 @@ def _doubts(ledger: PrivacyLedger, epsilon: dict[str, float], delta: float) -> l
     if any(_NO_NOISE < r.noise_multiplier < 0.3 for r in ledger):
         doubts.append(
             "A noise multiplier is below 0.3: a single step gives much of an example away."
+        )
+    if len({r.unit for r in ledger}) > 1:
+        doubts.append(
+            "In some steps a person took the place of an example, and in others not: the figures "
+            "hold for people with no more examples than are stated, and count the former as "
+            "dear as the latter."
         )
     asserted = sum(r.steps for r in ledger if r.asserted)
     if asserted:

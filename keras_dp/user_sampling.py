@@ -11,7 +11,7 @@ import numpy as np
 
 from . import arguments
 
-__all__ = ["RowsOfUsers", "Users"]
+__all__ = ["RowsOfUsers", "Users", "codes_of"]
 
 
 class RowsOfUsers(NamedTuple):
@@ -60,9 +60,14 @@ class Users:
             max_examples_per_user,
             "the most examples of one person that a batch may hold",
         )
-        codes = _codes(user_ids, num_rows)
+        codes = codes_of(user_ids, num_rows)
         self.counts = np.bincount(codes)
-        self.most = min(most, num_rows)
+        if most > num_rows:
+            raise ValueError(
+                f"`max_examples_per_user` ({most}) is larger than the number of rows "
+                f"({num_rows}). Nobody can have so many, and memory grows with it."
+            )
+        self.most = most
         # The rows sorted by person, and where each person's begin.
         self._order = np.argsort(codes, kind="stable")
         self._starts = np.cumsum(self.counts) - self.counts
@@ -107,8 +112,12 @@ class Users:
         return rows, np.arange(self.most) < held[:, np.newaxis]
 
 
-def _codes(user_ids: Any, num_rows: int) -> np.ndarray:
-    """A number for each person, from 0 on, for each row."""
+def codes_of(user_ids: Any, num_rows: int, name: str = "user_ids") -> np.ndarray:
+    """The number of its person, from 0 on, for each row.
+
+    Raises:
+        ValueError: If there isn't one id for each row, or they can't be told apart.
+    """
     given = user_ids
     if hasattr(given, "to_numpy"):
         given = given.to_numpy()
@@ -117,24 +126,23 @@ def _codes(user_ids: Any, num_rows: int) -> np.ndarray:
     elif not isinstance(given, np.ndarray):
         if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
             raise ValueError(
-                "`user_ids` must hold one id for each row: an array, a pandas Series or a list. "
-                f"Received: user_ids of type {type(user_ids).__name__}"
+                f"`{name}` must hold one id for each row: an array, a pandas Series or a list. "
+                f"Received: {name} of type {type(user_ids).__name__}"
             )
         # As they are: NumPy would make text of numbers that stand beside text.
         values = list(given)
-        given = np.empty(len(values), object)
-        given[:] = values
+        given = np.fromiter(values, object, len(values))
     if given.ndim == 2 and given.shape[1] == 1:
         given = given[:, 0]
     if given.ndim != 1 or len(given) != num_rows:
         raise ValueError(
-            f"`user_ids` must hold one id for each of the {num_rows} rows, of shape "
+            f"`{name}` must hold one id for each of the {num_rows} rows, of shape "
             f"({num_rows},). It has the shape {given.shape}."
         )
     missing = _missing(given)
     if missing.any():
         raise ValueError(
-            f"`user_ids` is missing for {int(missing.sum())} of {num_rows} rows (the first is row "
+            f"`{name}` is missing for {int(missing.sum())} of {num_rows} rows (the first is row "
             f"{int(np.argmax(missing))}), and nobody knows whose those are. Leave these rows out, "
             "or give each an id of its own if each is of another person."
         )
@@ -145,7 +153,7 @@ def _codes(user_ids: Any, num_rows: int) -> np.ndarray:
     kinds = {_kind(value) for value in given}
     if len(kinds) > 1:
         raise ValueError(
-            f"`user_ids` holds values of several types ({', '.join(sorted(kinds))}), of which 1 "
+            f"`{name}` holds values of several types ({', '.join(sorted(kinds))}), of which 1 "
             "and '1' would be two people. Convert them to one type."
         )
     numbers: dict[Any, int] = {}
@@ -153,7 +161,7 @@ def _codes(user_ids: Any, num_rows: int) -> np.ndarray:
         return np.array([numbers.setdefault(value, len(numbers)) for value in given], np.int64)
     except TypeError:
         raise ValueError(
-            f"`user_ids` holds values that can't be told apart, because they are not hashable "
+            f"`{name}` holds values that can't be told apart, because they are not hashable "
             f"(of type {', '.join(sorted(kinds))}). Use numbers or text."
         ) from None
 

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import warnings
+
 import keras
 import numpy as np
 import pytest
+import test_record_and_replay as replay
+import tiny
 from keras import layers
-from reference import clipped_sum, example_gradients, flat, norms_of, relative_error
+from reference import (
+    clipped_sum,
+    example_gradients,
+    flat,
+    noiseless_optimizer,
+    norms_of,
+    relative_error,
+)
+from test_report import problems
 
-from keras_dp import backend, keras_private
+import keras_dp
+from keras_dp import PoissonDataset, accounting, auditing, backend, keras_private
 from keras_dp.gradients import Batch, EngineOptions, ExampleLoss, UserEngine, Users
+from keras_dp.ledger import PrivacyLedger, Release
+from keras_dp.training import Meter
 
 COUNTS = (2, 1, 4, 3)  # rows of each person
 MOST = 4
@@ -167,7 +184,6 @@ def test_what_is_clipped_is_the_mean_of_a_persons_gradients(name):
         ("ghost", {"microbatch_size": 8, "jit_compile": True}),
         ("ghost", {"microbatch_size": 9, "eagerly": True}),
         ("vectorized", {}),
-        ("vectorized", {"jit_compile": True}),
         ("vectorized", {"microbatch_size": 8}),
         ("loop", {}),
         ("loop", {"eagerly": True}),
@@ -175,17 +191,537 @@ def test_what_is_clipped_is_the_mean_of_a_persons_gradients(name):
         ("loop", {"microbatch_size": 4}),
     ],
 )
-def test_every_engine_and_mode_gives_the_same_numbers(gradients, mode):
-    model, x = MODELS["wide"]()
-    y = rows(9, seed=1)
+def test_rule_14_every_engine_and_mode_gives_the_same_numbers(gradients, mode):
+    model, x = compiled(keras.Input((6,)), layers.Dense(5, "tanh"), layers.Dense(2)), rows(6)
+    y = rows(2, seed=1)
     wanted, losses = means_of_people(model, x, y)
     clip = float(np.median(norms_of(wanted)))
-    for padding in (0, 3):
-        outcome, used = user_outcome(
-            model, x, y, clip=clip, gradients=gradients, padding=padding, **mode
+    outcome, used = user_outcome(model, x, y, clip=clip, gradients=gradients, padding=3, **mode)
+    assert used == gradients
+    assert relative_error([outcome.norms[: len(COUNTS)]], [norms_of(wanted)]) < 1e-5
+    assert relative_error(outcome.sums, clipped_sum(wanted, clip)) < 1e-5
+    np.testing.assert_allclose(outcome.losses[: len(x)], losses, rtol=1e-5)
+    np.testing.assert_allclose(outcome.outputs[: len(x)], model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradients", ENGINES)
+def test_rule_08_examples_of_a_person_draw_apart_and_views_are_averaged(gradients):
+    model = compiled(
+        keras.Input((4,)), layers.Dropout(0.5, seed=1), layers.Dense(1, use_bias=False)
+    )
+    x, y = np.ones((sum(COUNTS), 4), "float32"), 100 * np.ones((sum(COUNTS), 1), "float32")
+    one, used = user_outcome(model, x, y, clip=1e6, gradients=gradients)
+    assert used == gradients
+    assert len(set(np.round(np.asarray(one.losses), 3))) > 3
+    many, _ = user_outcome(model, x, y, clip=1e6, gradients=gradients, views=40)
+    plain, _ = user_outcome(model, x, y, clip=1e6, gradients=gradients, views=40, padding=2)
+    assert many.norms.shape == (4,)
+    mean = float(np.asarray(many.sums[0]).mean())
+    assert np.asarray(many.sums[0]).std() < 0.2 * abs(mean)  # of one view: about 0.5 of it
+    assert np.asarray(plain.norms)[4] == pytest.approx(0, abs=1e-3)  # a row of zeros, not real
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e5])
+def test_float16_neither_loses_nor_overflows_what_is_a_persons(size):
+    """One of somebody's examples has a far larger gradient than the others."""
+
+    def loss(y_true, y_pred):
+        return size * keras.losses.mean_squared_error(y_true, y_pred)
+
+    def made(policy):
+        return compiled(
+            keras.Input((4,)),
+            layers.Dense(6, "tanh", dtype=policy),
+            layers.Dense(6, "tanh", dtype=policy),
+            layers.Dense(2, dtype="float32"),
+            loss=loss,
         )
-        assert used == gradients
-        assert relative_error([outcome.norms[: len(COUNTS)]], [norms_of(wanted)]) < 1e-5
-        assert relative_error(outcome.sums, clipped_sum(wanted, clip)) < 1e-5
-        np.testing.assert_allclose(outcome.losses[: len(x)], losses, rtol=1e-5)
-        np.testing.assert_allclose(outcome.outputs[: len(x)], model(x), rtol=1e-4, atol=1e-5)
+
+    x, y = rows(4), rows(2, seed=1)
+    y[3] *= 50
+    exact, half = made("float32"), made("mixed_float16")
+    half.set_weights(exact.get_weights())
+    half.compile("sgd", loss=loss, auto_scale_loss=False)
+    wanted, _ = means_of_people(exact, x, y)
+    clip = float(np.median(norms_of(wanted)))
+    outcome, used = user_outcome(half, x, y, clip=clip, gradients="ghost")
+    assert used == "ghost"
+    np.testing.assert_allclose(outcome.norms[: len(COUNTS)], norms_of(wanted), rtol=0.02)
+    assert relative_error(outcome.sums, clipped_sum(wanted, clip)) < 0.02
+
+
+def test_rule_15_the_clip_holds_where_somebodys_gradients_nearly_cancel():
+    """Each is some 1e6 long, and their mean 0.1: products of pairs can't tell it in float32."""
+    clip = 0.01
+    model = compiled(
+        keras.Input((30,)),
+        layers.Dense(20, use_bias=False, kernel_initializer="zeros"),
+        loss=lambda y, y_pred: keras.ops.sum(y * y_pred, axis=-1),
+    )
+    x = np.repeat(rows(30)[:1], 4, axis=0)
+    y = 1e5 * np.repeat(rows(20)[:1], 4, axis=0) * np.array([[1], [-1], [1], [-1]])
+    x, y = x.astype("float32"), y.astype("float32")
+    x[3, 0] += 1e-6 * x[3, 0]
+    wanted, _ = means_of_people(model, x, y, (4,))
+    outcome, _ = user_outcome(model, x, y, (4,), clip=clip, gradients="ghost")
+    length = float(np.sqrt(sum((np.asarray(s, "f8") ** 2).sum() for s in outcome.sums)))
+    assert norms_of(wanted)[0] > 10 * clip
+    assert 0.9 * clip < length <= clip * (1 + 1e-4)
+
+
+# -- whose rows are whose ---------------------------------------------------------------------------
+
+
+def of_people(*, people=40, most=3, batch_size=10, **kwargs):
+    """A dataset of people with 1 to 5 rows, which hold the number of their person and row."""
+    counts = np.arange(people) % 5 + 1
+    whose = np.random.default_rng(0).permutation(np.repeat(np.arange(people), counts))
+    x = np.stack([whose, np.arange(len(whose))], axis=1)
+    names = np.array([f"p{k}" for k in whose])
+    data = PoissonDataset(
+        x, whose, batch_size=batch_size, user_ids=names, max_examples_per_user=most, **kwargs
+    )
+    return data, whose, counts
+
+
+@pytest.mark.parametrize("secure_mode", [False, True])
+def test_rule_10_people_are_drawn_independently_with_at_most_so_many_of_their_rows(secure_mode):
+    data, whose, counts = of_people(secure_mode=secure_mode)
+    assert (data.num_units, data.sampling_rate, len(data), data.unit) == (40, 0.25, 4, "user")
+    steps = 800
+    took, rows_taken = np.zeros((steps, 40), bool), np.zeros(len(whose))
+    for step in range(steps):
+        x, y = data[step]
+        assert np.array_equal(x[:, 0], y)
+        people, held = np.unique(y, return_counts=True)
+        assert np.array_equal(held, np.minimum(counts, 3)[people])
+        assert len(np.unique(x[:, 1])) == len(x)
+        assert np.array_equal(np.flatnonzero(np.diff(y)) + 1, np.cumsum(held_in_order(y))[:-1])
+        took[step, people] = True
+        rows_taken[x[:, 1]] += 1
+    q, sizes = 0.25, took.sum(axis=1)
+    assert sizes.mean() == pytest.approx(10, abs=0.4)
+    assert sizes.var() == pytest.approx(40 * q * (1 - q), rel=0.2)
+    assert took.sum(axis=0).var() == pytest.approx(steps * q * (1 - q), rel=0.6)
+    again = (took[1:] & took[:-1]).mean()
+    assert again == pytest.approx(q * q, abs=0.008)
+    # Of those with 5 rows each row comes with a probability of 3 / 5.
+    fives = rows_taken[np.isin(whose, np.flatnonzero(counts == 5))]
+    assert fives.mean() == pytest.approx(steps * q * 0.6, rel=0.05)
+    assert fives.std() < 3 * np.sqrt(steps * q * 0.6)
+
+
+def held_in_order(y):
+    """The lengths of runs of equal values."""
+    ends = np.flatnonzero(np.append(np.diff(y), 1))
+    return np.diff(np.append(-1, ends))
+
+
+def test_fit_counts_people_in_n_batch_size_divisor_and_ledger():
+    data, *_ = of_people()
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    model.compile(tiny.sgd(), loss="mse", metrics=["mae"])
+    history = model.fit(data, epochs=2, verbose=0).history
+    assert np.isfinite(history["mae"][-1])
+    (release,) = model.optimizer.ledger
+    assert (release.unit, release.steps, release.num_examples) == ("user", 8, 40)
+    assert (release.sampling_rate, release.batch_size) == (0.25, 10.0)
+    wanted = accounting.compute_epsilon(
+        num_examples=40, batch_size=10, noise_multiplier=1.0, epochs=2, delta=1e-3
+    )
+    assert model.optimizer.get_epsilon(1e-3) == wanted
+    assert model.optimizer.get_epsilon(1e-3, examples_per_person=8) == wanted
+    loss = accounting.privacy_loss(model.optimizer.ledger, 8)
+    assert loss.epsilon(1e-3) == pytest.approx(wanted, rel=1e-3)
+    assert PrivacyLedger.from_json(model.optimizer.ledger.to_json()) == model.optimizer.ledger
+    # Rows of somebody who has k of them, in steps on rows, count as ever.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", keras_dp.PrivacyWarning)
+        model.train_on_batch(np.ones((4, 2)), np.ones(4))
+    assert {r.unit for r in model.optimizer.ledger} == {"user", "example"}
+    one, two = (model.optimizer.get_epsilon(1e-3, examples_per_person=k) for k in (1, 2))
+    assert wanted < one < two
+    assert any("took the place" in w for w in keras_dp.privacy_report(model, delta=1e-3).warnings)
+
+
+def test_the_ledger_of_before_people_is_read_and_the_unit_has_to_be_known():
+    old = Release("poisson", 1.0, 3, sampling_rate=0.5).to_dict()
+    assert "unit" not in old and Release(**old).unit == "example"
+    with pytest.raises(ValueError, match="`unit` must be one of example, user"):
+        Release("poisson", 1.0, sampling_rate=0.5, unit="row")
+
+
+def test_the_statement_speaks_of_people():
+    data, *_ = of_people()
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    model.compile(tiny.sgd(), loss="mse")
+    model.fit(data, verbose=0)
+    report = keras_dp.privacy_report(model, delta=1e-3)
+    assert report.unit_of_privacy == "person" and len(report.attack_risk) == 1
+    assert report.adjacency.startswith("add-or-remove (zero-out) all examples of one person")
+    text = str(report)
+    for said in (
+        "any number of rows",
+        "For people, with however many examples",
+        "Each person joined each Poisson batch independently",
+        "each person's gradient, the mean over",
+        "people: Poisson sampling, drawn by keras_dp",
+        "The user ids say of every example whose it is. (not verified)",
+        "under several user ids",
+    ):
+        assert said in text
+    assert "has one row" not in text and "up to" not in report.summary[1]
+    data = json.loads(report.to_json())
+    assert not list(problems(data)) and data["releases"][0]["unit"] == "user"
+    assert report.epsilon["pld"] == model.optimizer.get_epsilon(1e-3)
+    same = keras_dp.privacy_report(model, delta=1e-3, examples_per_person=8)
+    assert same.epsilon == report.epsilon and same.risk.advantage == report.risk.advantage
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"optimizer": {"clipping": "per_layer"}, "compiled": {"steps_per_execution": 3}},
+        {"optimizer": {"clipping": "adaptive"}, "compiled": {"run_eagerly": True}},
+        {"optimizer": {"clipping": "automatic", "secure_mode": True}},
+        {"optimizer": {"augmentation_multiplicity": 2, "microbatch_size": 4}},
+        {"fit": {"class_weight": {0: 1.0, 1: 3.0}}, "compiled": {"jit_compile": True}},
+    ],
+)
+def test_people_go_with_whatever_else_a_fit_may_have(case):
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(60, 4)), random.integers(0, 2, 60)
+    data = PoissonDataset(
+        {"in": x}, y, batch_size=4, user_ids=np.arange(60) // 3, max_examples_per_user=2
+    )
+    inputs = {"in": keras.Input((4,), name="in")}
+    hidden = layers.Dropout(0.2)(layers.Dense(3, "relu")(inputs["in"]))
+    model = keras.Model(inputs, layers.Dense(1, "sigmoid")(hidden))
+    optimizer = keras_dp.DPSGD(
+        0.1, max_grad_norm=1.0, target_epsilon=3.0, target_delta=1e-3, **case.get("optimizer", {})
+    )
+    model.compile(
+        optimizer, loss="binary_crossentropy", metrics=["accuracy"], **case.get("compiled", {})
+    )
+    budget = keras_dp.PrivacyBudget(epsilon=2.0, delta=1e-3)
+    model.fit(data, epochs=4, verbose=0, callbacks=[budget], **case.get("fit", {}))
+    assert optimizer.engine == "ghost"
+    assert 0 < optimizer.ledger.steps < 20 and 1.5 < optimizer.get_epsilon(1e-3) <= 2.0
+    assert {r.unit for r in optimizer.ledger} == {"user"}
+
+
+def test_rule_04_a_batch_of_nobody_is_a_step(monkeypatch):
+    monkeypatch.setattr(np.random.Generator, "binomial", lambda self, n, q: 0, raising=False)
+    data, *_ = of_people()
+
+    class Nobody:
+        def binomial(self, n, q):
+            return 0
+
+        def __getattr__(self, name):
+            return getattr(np.random.default_rng(), name)
+
+    data._draws._random = Nobody()
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    model.compile(tiny.sgd(), loss="mse")
+    before = model.get_weights()
+    model.fit(data, verbose=0)
+    assert model.optimizer.ledger.steps == 4
+    assert not tiny.same(before, model.get_weights())
+
+
+def test_private_gradients_would_clip_rows_and_says_so():
+    data, *_ = of_people()
+    model = tiny.compiled()
+    with pytest.raises(ValueError, match="clips the gradient of each row, not of each person"):
+        model.optimizer.private_gradients(
+            lambda batch: 0.0, model.trainable_variables, data[0], sampling=data
+        )
+
+
+X, Y = np.zeros((6, 2), "float32"), np.zeros(6)
+
+
+class NoHash:
+    __hash__ = None
+
+
+@pytest.mark.parametrize(
+    ("user_ids", "said"),
+    [
+        ([1, 2, 3], r"one id for each of the 6 rows"),
+        (np.zeros((6, 2)), r"one id for each of the 6 rows"),
+        ("abcdef", r"one id for each row: an array"),
+        (7, r"one id for each row: an array"),
+        ([1, 2, None, 3, 4, None], r"missing for 2 of 6 rows \(the first is row 2\)"),
+        (np.array([1, np.nan, 2, 3, 4, 5]), r"missing for 1 of 6 rows \(the first is row 1\)"),
+        (np.array(["2020", "NaT"] * 3, "M8[D]"), r"missing for 3 of 6 rows"),
+        (np.ma.array([1, 2, 3, 4, 5, 6], mask=[0, 0, 0, 1, 0, 0]), r"missing for 1 of 6 rows"),
+        ([[1], [2], [3], [4], [5], [6]], r"not hashable \(of type list\)"),
+        ([NoHash() for _ in range(6)], r"not hashable \(of type NoHash\)"),
+        ([1, "1", 2, 3, 4, 5], r"several types \(number, str\)"),
+        ([4] * 6, r"all rows are of one person"),
+    ],
+)
+def test_user_ids_that_make_no_sense_are_refused_before_any_data_are_used(user_ids, said):
+    with pytest.raises(ValueError, match=said) as raised:
+        PoissonDataset(X, Y, batch_size=1, user_ids=user_ids, max_examples_per_user=2)
+    assert "`user_ids`" in str(raised.value)
+
+
+@pytest.mark.parametrize("most", [0, -1, 1.5, True, "2", None, 7])
+def test_a_maximum_that_makes_no_sense_is_named(most):
+    with pytest.raises(ValueError, match="`max_examples_per_user`"):
+        PoissonDataset(X, Y, batch_size=1, user_ids=[1, 1, 2, 2, 3, 3], max_examples_per_user=most)
+
+
+def test_the_rest_of_what_a_dataset_is_given_is_checked_by_people():
+    given = {"user_ids": [1, 1, 2, 2, 3, 3], "max_examples_per_user": 2}
+    with pytest.raises(ValueError, match=r"larger than the number of people \(3\)"):
+        PoissonDataset(X, Y, batch_size=4, **given)
+    with pytest.raises(ValueError, match="`max_examples_per_user` needs `user_ids`"):
+        PoissonDataset(X, Y, batch_size=1, max_examples_per_user=2)
+    for same in (
+        np.array([1.0, 1, 2, 2, 3, 3]),
+        ["a", "a", "b", "b", "c", "c"],
+        [(1, 2), (1, 2), (3, 4), (3, 4), (5, 6), (5, 6)],
+        np.array([[1], [1], [2], [2], [3], [3]]),
+        keras.ops.convert_to_tensor([1, 1, 2, 2, 3, 3]),
+        iter([1, 1, 2, 2, 3, 3]),
+    ):
+        data = PoissonDataset(X, Y, batch_size=1, **{**given, "user_ids": same})
+        assert data.num_units == 3
+
+
+# -- neighbours: data sets with and without one person ----------------------------------------------
+
+C = 0.5
+
+
+def clipped_by_fit(gradients, x, y, whose, microbatch_size=None):
+    """The clipped sum of everybody, from a step of `fit` without noise."""
+    keras.utils.set_random_seed(5)
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(1)])
+    model.compile(noiseless_optimizer(C, gradients, microbatch_size=microbatch_size), loss="mse")
+    before = model.get_weights()
+    people = len(np.unique(whose))
+    data = PoissonDataset(x, y, batch_size=people, user_ids=whose, max_examples_per_user=8)
+    model.fit(data, verbose=0)
+    assert model.optimizer.engine == gradients
+    return np.concatenate(
+        [np.ravel(b - a) * people for b, a in zip(before, model.get_weights(), strict=True)]
+    )
+
+
+def neighbours(gradients, *, value=None, **kwargs):
+    """How far each of three people moves the sum, of people with 1, 8 and 3 rows."""
+    whose = np.repeat(np.arange(6), [1, 8, 3, 2, 5, 1])
+    random = np.random.default_rng(2)
+    x, y = 3 * random.normal(size=(20, 3)), 5 + random.normal(size=20)
+    if value is not None:
+        x[3] = value  # one of eight
+    x, y = x.astype("float32"), y.astype("float32")
+    everyone = clipped_by_fit(gradients, x, y, whose, **kwargs)
+    assert np.all(np.isfinite(everyone))
+    changes = []
+    for person in (0, 1, 2):
+        others = whose != person
+        left = clipped_by_fit(gradients, x[others], y[others], whose[others], **kwargs)
+        changes.append(float(np.linalg.norm(everyone - left)))
+    return changes
+
+
+@pytest.mark.parametrize(
+    ("gradients", "more"),
+    [
+        ("ghost", {}),
+        ("ghost", {"value": np.nan}),
+        ("ghost", {"value": 1e30}),
+        ("ghost", {"microbatch_size": 8}),
+        ("vectorized", {}),
+        ("loop", {"value": np.nan}),
+    ],
+)
+def test_one_person_changes_the_clipped_sum_by_at_most_c(gradients, more):
+    changes = neighbours(gradients, **more)
+    assert max(changes) <= C * (1 + 1e-4)
+    assert min(changes[0], changes[2]) > 0.99 * C  # the bound is reached
+    if "value" in more:  # whose gradient isn't finite, or has no length: takes no part
+        assert changes[1] <= C * (1 + 1e-4)
+    if np.isnan(more.get("value", 0)):
+        assert changes[1] == pytest.approx(0, abs=1e-5)
+
+
+# -- mutants: a person's rows each by themselves, and rows counted ----------------------------------
+
+
+def rows_clipped_in_the_place_of_people():
+    def padded(cls, present, rows, multiple):
+        number = keras.ops.arange(rows, dtype="int32")
+        return cls(number, keras.ops.ones_like(number), present.shape[1]), number >= 0
+
+    return Users, "padded", classmethod(padded)
+
+
+def sums_in_the_place_of_means():
+    shares = property(lambda self: keras.ops.ones_like(keras.ops.cast(self.counts, "float64")))
+    return Users, "shares", shares
+
+
+def rows_counted_in_the_batch():
+    declare = Meter.declare
+
+    def undeclared(self, sampling, *, iteration):
+        declare(self, sampling, iteration=iteration)
+        self._divisor.set(0.0)  # which stands for what is handed over
+
+    return Meter, "declare", undeclared
+
+
+def rows_counted_in_the_rate():
+    def sampling(self):
+        right = PoissonDataset_sampling.fget(self)
+        steps = -(-self.num_examples // self.batch_size)
+        return dataclasses.replace(
+            right, num_examples=self.num_examples, sampling_rate=1 / steps, steps_per_epoch=steps
+        )
+
+    return PoissonDataset, "sampling", property(sampling)
+
+
+PoissonDataset_sampling = PoissonDataset.sampling
+
+
+def audited(**more):
+    return auditing.white_box_audit(
+        noise_multiplier=2.0,
+        delta=1e-5,
+        steps=4,
+        canaries=800,
+        runs=2,
+        verbose=0,
+        max_examples_per_user=8,
+        confidence=0.99,
+        seed=1,
+        **more,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*seed")
+@pytest.mark.parametrize("more", [{}, {"gradients": "vectorized", "microbatch_size": 100}])
+def test_the_white_box_audit_of_people_agrees_with_the_claim(more):
+    result = audited(**more)
+    assert result.claimed_epsilon == pytest.approx(4.377, abs=1e-3)
+    assert 3.0 < result.epsilon_lower_bound <= result.claimed_epsilon
+
+
+@pytest.mark.filterwarnings("ignore:.*seed")
+@pytest.mark.parametrize("mutant", [rows_clipped_in_the_place_of_people])
+def test_the_white_box_audit_finds_a_wrong_unit_out(mutant, monkeypatch):
+    monkeypatch.setattr(*mutant())
+    assert not audited().consistent
+
+
+def test_the_neighbours_find_a_wrong_unit_out(monkeypatch):
+    monkeypatch.setattr(*rows_clipped_in_the_place_of_people())
+    assert max(neighbours("ghost")) > 2 * C
+
+
+def declared_rate_is_that_of_people():
+    data, *_ = of_people()
+    own = data.for_fit(None, secure_mode=False)
+    seen = np.mean([own[k][0].present.shape[0] for k in range(400)]) / data.num_units
+    assert own.sampling.num_examples == data.num_units
+    assert seen == pytest.approx(own.sampling.sampling_rate, abs=0.02)
+
+
+def test_rule_10_the_rate_that_is_declared_is_that_of_people(monkeypatch):
+    declared_rate_is_that_of_people()
+    monkeypatch.setattr(*rows_counted_in_the_rate())
+    with pytest.raises(AssertionError):
+        declared_rate_is_that_of_people()
+
+
+def test_the_black_box_audit_plants_people():
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(60, 4)), np.arange(60) % 2
+    canaries = auditing.make_canaries(x, y, count=40, seed=0)
+
+    def make_model():
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+        model.compile(tiny.sgd(), loss="mse")
+        return model
+
+    settings = {"delta": 1e-3, "batch_size": 10, "epochs": 1, "verbose": 0}
+    result = auditing.audit(
+        make_model,
+        x,
+        y,
+        canaries,
+        user_ids=np.arange(60) // 2,
+        canary_ids=np.arange(40) // 4,
+        max_examples_per_user=3,
+        **settings,
+    )
+    assert result.canaries == 10 and result.consistent
+    with pytest.raises(ValueError, match="`user_ids` and `canary_ids` belong together"):
+        auditing.audit(make_model, x, y, canaries, user_ids=np.arange(60), **settings)
+    with pytest.raises(ValueError, match="`canary_ids` must hold one id for each of the 40 rows"):
+        auditing.audit(
+            make_model, x, y, canaries, user_ids=np.arange(60), canary_ids=[1], **settings
+        )
+
+
+# -- record and replay ------------------------------------------------------------------------------
+
+
+def people_to_replay(*kinds):
+    """Twelve people of 1 to 8 rows; one row of somebody's is extreme."""
+    counts = np.array([1, 2, 8, 3, 4, 1, 5, 2, 6, 7, 8, 4])
+    whose = np.repeat(np.arange(12), counts)
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(len(whose), 2)), random.normal(size=(len(whose), 1))
+    if "huge" in kinds:
+        y[np.flatnonzero(whose == replay.HUGE)[3:]] = -1e6
+    if "not a number" in kinds:
+        x[np.flatnonzero(whose == replay.NAN)[1]] = np.nan
+    x, y = x.astype("float32"), y.astype("float32")
+    people = {"user_ids": whose, "max_examples_per_user": 8}
+    return (PoissonDataset(x, y, batch_size=2, seed=4, **people),)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("ghost", "graph", "flat"),
+        ("ghost", "microbatches", "adaptive"),
+        ("vectorized", "graph", "per_layer"),
+        ("loop", "several steps", "automatic"),
+    ],
+    ids="-".join,
+)
+def test_rule_18_nothing_but_noised_sums_depends_on_a_person(case, monkeypatch):
+    monkeypatch.setattr(replay, "data", people_to_replay)
+    shares = replay.check(case)
+    nobody = [k for k, drawn in enumerate(replay.PLAN) if max(drawn, default=0) < replay.PLAIN]
+    assert all(shares[k] == 0 for k in nobody)
+    assert min(shares[1], shares[3]) > 0.97
+    assert shares[4] < 1e-5 or case[2] == "adaptive"
+
+
+@pytest.mark.parametrize(
+    ("mutant", "match"),
+    [
+        (rows_clipped_in_the_place_of_people, "sums change|depends on"),
+        (rows_counted_in_the_batch, "weights depends"),
+        (sums_in_the_place_of_means, None),
+    ],
+)
+def test_rule_18_a_wrong_unit_is_found_out(mutant, match, monkeypatch):
+    monkeypatch.setattr(*mutant())
+    monkeypatch.setattr(replay, "data", people_to_replay)
+    if match is None:  # a longer gradient is clipped all the same: no breach, another mean
+        replay.check(("ghost", "graph", "flat"))
+        return
+    with pytest.raises(AssertionError, match=match):
+        replay.check(("ghost", "graph", "flat"))
