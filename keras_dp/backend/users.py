@@ -133,7 +133,7 @@ def chunked_sum_of_users(
     count = (people + each - 1) // each
 
     def chunk(k: Tensor) -> EngineResult:
-        wanted = k * each + tf.range(each)
+        wanted = k * each + tf.range(each if fixed else tf.minimum(each, people - k * each))
         there = wanted < people
         wanted = tf.minimum(wanted, people - 1)
         held = tf.where(there, tf.gather(counts, wanted), 0)

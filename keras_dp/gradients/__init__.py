@@ -293,7 +293,12 @@ class UserEngine(Engine):
     @property
     def padding(self) -> int:
         """What the numbers of rows and of people are padded to a multiple of."""
-        return 32 if self._jit_compile and not self._eagerly else 1
+        return 32 if self._fixed else 1
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether sizes are filled up, because XLA compiles anew for each."""
+        return self._jit_compile and not self._eagerly
 
     def of_users(self, batch: Batch, users: Users, real: Any, seeds: list[Any]) -> Outcome:
         """The clipped sum of a padded batch.
@@ -314,7 +319,7 @@ class UserEngine(Engine):
 
     def _split(self, leaves: list[Any]) -> tuple[list[Any], Users, Any]:
         *data, of_rows, counts, real = leaves
-        return data, Users(of_rows, counts, self._most), real
+        return data, Users(of_rows, counts, self._most, self._fixed), real
 
     def _chunk(self, engine: Any, **options: Any) -> Callable[[list[Any]], Any]:
         variables = self.example_loss.variables
@@ -408,5 +413,5 @@ class UserEngine(Engine):
         size, most = self._microbatch_size, self._most
         if size is None:
             return chunk
-        each, fixed = max(size // most, 1), self._jit_compile and not self._eagerly
+        each, fixed = max(size // most, 1), self._fixed
         return lambda leaves: backend.chunked_sum_of_users(chunk, leaves, each, most, fixed=fixed)

@@ -17,10 +17,24 @@ from typing import Any
 from keras import ops
 
 from .. import backend
-from .per_example import Instantiated, OuterProducts, PerExample, Rows, Scaled, Squares, _Tied
+from .per_example import (
+    Instantiated,
+    OuterProducts,
+    PerExample,
+    Rows,
+    Scaled,
+    Squares,
+    _Tied,
+    pairs,
+    squares_of_pairs,
+)
 from .rules.convolution import Filters
 
 __all__ = ["Users"]
+
+# Rows' gradients are written out where they are at most so many times as large as their factors:
+# then no row is computed with twice.
+_WRITTEN_OUT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +43,16 @@ class Users:
 
     Attributes:
         of_rows: The number of the person of each row, (rows,): 0, 1, ...
-        counts: How many rows each person has, (people,). Some may have none.
+        counts: How many rows each person has, (people,).
         most: The most that anybody may have.
+        fixed: Whether the number of people is filled up with some who have no rows, as
+            XLA needs it. Else each has one at least.
     """
 
     of_rows: Any
     counts: Any
     most: int
+    fixed: bool = False
 
     @classmethod
     def padded(cls, present: Any, rows: Any, multiple: int) -> tuple[Users, Any]:
@@ -61,12 +78,15 @@ class Users:
         of_others = left - most * ops.arange(total - people, dtype="int32")
         counts = ops.concatenate([counts, ops.clip(of_others, 0, most)])
         of_rows = ops.repeat(ops.arange(total, dtype="int32"), counts)
-        users = cls(backend.of_known_sizes(of_rows, [None]), counts, most)
+        users = cls(backend.of_known_sizes(of_rows, [None]), counts, most, fixed=multiple > 1)
         return users, ops.arange(total, dtype="int32") < people
 
     def total(self, tensor: Any) -> Any:
         """The sum over each person's rows: (people, ...) of (rows, ...)."""
-        found = ops.segment_sum(tensor, self.of_rows, ops.shape(self.counts)[0])
+        if self.fixed:
+            found = ops.segment_sum(tensor, self.of_rows, ops.shape(self.counts)[0])
+        else:  # several times as fast
+            found = ops.segment_sum(tensor, self.of_rows, sorted=True)
         return backend.of_known_sizes(found, [None, *tensor.shape[1:]])
 
     def of_each_row(self, values: Any) -> Any:
@@ -86,14 +106,21 @@ class Users:
         """What each of somebody's rows counts for in their mean, (people,), float64."""
         return 1 / ops.cast(ops.maximum(self.counts, 1), "float64")
 
+    @functools.cached_property
+    def present(self) -> Any:
+        """Which of `most` places each person has a row for, (people, most)."""
+        return ops.arange(self.most, dtype="int32") < ops.expand_dims(self.counts, 1)
+
+    def in_any_places(self, tensor: Any) -> Any:
+        """(people * most, ...): `most` places for the rows of each person, and others' behind."""
+        chosen = ops.expand_dims(self._starts, 1) + ops.arange(self.most, dtype="int32")
+        chosen = ops.minimum(ops.reshape(chosen, (-1,)), ops.shape(tensor)[0] - 1)
+        return ops.take(tensor, chosen, axis=0)
+
     def in_places(self, tensor: Any) -> Any:
         """(people * most, ...): `most` places for the rows of each person, zeros where none is."""
-        places = ops.arange(self.most, dtype="int32")
-        chosen = ops.expand_dims(self._starts, 1) + places
-        chosen = ops.minimum(ops.reshape(chosen, (-1,)), ops.shape(tensor)[0] - 1)
-        there = ops.reshape(places < ops.expand_dims(self.counts, 1), (-1,))
-        there = ops.reshape(there, (-1, *(1 for _ in tensor.shape[1:])))
-        found = ops.take(tensor, chosen, axis=0)
+        found = self.in_any_places(tensor)
+        there = ops.reshape(self.present, (-1, *(1 for _ in tensor.shape[1:])))
         return ops.where(there, found, ops.zeros_like(found))
 
     def in_common(self, gradients: Sequence[Any], views: int) -> list[Any]:
@@ -125,8 +152,11 @@ class Users:
         if isinstance(rows, OuterProducts):
             left, right = rows.factors()
             d, p, positions = left.shape[-1], right.shape[-1], left.shape[-2]
-            if positions is not None and d * p <= positions * (d + p):
-                return self._mean(Instantiated(rows.instantiate()))  # as without people
+            if positions is not None and d * p <= _WRITTEN_OUT * positions * (d + p):
+                return self._mean(Instantiated(rows.instantiate()))
+            few = positions is not None and d * p > self.most * positions * (d + p)
+            if few and len(left.shape) == 3:
+                return _PairsOfRows(rows, self)
         if isinstance(rows, (OuterProducts, Rows, _Tied)):
             return _MeanOfRows(rows, self)
         return _Mean(Instantiated(self.total(rows.instantiate())), self)
@@ -174,11 +204,16 @@ class _MeanOfRows(_Mean):
     """
 
     def __init__(self, rows: PerExample, users: Users) -> None:
-        super().__init__(_together(rows, users), users)
         self.rows = rows
+        self.users = users
+
+    @functools.cached_property
+    def total(self) -> PerExample:  # type: ignore[override]
+        """The sums over each person's rows."""
+        return _together(self.rows, self.users)
 
     def weighted_sum(self, clip_weights: Any) -> Any:
-        if "_products" in self.total.__dict__:  # written out for the norms
+        if "_products" in self.__dict__.get("total", self).__dict__:  # written out for the norms
             return super().weighted_sum(clip_weights)
         weights = clip_weights * ops.cast(self.users.shares, clip_weights.dtype)
         return self.rows.weighted_sum(self.users.of_each_row(weights))
@@ -190,7 +225,30 @@ class _MeanOfRows(_Mean):
         return self.rows.emptied(self.users.of_each_row(bad))
 
     def with_tensors(self, tensors: list[Any]) -> PerExample:
-        return _MeanOfRows(self.rows.with_tensors(tensors), self.users)
+        return type(self)(self.rows.with_tensors(tensors), self.users)
+
+
+class _PairsOfRows(_MeanOfRows):
+    """The same, of outer products so large that norms come from products of pairs of rows.
+
+    These are far fewer than the numbers of the rows, so what doesn't belong to a person is
+    taken out of them.
+    """
+
+    rows: OuterProducts
+
+    def squares(self) -> Squares:
+        positions = self.rows.factors()[0].shape[-2]
+        there = ops.repeat(self.users.present, positions, axis=1)
+        both = ops.logical_and(ops.expand_dims(there, 1), ops.expand_dims(there, 2))
+        found = []
+        for factor in self.rows.factors():
+            placed = self.users.in_any_places(backend.at_least_float32(factor))
+            size = self.users.most * positions
+            of_pairs, off = pairs(ops.reshape(placed, (-1, size, factor.shape[-1])))
+            found.append((ops.where(both, of_pairs, ops.zeros_like(of_pairs)), off))
+        (left, left_off), (right, right_off) = found
+        return squares_of_pairs(left, right, left_off, right_off).times(self.users.shares)
 
 
 def _together(rows: PerExample, users: Users) -> PerExample:
