@@ -441,6 +441,51 @@ def test_training_on_after_the_choice_is_added():
     assert not keras_dp.privacy_report(model, delta=1e-3).private
 
 
+def test_a_candidate_draws_what_a_function_for_keras_tuner_asks_for():
+    def build(hp):
+        with hp.conditional_scope("kind", ["a"]):
+            kind = hp.Choice("kind", ["a", "b"], default="a")
+        return (
+            kind,
+            hp.Int("units", min_value=16, max_value=64, step=16),
+            hp.Int("any", 1, 3),
+            hp.Int("doubled", 2, 16, step=2, sampling="log"),
+            hp.Int("log", 1, 100, sampling="log"),
+            hp.Float("rate", 1e-3, 1.0, sampling="log"),
+            hp.Float("late", 1e-3, 1.0, sampling="reverse_log"),
+            hp.Float("part", 0.0, 0.5, step=0.25),
+            hp.Boolean("on", default=True),
+            hp.Fixed("set", 7),
+        )
+
+    runs = [(hp := tuning.Candidate(), build(hp)) for _ in range(400)]
+    kinds, units, some, doubled, log, rate, late, part, on, fixed = zip(
+        *(found for _, found in runs), strict=True
+    )
+    assert set(kinds) == {"a", "b"} and set(on) == {True, False} and set(fixed) == {7}
+    assert set(units) == {16, 32, 48, 64} and set(some) == {1, 2, 3}
+    assert set(doubled) == {2, 4, 8, 16} and set(part) == {0.0, 0.25, 0.5}
+    assert all(isinstance(v, int) for v in (*units, *some, *doubled, *log))
+    assert min(log) >= 1 and max(log) <= 100 and np.mean(np.array(log) <= 10) > 0.4
+    assert 0.4 < np.mean(np.array(rate) < np.sqrt(1e-3)) < 0.6
+    assert 0.4 < np.mean(np.array(late) > 1.001 - np.sqrt(1e-3)) < 0.6
+    hp, found = runs[0]
+    assert build(hp) == found and hp.get("units") == found[1] and len(hp.values) == 10
+    assert build(tuning.Candidate(hp.values)) == found
+    for wrong in (
+        lambda hp: hp.Float("a", 1, 0),
+        lambda hp: hp.Float("a", 0, 1, sampling="log"),
+        lambda hp: hp.Float("a", 0, 1, step=0),
+        lambda hp: hp.Float("a", 0, 1, sampling="any"),
+        lambda hp: hp.Float("a", 0, math.inf),
+        lambda hp: hp.Int("a", 0.5, 2),
+        lambda hp: hp.Choice("a", []),
+        lambda hp: hp.get("a"),
+    ):
+        with pytest.raises(ValueError, match="'a'"):
+            wrong(tuning.Candidate())
+
+
 def test_rule_16_the_choice_follows_the_weights_into_every_file_and_model(tmp_path):
     selected = chosen()
     wanted = selected.epsilon(1e-3)
