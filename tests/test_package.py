@@ -89,7 +89,7 @@ def test_only_accounting_imports_dp_accounting_and_only_the_backend_tensorflow()
             "accounting",
             "losses",
             "people",
-            "repetition",
+            "choices",
         )
         assert ("dp_accounting" in tops) == accounts, module
         assert ("tensorflow" in tops) <= module.startswith("keras_dp.backend"), module
