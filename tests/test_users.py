@@ -27,6 +27,7 @@ from keras_dp import PoissonDataset, accounting, auditing, backend, keras_privat
 from keras_dp.gradients import Batch, EngineOptions, ExampleLoss, UserEngine, Users
 from keras_dp.ledger import PrivacyLedger, Release
 from keras_dp.training import Meter
+from keras_dp.user_sampling import RowsOfUsers
 
 COUNTS = (2, 1, 4, 3)  # rows of each person
 MOST = 4
@@ -438,6 +439,23 @@ def test_private_gradients_would_clip_rows_and_says_so():
         model.optimizer.private_gradients(
             lambda batch: 0.0, model.trainable_variables, data[0], sampling=data
         )
+
+
+def test_rule_10_people_are_not_clipped_where_rows_are_counted_nor_the_other_way(monkeypatch):
+    data, *_ = of_people()
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    model.compile(tiny.sgd(), loss="mse")
+    own = data.for_fit(None, secure_mode=False)
+    x, y = own[0]
+    x = RowsOfUsers(keras.ops.convert_to_tensor(x.x, "float32"), x.present)
+    with pytest.raises(keras_dp.PrivacyError, match="not what its accounting counts"):
+        model.train_step((x, y))
+    monkeypatch.setattr(
+        PoissonDataset, "_hands_to_step", property(lambda self: False, lambda self, value: None)
+    )
+    with pytest.raises(keras_dp.PrivacyError, match="not what its accounting counts"):
+        model.fit(data, verbose=0)
+    assert not model.optimizer.ledger.steps
 
 
 X, Y = np.zeros((6, 2), "float32"), np.zeros(6)

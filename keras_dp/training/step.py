@@ -70,6 +70,7 @@ def private_train_step(
     backend.keep_until_owner_goes(backend.current_graph())
     mechanism, meter = parts.mechanism, parts.meter
     batch, present = _whose(Batch(*keras.utils.unpack_x_y_sample_weight(data)))
+    _require_same_unit(meter, present)
     batch = batch.with_leaves(backend.as_tensors(batch.leaves()))
     rows = backend.row_count(batch.leaves()[0])
     example_loss = _prepare(parts, model, batch)
@@ -113,6 +114,20 @@ def _whose(batch: Batch) -> tuple[Batch, Any]:
         return batch, None
     present = ops.convert_to_tensor(batch.x.present)
     return Batch(batch.x.x, batch.y, batch.sample_weight), present
+
+
+def _require_same_unit(meter: Meter, present: Any) -> None:
+    """Refuses a step that clips people and counts rows, or the other way about.
+
+    Raises:
+        PrivacyError: If it would.
+    """
+    if (meter.phase.sampling.unit == "user") != (present is not None):
+        raise PrivacyError(
+            "What this step would clip is not what its accounting counts: rows in the place of "
+            "people, or people in the place of rows. Give model.fit the PoissonDataset with "
+            "`user_ids` itself."
+        )
 
 
 def _padded(
