@@ -441,6 +441,7 @@ def test_private_gradients_would_clip_rows_and_says_so():
         )
 
 
+@pytest.mark.filterwarnings("ignore:train_step can't know")
 def test_rule_10_people_are_not_clipped_where_rows_are_counted_nor_the_other_way(monkeypatch):
     data, *_ = of_people()
     model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
