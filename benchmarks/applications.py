@@ -1,14 +1,14 @@
-"""The models of `keras.applications`, mended and trained privately: at what cost.
+"""The models of `keras.applications`, fixed and trained privately: at what cost.
 
     python benchmarks/applications.py [--models MobileNetV3Small,DenseNet121] [--rows 4] [--steps 3]
 
 Each model is built without weights, for the smallest images that it takes and
-ten classes, mended by `keras_dp.fix_model`, compiled with `keras_dp.DPSGD`, and
+ten classes, fixed by `keras_dp.fix_model`, compiled with `keras_dp.DPSGD`, and
 trained on made-up images. Printed, as a table in Markdown:
 
 - `weights`: how many, in millions;
 - `problems`: what `check_model` finds;
-- `engine`: which one serves the mended model;
+- `engine`: which one serves the fixed model;
 - `first s`: the first step, which traces the model and tries the engine;
 - `s per step`: the median of the steps after it.
 
@@ -81,16 +81,16 @@ def measured(name, rows, steps):
     found = Counter(p.layer.split("(")[-1].rstrip(")") for p in keras_dp.check_model(model))
     cells.append(", ".join(f"{n} {kind}" for kind, n in found.items()) or "none")
     try:
-        mended = keras_dp.fix_model(model)
-        mended.compile(
+        fixed = keras_dp.fix_model(model)
+        fixed.compile(
             keras_dp.DPSGD(0.01, max_grad_norm=1.0, noise_multiplier=1.0),
             loss="sparse_categorical_crossentropy",
         )
-        seconds = timed(mended, side, rows, steps)
+        seconds = timed(fixed, side, rows, steps)
     except (ValueError, keras_dp.PrivacyError) as error:
         return [*cells, str(error).strip().splitlines()[0][:160], "", ""]
     after = f"{statistics.median(seconds[1:]):.2f}" if steps else ""
-    return [*cells, str(mended.optimizer.engine), f"{seconds[0]:.0f}", after]
+    return [*cells, str(fixed.optimizer.engine), f"{seconds[0]:.0f}", after]
 
 
 def timed(model, side, rows, steps):

@@ -126,7 +126,7 @@ def installed(python, packages):
 
 
 class Worker:
-    """A process that takes a step when it is told to (see `peers/worker.py`).
+    """A process that takes a step when it is asked to (see `peers/worker.py`).
 
     Attributes:
         ms: Milliseconds of each timed step.

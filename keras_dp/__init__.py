@@ -22,6 +22,7 @@ __version__ = _version("keras-dp")
 __all__ = [
     "DPSGD",
     "AuditResult",
+    "BallsInBinsDataset",
     "DPAdagrad",
     "DPAdam",
     "DPAdamW",
@@ -44,15 +45,17 @@ __all__ = [
     "check_model",
     "clipping",
     "fix_model",
+    "from_files",
     "privacy_report",
     "register_rule",
     "risk",
     "save_inference_model",
+    "spool",
     "tuning",
 ]
 
-# All of it is loaded at once, lest `keras.saving.load_model` meet a DP optimizer
-# that Keras hasn't been told of. The command that plans trains nothing, and starts
+# All of it is loaded at once, so that `keras.saving.load_model` never meets a DP optimizer
+# that Keras doesn't know. The command that plans trains nothing, and starts
 # ten times as fast without Keras and TensorFlow.
 if not _only_plans():
     from . import backend as _backend  # noqa: F401 - says which backends of Keras will do
@@ -69,7 +72,13 @@ if not _only_plans():
     from .monitor import PrivacyMonitor
     from .optimizers import DPSGD, DPAdagrad, DPAdam, DPAdamW, DPOptimizer, DPRMSprop
     from .report import PrivacyReport, privacy_report
-    from .sampling import PoissonDataset, ShuffledDataset
+    from .sampling import (
+        BallsInBinsDataset,
+        PoissonDataset,
+        ShuffledDataset,
+        from_files,
+        spool,
+    )
     from .saving import save_inference_model
 
     _install()

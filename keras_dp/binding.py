@@ -20,18 +20,19 @@ from typing import Any
 import keras
 from keras import tree
 
-from . import arguments, backend, keras_private, lineage
+from . import arguments, backend, keras_private, lineage, preprocessing
 from .compatibility import require_trainable_privately
 from .decisions import raw_decisions
 from .errors import PrivacyError, PrivacyWarning
 from .ledger import PrivacyLedger
 from .optimizers import DPOptimizer
 from .sampling import (
+    OWN,
     PoissonDataset,
     Sampling,
-    ShuffledDataset,
-    as_arrays,
+    as_leaves,
     common_length,
+    is_source,
     split_for_validation,
 )
 from .training import training_alone
@@ -131,12 +132,13 @@ def _check_can_bind(model: keras.Model, optimizer: DPOptimizer, arguments: dict[
 
 
 def _bind(model: keras.Model, optimizer: DPOptimizer) -> None:
-    keras_private.seed_states_of(model)  # made now, lest the first step be traced twice
+    keras_private.seed_states_of(model)  # made now, or the first step would be traced twice
     methods: dict[str, Callable[..., Any]] = {
         "train_step": functools.partial(optimizer.train_step, model),
         "make_train_function": functools.partial(_make_train_function, model),
     }
     vars(model).update(methods)
+    preprocessing.watch(type(model), lambda model: _private_optimizer(model) is not None)
 
 
 def _private_optimizer(model: keras.Model) -> DPOptimizer | None:
@@ -178,6 +180,7 @@ class _TrainFunction:
     def __init__(self, function: Callable[[Any], Any], optimizer: DPOptimizer) -> None:
         self._function = function
         self.optimizer = optimizer
+        self.batch_capacity: int | None = None  # that its step was traced for
 
     def __call__(self, iterator: Any) -> Any:
         with (
@@ -207,6 +210,15 @@ def _make_train_function(model: keras.Model, force: bool = False) -> Any:
         model._jit_compile = jit_compile
     model.train_function = _TrainFunction(model.train_function, optimizer)
     return model.train_function
+
+
+def _renew_train_function(model: keras.Model, batch_capacity: int | None) -> None:
+    """Has the step traced anew, if batches are padded to another size than it was traced for."""
+    function = model.train_function
+    if function is not None and not isinstance(function, _TrainFunction):
+        return  # which is refused where it is used
+    if getattr(function, "batch_capacity", None) != batch_capacity:
+        _make_train_function(model, force=True).batch_capacity = batch_capacity
 
 
 def require_own_train_function(model: keras.Model, optimizer: DPOptimizer) -> None:
@@ -262,7 +274,8 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
             del given["self"]
             require_trainable_privately(self)
             optimizer.session.require_same_weights(self)
-            sampling, steps = _private_source(given, optimizer)
+            sampling, steps, dataset = _private_source(given, optimizer, self)
+            _renew_train_function(self, sampling.capacity)
             declaration = _FitDeclaration(
                 optimizer, sampling, steps, given.get("initial_epoch", 0), given.get("epochs", 1)
             )
@@ -270,7 +283,7 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
             if decided is not None:
                 warnings.warn(decided, PrivacyWarning, stacklevel=2)
             try:
-                with _joined(declaration, given, self):
+                with _joined(declaration, given, self), _row_errors(dataset, optimizer):
                     return original(self, **given)
             finally:
                 optimizer.session.gate.close()
@@ -279,11 +292,31 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
     return fit
 
 
-def _private_source(given: dict[str, Any], optimizer: DPOptimizer) -> tuple[Sampling, int | None]:
+@contextlib.contextmanager
+def _row_errors(dataset: Any, optimizer: DPOptimizer) -> Iterator[None]:
+    """Raises what reading a row ended with, in the place of what TensorFlow makes of it."""
+    before, failure = optimizer.ledger.steps, None
+    try:
+        yield
+    except Exception:
+        failure = getattr(dataset, "failure", None)
+        if failure is None:
+            raise
+    if failure is not None:  # outside of `except`: what was raised there may hold data
+        steps = optimizer.ledger.steps - before
+        raise type(failure)(
+            f"{failure} Training ended after {steps} steps of this fit, all of which are counted."
+        )
+
+
+def _private_source(
+    given: dict[str, Any], optimizer: DPOptimizer, model: keras.Model
+) -> tuple[Sampling, int | None, Any]:
     """Puts the data source that private training needs into `fit`'s arguments.
 
     Returns:
-        How its batches are drawn, and the steps of an epoch, where known.
+        How its batches are drawn, the steps of an epoch, where known, and the data set of
+        ours that it is fed from, if there is one.
     """
     x: Any = given.get("x")
     y, weights = given.get("y"), given.get("sample_weight")
@@ -296,17 +329,29 @@ def _private_source(given: dict[str, Any], optimizer: DPOptimizer) -> tuple[Samp
     if steps is not None:
         steps = arguments.positive_integer("steps_per_epoch", steps, "how many steps are an epoch")
 
-    if isinstance(x, keras.utils.PyDataset) or not keras_private.can_convert_arrays(
+    leaves = tree.flatten((x, y, weights))
+    in_memory = not isinstance(x, keras.utils.PyDataset) and keras_private.can_convert_arrays(
         (x, y, weights)
+    )
+    sources = [leaf for leaf in leaves if is_source(leaf)]
+    if given.get("validation_split") and (sources or not in_memory):
+        raise ValueError(
+            "`validation_split` is only supported for arrays. Split the data first and pass "
+            "validation_data=(x_val, y_val)."
+        )
+    if not in_memory and not (
+        sources and all(is_source(t) or keras_private.can_convert_arrays(t) for t in leaves)
     ):
-        if given.get("validation_split"):
-            raise ValueError(
-                "`validation_split` is only supported for arrays. Split the data first and pass "
-                "validation_data=(x_val, y_val)."
-            )
-        if type(x) in (PoissonDataset, ShuffledDataset):
+        if type(x) in OWN:
             return _own_dataset(given, x, steps, optimizer.secure_mode)
-        return _foreign_source(given, x, batch_size, optimizer, steps)
+        if isinstance(x, (str, bytes, int, float, list, tuple, dict, set)) or x is None:
+            kinds = sorted({type(leaf).__name__ for leaf in leaves if leaf is not None})
+            raise ValueError(
+                f"fit(x=...): `x` is a {type(x).__name__} with values of type "
+                f"{', '.join(kinds) or 'None'}, whose rows can't be drawn. Pass arrays, one row "
+                "for each example (of a list: np.array(x)), or a source with rows by index."
+            )
+        return *_foreign_source(given, x, batch_size, optimizer, steps, model), None
 
     if given.get("shuffle", True) is not True:
         raise ValueError(
@@ -328,7 +373,7 @@ def _private_source(given: dict[str, Any], optimizer: DPOptimizer) -> tuple[Samp
     given["validation_batch_size"] = given.get("validation_batch_size") or batch_size
     for name in ("y", "sample_weight", "batch_size"):
         given.pop(name, None)
-    x, y, weights = as_arrays(x, "x"), as_arrays(y, "y"), as_arrays(weights, "sample_weight")
+    x, y, weights = as_leaves(x, "x"), as_leaves(y, "y"), as_leaves(weights, "sample_weight")
     if batch_size is None:
         n = common_length(x, y, weights)
         batch_size = min(-(-n // steps) if steps else _DEFAULT_BATCH_SIZE, n)
@@ -337,17 +382,21 @@ def _private_source(given: dict[str, Any], optimizer: DPOptimizer) -> tuple[Samp
 
 
 def _own_dataset(
-    given: dict[str, Any],
-    dataset: PoissonDataset | ShuffledDataset,
-    steps: int | None,
-    secure_mode: bool,
-) -> tuple[Sampling, int | None]:
+    given: dict[str, Any], dataset: Any, steps: int | None, secure_mode: bool
+) -> tuple[Sampling, int | None, Any]:
+    for name in ("y", "sample_weight"):
+        if given.pop(name, None) is not None:
+            raise ValueError(
+                f"fit({name}=...): a {type(dataset).__name__} was given as `x`, which holds all "
+                f"that is trained on. Give `{name}` to the data set instead."
+            )
     # Nobody else has what is trained on, so nobody can draw from it or change its order.
     dataset = dataset.for_fit(steps, secure_mode=secure_mode)
-    given["x"] = dataset
-    given.pop("steps_per_epoch", None)
-    given["shuffle"] = False  # both are random already
-    return dataset.sampling, dataset.num_batches
+    given["x"] = dataset.feed()
+    for name in ("steps_per_epoch", "batch_size"):
+        given.pop(name, None)
+    given["shuffle"] = False  # it is random already
+    return dataset.sampling, dataset.num_batches, dataset
 
 
 def _foreign_source(
@@ -356,6 +405,7 @@ def _foreign_source(
     batch_size: int | None,
     optimizer: DPOptimizer,
     steps: int | None,
+    model: keras.Model,
 ) -> tuple[Sampling, int | None]:
     """A source whose batches nobody can vouch for."""
     if batch_size is None:
@@ -368,8 +418,7 @@ def _foreign_source(
         "source",
         f"fit can't know how a {kind} draws its batches, so every step is accounted as if every "
         "example took part in it (once), and epsilon grows fast. Even that holds only if no "
-        "example decides which others are in a batch. Pass arrays, of which fit draws Poisson "
-        "batches, or a keras_dp.PoissonDataset or ShuffledDataset, to be accounted as what it is.",
+        f"example decides which others are in a batch. {_better_than(x, model)}",
     )
     length = steps
     if length is None:
@@ -379,6 +428,31 @@ def _foreign_source(
         except (TypeError, NotImplementedError):
             length = None
     return Sampling("unknown", batch_size=float(batch_size)), length
+
+
+def _better_than(x: Any, model: keras.Model) -> str:
+    """How the examples of a foreign source get the epsilon of arrays, a line of code."""
+    kind, owner = type(x).__name__, type(model)
+    if not hasattr(owner.fit, "_keras_dp"):
+        return (
+            f"The class {owner.__name__} has a `fit` of its own, which may have made this {kind} "
+            "of what you gave it. If you gave it arrays, preprocess them yourself, and write: "
+            "keras.Model.fit(model, x, y, batch_size=256)."
+        )
+    size = "batch_size=256"
+    if isinstance(x, OWN):
+        return f"A subclass of ours may draw otherwise: use the class itself, not {kind}."
+    if isinstance(x, keras.utils.PyDataset):
+        return (
+            "If it can give one example for an index, have it do so, and write: fit("
+            f"keras_dp.PoissonDataset(data, {size}, one_example_each=True)). If all fits into "
+            f"memory, write: fit(x, y, {size})."
+        )
+    return (
+        "Its examples have the epsilon of arrays once they can be read by index. Write them to "
+        "disk once, without .batch, .shuffle and .repeat, and train on that: fit(keras_dp.spool("
+        f"examples, 'folder'), {size}). If all fits into memory, write: fit(x, y, {size})."
+    )
 
 
 def _declared_batch_size(x: Any) -> tuple[Any, int]:

@@ -101,7 +101,7 @@ class Clipping:
         return type(self).__name__
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Told the trainable variables, in the order of the norms' columns, before a step."""
+        """Gets the trainable variables, in the order of the norms' columns, before a step."""
 
     def norm(self, max_grad_norm: Any) -> Any:
         """C of this step, from the one that the optimizer was given: a scalar tensor."""
@@ -411,7 +411,7 @@ class PerLayerClipping(Clipping):
         self._layers = np.ones((1, 1), "float32")
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Told the trainable variables: those of one path, up to their own names, are a layer."""
+        """Gets the trainable variables: those of one path, up to their own names, are a layer."""
         _, self._layers = layers_of(variables)
 
     def __call__(self, norms: Any, max_grad_norm: Any) -> Any:

@@ -48,8 +48,8 @@ def check_model(model: keras.Model) -> list[Problem]:
     A layer is refused if its output for one example depends on the other
     examples of the batch, or if training writes anything about the examples
     into state that no noise protects. What a layer of your own does in its
-    `call` isn't seen here but before the first step, when made-up examples are
-    run together and apart.
+    `call` isn't seen here but before the first step, when the examples are followed
+    through the traced operations.
 
     What a preprocessing layer learned in `adapt` (a mean, a vocabulary) is a
     release of its own that the guarantee doesn't cover: adapt on public data.

@@ -4,7 +4,7 @@
 class PrivacyError(RuntimeError):
     """Going on would train without the promised privacy.
 
-    The message says what is wrong, where, and how to mend it.
+    The message says what is wrong, where, and how to fix it.
     """
 
 

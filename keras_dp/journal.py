@@ -166,7 +166,7 @@ class Journal:
             raise PrivacyError(
                 f"The journal can't be written ({error.strerror or error}): {self.path}. A step "
                 "may only run once it is written down, so training stops here. Free space, or "
-                "mend the file's permissions, and go on; the steps that ran are written down."
+                "fix the file's permissions, and go on; the steps that ran are written down."
             ) from error
 
     def _write(self, file: int, kind: str, release: Release) -> None:
@@ -316,7 +316,7 @@ def _scan(data: bytes, path: str) -> _Found:
             if line.previous == link and line.number == number + 1:
                 pass
             elif line.sound and line.previous == before.hexdigest():
-                known_problems = len(problems)  # written by somebody who was told
+                known_problems = len(problems)  # written by somebody who knew them
             else:
                 problems.append(f"before line {place}, lines are missing or were changed")
             number, link = max(number, line.number), line.hash
@@ -350,7 +350,7 @@ def _check_path(path: Any) -> str:
             "`ledger_path` must be the path of a file, such as 'privacy.jsonl'. "
             f"Received: ledger_path={path!r}"
         )
-    # Absolute, lest a change of the working folder in mid-training split the journal in two.
+    # Absolute, so that a change of the working folder in mid-training doesn't split the journal.
     return os.path.abspath(os.fspath(path))
 
 
@@ -367,7 +367,7 @@ def _opened(path: str, flags: int) -> Iterator[int]:
     except OSError as error:
         can = "read" if flags == os.O_RDONLY else "read and written"
         raise ValueError(
-            f"The file at `ledger_path` can't be {can} ({error.strerror or error}). Mend its "
+            f"The file at `ledger_path` can't be {can} ({error.strerror or error}). Fix its "
             f"permissions, or give another path. Received: ledger_path={path!r}"
         ) from error
     try:

@@ -91,6 +91,33 @@ def replace_sublayers(layer: keras.Layer, name: str, value: Any) -> None:
     setattr(layer, name, value)
 
 
+def has_layers_from_outside(model: keras.Model) -> bool:
+    """Whether a model is, or has, a layer of a class that isn't Keras' own."""
+    return not all(_is_keras_class(type(layer)) for layer in all_layers(model))
+
+
+def _is_keras_class(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "keras"
+
+
+def settings_of(layer: keras.Layer) -> Any:
+    """All that one of Keras' own layers computes by, but for values; for another, nothing.
+
+    Returns:
+        What is equal for layers that compute alike, or an object that equals none.
+    """
+    known: list[Any] = []
+    for part in layer._flatten_layers(include_self=True, recursive=True):
+        functions = [v for v in vars(part).values() if inspect.isroutine(v)]
+        if not _is_keras_class(type(part)) or any(
+            not (f.__module__ or "").startswith(("keras.", "tensorflow.")) for f in functions
+        ):
+            return object()
+        config = {k: v for k, v in part.get_config().items() if k not in ("name", "trainable")}
+        known.append((type(part), repr(config), part.compute_dtype))
+    return tuple(known)
+
+
 def owners_of(model: keras.Model, variables: list[Any]) -> dict[int, keras.Layer]:
     """The layer that has each variable itself, by the variable's id; else the model."""
     owners = {id(v): layer for layer in all_layers(model) for v in own_variables(layer)}
@@ -396,7 +423,7 @@ def watch_state_trees(taken: Callable[[Any], None]) -> None:
 
 
 def outside() -> int:
-    """The stack level of the caller's first frame outside of keras_dp, Keras and TensorFlow."""
+    """The stack level of the first frame outside of keras_dp, Keras and TensorFlow."""
     modules = (f.frame.f_globals.get("__name__", "") for f in inspect.stack(context=0))
     inside = ("keras_dp.", "keras.", "tensorflow.", "contextlib", "functools")
     return next((level for level, m in enumerate(modules) if not m.startswith(inside)), 1)

@@ -14,7 +14,18 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-SAMPLERS = ("poisson", "shuffled", "unknown", "unprotected", "choice")
+# How batches may be drawn, and what a release must say of it.
+SAMPLERS: dict[str, tuple[str, ...]] = {
+    "poisson": ("sampling_rate",),
+    "truncated_poisson": ("sampling_rate", "num_examples", "capacity"),
+    "balls_in_bins": ("steps_per_epoch",),
+    "shuffled": ("steps_per_epoch",),
+    "unknown": (),
+    "unprotected": (),
+    "choice": (),
+}
+# Those that go over the data in passes: every start begins a new one.
+IN_PASSES = ("balls_in_bins", "shuffled")
 UNITS = ("example", "user")
 _FORMAT = 1
 
@@ -33,30 +44,38 @@ class Release:
 
     Args:
         sampler: How the batches were drawn. `"poisson"`: every example joins a
-            batch independently with probability `sampling_rate`. `"shuffled"`:
-            every example is in exactly one batch of each pass of
-            `steps_per_epoch` steps. `"unknown"`: nothing is known, so every
-            example may be in every batch. `"unprotected"`: training without
-            any noise; epsilon is infinite. `"choice"`: no steps, but that a model
-            was chosen among several runs (`choice`); always one, of sigma 0.
+            batch independently with probability `sampling_rate`.
+            `"truncated_poisson"`: likewise, and of a batch larger than
+            `capacity` a uniformly random part of that size is kept.
+            `"balls_in_bins"`: in each epoch of `steps_per_epoch` steps every
+            example is in one batch, which it chose uniformly and independently;
+            the first step begins an epoch, and every `steps_per_epoch` steps
+            the next one begins. `"shuffled"`: every example is in exactly one
+            batch of each pass of `steps_per_epoch` steps, in whatever order.
+            `"unknown"`: nothing is known, so every example may be in every
+            batch. `"unprotected"`: training without any noise; epsilon is
+            infinite. `"choice"`: no steps, but that a model was chosen among
+            several runs (`choice`); always one, of sigma 0.
         noise_multiplier: sigma, the standard deviation of the noise divided by
             the L2 sensitivity of the released sum.
         steps: The number of releases made.
-        sampling_rate: q, for `"poisson"`.
-        steps_per_epoch: Steps in one pass, for `"shuffled"`.
-        num_examples: n, if known (public).
+        sampling_rate: q, for `"poisson"` and `"truncated_poisson"`.
+        steps_per_epoch: Steps in one pass, for `"shuffled"` and `"balls_in_bins"`.
+        num_examples: n, if known (public); `"truncated_poisson"` needs it.
         batch_size: The expected batch size: the divisor of the released sum.
         max_grad_norm: C, the clipping norm.
         clipping: The clipping strategy.
         seeded: Whether the noise came from a seed that somebody chose, which
             voids the guarantee.
-        asserted: Whether it is the caller's word alone that the batches were
-            drawn so, in a training loop of their own.
-        unit: `"example"`; or `"user"`, where people took the place of examples: n, q and
-            the batch size count people, and what was clipped is the mean gradient of all
-            that one person had in a batch.
-        choice: How a model was chosen, for `"choice"`.
+        asserted: Whether it is your word alone that the batches were drawn so,
+            in a training loop of your own.
         id: The identity of this run of steps, for merging.
+        capacity: The public size that larger batches are cut to, for
+            `"truncated_poisson"`.
+        unit: `"example"`; or `"user"`, where people took the place of examples: n, q,
+            the batch size and the capacity count people, and what was clipped is the mean
+            gradient of all that one person had in a batch.
+        choice: How a model was chosen, for `"choice"`.
 
     Raises:
         ValueError: If a value is impossible.
@@ -73,9 +92,10 @@ class Release:
     clipping: str = "flat"
     seeded: bool = False
     asserted: bool = False
+    id: str = dataclasses.field(default_factory=_new_id)
+    capacity: int | None = None
     unit: str = "example"
     choice: Choice | None = None
-    id: str = dataclasses.field(default_factory=_new_id)
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -104,24 +124,35 @@ class Release:
             )
         if not _is_integer(self.steps) or self.steps < 0:
             raise ValueError(f"`steps` must be an integer, 0 or more. Received: {self.steps!r}")
-        if self.sampler == "poisson":
-            q = self.sampling_rate
-            if not isinstance(q, (int, float)) or not 0 < q <= 1:
+        for name in SAMPLERS[self.sampler]:
+            value = getattr(self, name)
+            if name != "sampling_rate":
+                if not _is_integer(value) or value < 1:
+                    raise ValueError(
+                        f"`{name}` of a {self.sampler} sampler must be an integer, 1 or more. "
+                        f"Received: {value!r}"
+                    )
+            elif not isinstance(value, (int, float)) or not 0 < value <= 1:
                 raise ValueError(
-                    f"`sampling_rate` of a Poisson sampler must lie in (0, 1]. Received: {q!r}"
+                    f"`sampling_rate` of a Poisson sampler must lie in (0, 1]. Received: {value!r}"
                 )
-        if self.sampler == "shuffled":
-            n = self.steps_per_epoch
-            if not _is_integer(n) or n < 1:  # type: ignore[operator]
-                raise ValueError(
-                    "`steps_per_epoch` of a shuffled sampler must be an integer, 1 or more. "
-                    f"Received: {n!r}"
-                )
+
+    @property
+    def in_passes(self) -> bool:
+        """Whether every start begins a new pass, which no earlier run can go on with."""
+        return self.sampler in IN_PASSES
 
     @property
     def mechanism(self) -> tuple[Any, ...]:
         """What two releases must share to be steps of one and the same run."""
         return dataclasses.astuple(dataclasses.replace(self, steps=0, id=""))
+
+    @property
+    def apart(self) -> Release:
+        """The same steps, where others may have drawn their batches by the same choice."""
+        if self.sampler != "balls_in_bins":
+            return self
+        return dataclasses.replace(self, sampler="shuffled")
 
     def with_steps(self, steps: int) -> Release:
         """This run with another number of steps."""
@@ -133,7 +164,7 @@ class Release:
         found = dataclasses.asdict(self)
         if self.choice is not None:
             found["choice"] = self.choice.to_dict()
-        usual = {"unit": "example", "choice": None}
+        usual = {"capacity": None, "unit": "example", "choice": None}
         return {k: v for k, v in found.items() if k not in usual or v != usual[k]}
 
 
@@ -302,7 +333,7 @@ class LedgerBook:
     Args:
         count: Reads the number of releases that this optimizer has made.
         updates: Reads the number of updates that its state says it has made. Those
-            that were neither its own nor told of by a file with a ledger are in the
+            that are neither its own nor explained by a file with a ledger are in the
             ledger as unprotected ones: somebody has set the state.
 
     Attributes:
@@ -367,7 +398,7 @@ class LedgerBook:
         """From now on, steps are of this kind, or these.
 
         A run of the very kind that this book recorded before goes on, except
-        for shuffled batches, of which every start is a new pass.
+        for batches of a pass over the data, of which every start is a new pass.
 
         Args:
             kinds: What all steps are like, or what the step of a number, from
@@ -380,7 +411,7 @@ class LedgerBook:
             for known in past:
                 if known.mechanism != kind.mechanism:
                     continue
-                if known.id in self._own and kind.sampler != "shuffled":
+                if known.id in self._own and not kind.in_passes:
                     run = known
                 elif known.id == run.id:
                     run = dataclasses.replace(run, id=_new_id())
@@ -395,12 +426,18 @@ class LedgerBook:
         For a process that goes on beside the one it was copied from: each makes
         steps that the other doesn't know of, so they must add up where the two
         ledgers meet.
+
+        What is left of an epoch is accounted as if every example took part in it: both
+        sides may go on with the same choice of batches, which two epochs never share.
         """
         self._own = set()
         if self._run is None:
             return
         kinds, made = self._run.kinds, self._count() - self._run_began
-        self.open(kinds if isinstance(kinds, Release) else lambda number: kinds(made + number))
+        if isinstance(kinds, Release):
+            self.open(kinds.apart)
+        else:
+            self.open(lambda number: kinds(made + number).apart)
 
     def absorb(self, ledger: PrivacyLedger) -> None:
         """Adds what another ledger knows."""

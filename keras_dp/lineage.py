@@ -20,7 +20,7 @@ import functools
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -328,23 +328,62 @@ def _built(optimizer: Any) -> None:
         _note_ordinary(optimizer, variables)
 
 
+class _Noted:
+    """Which weights of a model an ordinary optimizer was noted to train, so as not to do it twice.
+
+    Args:
+        optimizer: The optimizer.
+        things: The weights, and all that is in the model.
+    """
+
+    def __init__(self, optimizer: Any, things: Sequence[Any]) -> None:
+        self._all = [weakref.ref(x) for x in (optimizer, *things)]
+
+    def covers(self, optimizer: Any, things: Sequence[Any]) -> bool:
+        """Whether these are the very same, none more and none less."""
+        given = (optimizer, *things)
+        return len(given) == len(self._all) and all(
+            known() is x for known, x in zip(self._all, given, strict=True)
+        )
+
+
+_noted: weakref.WeakKeyDictionary[keras.Model, dict[str, _Noted]] = weakref.WeakKeyDictionary()
+
+
+def _note_all(model: keras.Model, optimizer: Any, trained: list[Any], since: int, at: str) -> None:
+    """Notes that an ordinary optimizer trains these weights of a model.
+
+    Noting the same again would change nothing, and costs time in every `train_on_batch`.
+    """
+    things = [*trained, *_things([model])]
+    known = _noted.setdefault(model, {})
+    if at not in known or not known[at].covers(optimizer, things):
+        _note_ordinary(optimizer, _written(trained, [model]), since)
+        known[at] = _Noted(optimizer, things)
+
+
+def _has_learned(model: keras.Model) -> bool:
+    """Whether `of(model)` has any step, which costs less to see than what they all are."""
+    found = (_lineages.get(id(x)) for x in _things([model])) if _lineages else ()
+    return any(x.private or any(r.steps for r in x.unprotected()) for x in found if x is not None)
+
+
 @contextlib.contextmanager
 def ordinary_training(model: keras.Model) -> Iterator[None]:
     """Has ordinary training noted of all that it trains, if something in the model is private."""
     optimizer = keras_private.innermost(getattr(model, "optimizer", None))
-    if optimizer is None or not of(model).steps:
+    if optimizer is None or not _has_learned(model):
         yield
         return
     undrive(optimizer)
     since = _trainer(optimizer).steps
-    trained = model.trainable_variables
-    _note_ordinary(optimizer, _written(trained, [model]), since)
+    _note_all(model, optimizer, model.trainable_variables, since, "before")
     try:
         yield
         _trainer(optimizer).at_least(since + 1)  # its own count may have been set back
     finally:  # a model that wasn't built has its weights now
         trained = keras_private.trained_by(optimizer) or model.trainable_variables
-        _note_ordinary(optimizer, _written(trained, [model]), since)
+        _note_all(model, optimizer, trained, since, "after")
 
 
 # -- files ------------------------------------------------------------------------------------

@@ -11,16 +11,13 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from . import accounting, risk
+from . import accounting, risk, statements
 from .accounting import steps_per_epoch
 from .ledger import Release
 from .losses import Loss
 from .repetition import Repetition, selection_loss
 
 SAMPLINGS = ("poisson", "shuffled", "unknown")
-ADJACENCY = "add-or-remove (zero-out) one example; n public"
-UNIT = "one example: one row of the training data"
-PERSON = "one person, with at most {} examples of the training data"
 COVERS = "the weights of this one training run; neither metrics, nor validation data, nor tuning"
 
 
@@ -162,23 +159,20 @@ class Plan:
         found = []
         if self.delta >= 1 / self.num_examples:
             found.append(
-                f"delta = {self.delta:g} is not below 1/n = {1 / self.num_examples:.3g}: it would "
-                "allow to publish somebody's example. Choose one well below."
+                f"{statements.delta_is_large(self.delta, self.num_examples)} Choose one well below."
             )
-        if self.noise_multiplier < 1e-9:
+        if self.noise_multiplier < statements.NO_NOISE:
             found.append("There is no noise, and so no privacy: epsilon is infinite.")
-        elif self.noise_multiplier < 0.3:
+        elif self.noise_multiplier < statements.LITTLE_NOISE:
             found.append(
-                f"The noise multiplier {self.noise_multiplier:.3g} is below 0.3: a single step "
-                "gives much of an example away. Raise it, with fewer steps or a smaller batch."
+                f"{statements.GIVES_MUCH_AWAY} Raise it, with fewer steps or a smaller batch."
             )
         if epsilon == math.inf:
-            if self.noise_multiplier >= 1e-9:
-                found.append("There is too little noise for these steps: epsilon is infinite.")
-        elif epsilon > 10:
+            if self.noise_multiplier >= statements.NO_NOISE:
+                found.append(statements.TOO_LITTLE_NOISE)
+        elif epsilon > statements.MUCH_EPSILON:
             found.append(
-                f"An epsilon of {epsilon:.3g} promises very little; above 10 it is usually thought "
-                "too much. Raise the noise, or train for fewer epochs."
+                f"{statements.PROMISES_LITTLE} Raise the noise, or train for fewer epochs."
             )
         return found
 
@@ -196,17 +190,14 @@ class Plan:
             ),
             "unknown": "unknown: every example may be in every batch",
         }
-        unit = {} if examples_per_person == 1 else {"unit": PERSON.format(examples_per_person)}
-        if unit:
-            unit["adjacency"] = "add-or-remove (zero-out) all examples of one person; n public"
-        return common_assumptions() | unit | {"sampling": sampling[self.sampling]}
+        return common_assumptions(examples_per_person) | {"sampling": sampling[self.sampling]}
 
 
-def common_assumptions() -> dict[str, str]:
+def common_assumptions(examples_per_person: int = 1) -> dict[str, str]:
     """What every figure rests on, in words."""
     return {
-        "adjacency": ADJACENCY,
-        "unit": UNIT,
+        "adjacency": statements.adjacency(examples_per_person),
+        "unit": statements.unit(examples_per_person),
         "noise": "fresh Gaussian noise of sigma times the clipping norm on each step's sum",
         "covers": COVERS,
     }
@@ -324,7 +315,7 @@ def require_matplotlib() -> Any:
     """Matplotlib's `Figure`, which draws without a window.
 
     Raises:
-        ImportError: If Matplotlib isn't installed, with the mend.
+        ImportError: If Matplotlib isn't installed, with the fix.
     """
     try:
         from matplotlib.figure import Figure

@@ -28,7 +28,7 @@ def selection_loss(
     """What the best of several runs tells about one person, by Renyi differential privacy.
 
     Papernot and Steinke 2022 (arXiv 2110.03620): theorem 2 for the logarithmic
-    and geometric distributions, theorem 6 for Poisson. It bounds what is told
+    and geometric distributions, theorem 6 for Poisson. It bounds what is shown
     by the best run's output and score alone; not by those of other runs, nor by
     how many there were.
 

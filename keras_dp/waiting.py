@@ -28,10 +28,10 @@ def said_if_slow(what: str, *, silent: bool = False, file: TextIO | None = None)
     if silent:
         yield
         return
-    started, told = time.monotonic(), threading.Event()
+    started, said = time.monotonic(), threading.Event()
 
     def tell() -> None:
-        told.set()
+        said.set()
         print(f"{what} ...", end="", flush=True, file=file)
 
     timer = threading.Timer(_PATIENCE, tell)
@@ -44,5 +44,5 @@ def said_if_slow(what: str, *, silent: bool = False, file: TextIO | None = None)
     finally:
         timer.cancel()
         timer.join()
-        if told.is_set():
+        if said.is_set():
             print(ending, flush=True, file=file)

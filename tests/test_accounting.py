@@ -17,14 +17,18 @@ from hypothesis import strategies as st
 
 from keras_dp import accounting
 from keras_dp.accounting import (
+    accountants,
     calibrate_noise_multiplier,
     calibrate_release,
     calibrate_steps,
     compute_epsilon,
     ledger_epsilon,
+    ledgers,
     remaining_steps,
     steps_per_epoch,
 )
+from keras_dp.accounting.accountants import pld
+from keras_dp.accounting.mechanisms import SampledGaussian
 from keras_dp.ledger import PrivacyLedger, Release
 
 DELTA = 1e-5
@@ -113,7 +117,7 @@ def test_shuffled_is_never_accounted_as_poisson():
     (poisson(1.0, 700, 1 / 79), Release("unknown", 9.0, 20)),
 ])  # fmt: skip
 def test_figures_are_dp_accountings_own(releases):
-    assert accounting._interval(accounting._counts(releases)) == 1e-4
+    assert pld.grid_interval(ledgers._counts(releases)) == 1e-4
     ours = ledger_epsilon(PrivacyLedger(releases), DELTA)
     assert ours == pytest.approx(library_epsilon(releases), abs=1e-9)
     rdp = ledger_epsilon(PrivacyLedger(releases), DELTA, "rdp")
@@ -125,13 +129,13 @@ def test_figures_are_dp_accountings_own(releases):
 def test_a_coarser_grid_is_a_close_upper_bound():
     """Little noise would need endless grids (FACTS H10)."""
     rate, sigma, steps = 0.1, 0.33, 20
-    counts = ((rate, sigma, steps),)
-    assert accounting._interval(counts) > 1e-4
+    counts = ((SampledGaussian(sigma, rate), steps),)
+    assert pld.grid_interval(counts) > 1e-4
     ours, fine = ledger_epsilon((poisson(sigma, steps, rate),), DELTA), 1e-4
-    pld = privacy_loss_distribution.from_gaussian_mechanism(
+    library = privacy_loss_distribution.from_gaussian_mechanism(
         sigma, sampling_prob=rate, value_discretization_interval=fine
     )
-    exact = pld.self_compose(steps).get_epsilon_for_delta(DELTA)
+    exact = library.self_compose(steps).get_epsilon_for_delta(DELTA)
     assert exact - 1e-9 <= ours < 1.001 * exact
 
 
@@ -198,7 +202,7 @@ def test_the_accountant_imports_no_framework():
         "import k.accounting\n"
         "print([m for m in ('tensorflow', 'keras', 'torch', 'jax') if m in sys.modules])"
     )
-    folder = inspect.getfile(accounting).rpartition("/")[0]
+    folder = inspect.getfile(accounting).rsplit("/", 2)[0]
     done = subprocess.run(
         [sys.executable, "-c", code, folder], capture_output=True, text=True, check=True
     )
@@ -236,17 +240,15 @@ def test_extremes_do_not_warn(caplog):
 
 
 def forget():
-    for cached in (accounting._epsilon, accounting._composed_pld, accounting._step_pld):
-        cached.cache_clear()
+    accountants.epsilon_of.cache_clear()
+    pld.forget()
 
 
 def test_a_repeated_query_is_free_and_searches_take_few(monkeypatch):
     plan = {**PLAN, "noise_multiplier": 1.1}
     queries = []
-    exact = accounting._pld_epsilon
-    monkeypatch.setattr(
-        accounting, "_pld_epsilon", lambda *args: queries.append(args[-1]) or exact(*args)
-    )
+    exact = pld.pld_epsilon
+    monkeypatch.setattr(pld, "pld_epsilon", lambda *args: queries.append(args[-1]) or exact(*args))
     forget()
     compute_epsilon(steps=14_100, **plan)
     compute_epsilon(steps=14_100, **plan)
@@ -280,7 +282,7 @@ def test_how_a_run_is_split_or_ordered_does_not_matter():
 
 def test_epsilon_never_falls_where_the_grid_changes():
     rate, sigma = 1 / 20, 0.5
-    widths = {k: accounting._interval(((rate, sigma, 2**k),)) for k in range(20)}
+    widths = {k: pld.grid_interval(((SampledGaussian(sigma, rate), 2**k),)) for k in range(20)}
     assert len(set(widths.values())) > 2
     values = [ledger_epsilon((poisson(sigma, 2**k, rate),), DELTA) for k in range(0, 20, 4)]
     assert all(a <= b for a, b in itertools.pairwise(values))
@@ -381,8 +383,8 @@ def test_remaining_steps_of_a_spent_or_unprotected_ledger():
 
 def test_a_plan_that_fits_costs_one_query(monkeypatch):
     queries = []
-    exact = accounting._epsilon
-    monkeypatch.setattr(accounting, "_epsilon", lambda *args: queries.append(args) or exact(*args))
+    exact = ledgers.epsilon_of
+    monkeypatch.setattr(ledgers, "epsilon_of", lambda *args: queries.append(args) or exact(*args))
     assert remaining_steps((), poisson(), epsilon=3.0, delta=DELTA, at_most=14_100) == 14_100
     assert len(queries) == 1
 

@@ -70,7 +70,7 @@ def test_the_p_value_rises_with_epsilon(canaries, delta):
     """So the bound is the only place where it crosses the doubt."""
     for share in (0.5, 0.7, 1.0):
         chances = [
-            auditing._chance(e, int(share * canaries), canaries, canaries, delta)
+            auditing.bounds._chance(e, int(share * canaries), canaries, canaries, delta)
             for e in np.linspace(0, 6, 30)
         ]
         assert np.all(np.diff(chances) > -1e-12)
@@ -87,7 +87,7 @@ def test_randomized_response_is_overrated_no_more_often_than_stated(epsilon, del
     refuting = next(
         v
         for v in range(canaries + 2)
-        if v > canaries or auditing._chance(epsilon, v, canaries, canaries, delta) < 0.1
+        if v > canaries or auditing.bounds._chance(epsilon, v, canaries, canaries, delta) < 0.1
     )
     if refuting <= canaries:
         bound = auditing.guesses_lower_bound(
@@ -106,18 +106,18 @@ def test_choosing_the_share_of_guesses_keeps_the_confidence(monkeypatch):
     random = np.random.default_rng(0)
     # Asked for epsilon alone, the bound need not be searched for.
     monkeypatch.setattr(
-        auditing,
+        auditing.bounds,
         "guesses_lower_bound",
         lambda v, r, m, delta, confidence: float(
-            auditing._chance(epsilon, v, r, m, delta) < 1 - confidence
+            auditing.bounds._chance(epsilon, v, r, m, delta) < 1 - confidence
         ),
     )
     refuted = 0.0
     for _ in range(300):
         coins = random.random(canaries) < 0.5
-        told = coins ^ (random.random(canaries) > special.expit(epsilon))
-        gain = np.where(told, 1, -1) * random.random(canaries)
-        refuted += auditing._best_guesses(gain, coins, 1e-9, 0.9)[2]
+        guesses = coins ^ (random.random(canaries) > special.expit(epsilon))
+        gain = np.where(guesses, 1, -1) * random.random(canaries)
+        refuted += auditing.bounds.best_guesses(gain, coins, 1e-9, 0.9)[2]
     assert 0 < refuted <= 30
 
 
@@ -161,8 +161,8 @@ def test_the_threshold_is_not_chosen_by_the_scores_that_are_bounded():
         for k in range(40):
             inside, outside = gaussian_scores(400, mu=0.0, seed=k)
             found += (
-                auditing._bound_at(
-                    auditing._best_threshold(
+                auditing.bounds.bound_at(
+                    auditing.bounds.best_threshold(
                         inside[chosen], outside[chosen], DELTA, 0.8, "gaussian"
                     ),
                     inside[bounded],
@@ -358,7 +358,7 @@ def test_a_model_of_several_inputs_and_outputs_is_audited():
 def test_the_loss_of_each_canary_is_its_own():
     x, y = tiny.data(n=5)
     model = tiny.compiled()
-    found = -auditing._minus_loss(model, x, y)
+    found = -auditing.one_run._minus_loss(model, x, y)
     np.testing.assert_allclose(found, np.ravel((model.predict(x, verbose=0) - y) ** 2), rtol=1e-5)
 
 

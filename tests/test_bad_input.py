@@ -1,4 +1,4 @@
-"""Wrong input gets an error that names it and the mend, before any private data was used."""
+"""Wrong input gets an error that names it and the fix, before any private data was used."""
 
 import keras
 import numpy as np
@@ -143,7 +143,7 @@ def test_an_unknown_accountant_is_named_with_the_known_ones(accountant):
 @pytest.mark.parametrize(
     "name", ["dpsgd", "DPSGD", "dp_sgd", "DPAdam", "dpadamw", "dpadagrad", "dprmsprop"]
 )
-def test_a_dp_optimizer_named_by_a_string_is_refused_with_the_mend(name):
+def test_a_dp_optimizer_named_by_a_string_is_refused_with_the_fix(name):
     model = tiny.model()
     with pytest.raises(ValueError, match=rf"{name}.*keras_dp\.DPSGD\(0\.1, max_grad_norm"):
         model.compile(name, loss="mse")
@@ -153,7 +153,7 @@ def layered(*layers):
     return keras.Sequential([keras.Input((4, 4, 1)), *layers, keras.layers.Flatten()])
 
 
-def test_batch_normalization_is_refused_by_name_with_the_mend():
+def test_batch_normalization_is_refused_by_name_with_the_fix():
     for layer in (
         keras.layers.BatchNormalization(name="norm"),
         keras.Sequential([keras.layers.BatchNormalization(name="norm")]),

@@ -371,7 +371,7 @@ PLAN = {"-n": "1000", "-b": "10", "-s": "1", "-e": "3"}
         ("guess", {}, ["guess", "epsilon", "table"]),
     ],
 )
-def test_a_wrong_argument_is_named_with_its_value_and_the_mend(command, wrong, said, capsys):
+def test_a_wrong_argument_is_named_with_its_value_and_the_fix(command, wrong, said, capsys):
     options = {k: v for k, v in (PLAN | wrong).items() if v is not None}
     line = " ".join([command, *itertools.chain(*options.items())])
     status, out, err = run(line, capsys)
@@ -381,7 +381,7 @@ def test_a_wrong_argument_is_named_with_its_value_and_the_mend(command, wrong, s
 
 
 @pytest.mark.parametrize(
-    "line, mend",
+    "line, fix",
     [
         ("noise -n 1000 -b 10 -e 3 --epsilon 1e-9 -d 1e-15 --accountant rdp", "Raise --epsilon"),
         ("steps -n 1000 -b 10 -s 0.1 --epsilon 1", "Raise --noise-multiplier"),
@@ -389,10 +389,10 @@ def test_a_wrong_argument_is_named_with_its_value_and_the_mend(command, wrong, s
         ("batch -n 1000 -s 0.2 -e 9 --epsilon 1", "Raise --noise-multiplier"),
     ],
 )
-def test_a_target_out_of_reach_ends_with_1_and_one_clear_line(line, mend, capsys):
+def test_a_target_out_of_reach_ends_with_1_and_one_clear_line(line, fix, capsys):
     status, out, err = run(line, capsys)
     assert (status, out) == (1, "")
-    assert mend in err and "delta" in err and err.count("\n") == 1
+    assert fix in err and "delta" in err and err.count("\n") == 1
 
 
 def test_an_accountant_that_fails_alone_is_left_out(capsys):

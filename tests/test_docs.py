@@ -29,6 +29,7 @@ def run(source, namespace):
     [
         "README.md",
         "docs/custom-loops.md",
+        "docs/data.md",
         "docs/fine-tuning.md",
         "docs/guide.md",
         "docs/models.md",
@@ -62,6 +63,7 @@ def test_a_wrong_number_in_a_comment_is_found():
         "docs/architecture.md",
         "docs/benchmarks.md",
         "docs/custom-loops.md",
+        "docs/data.md",
         "docs/fine-tuning.md",
         "docs/guarantees.md",
         "docs/models.md",

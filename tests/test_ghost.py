@@ -25,7 +25,7 @@ from reference import (
 
 import keras_dp
 from keras_dp import PrivacyError, backend, keras_private
-from keras_dp.gradients import Batch, ExampleLoss, ghost
+from keras_dp.gradients import Batch, ExampleLoss, capture, ghost
 from keras_dp.gradients.per_example import Instantiated, clipped_sums
 from keras_dp.gradients.rules import registry, rule_for
 
@@ -113,7 +113,7 @@ def attributes_of(model):
 
 
 class Fragile(layers.Layer):
-    """Breaks when it is told to, inside its own call or in an activation."""
+    """Breaks when it is asked to, inside its own call or in an activation."""
 
     broken = False
 
@@ -1024,7 +1024,7 @@ def test_the_example_of_register_rule_works(own_rules, monkeypatch):
     examples = doctest.DocTestParser().get_examples(keras_dp.register_rule.__doc__)
     names = {}
     exec("".join(e.source for e in examples), names)
-    monkeypatch.setattr(ghost, "vectorized", never)
+    monkeypatch.setattr(capture, "vectorized", never)
     x = normal(3, 4)
     model = sequential(layers.Dense(4), names["Scale"](), layers.Dense(1))(x)
     assert rule_for(model.layers[1]) is names["scale_rule"]
@@ -1041,7 +1041,7 @@ def test_a_rule_may_give_outer_products(own_rules, monkeypatch):
         outputs = unit.watch(unit.call(x))
         return outputs, lambda g: [(unit.layer.w, keras_dp.OuterProducts(x, g))]
 
-    monkeypatch.setattr(ghost, "vectorized", never)
+    monkeypatch.setattr(capture, "vectorized", never)
     for x in (normal(4), normal(3, 4)):
         require_exact(sequential(Linear(), layers.Dense(1))(x), x)
 

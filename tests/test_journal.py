@@ -140,7 +140,7 @@ def test_a_torn_last_line_is_noticed_wherever_it_is_torn_and_takes_nothing_away(
         else:
             writer.append("reserved", RUN.with_steps(9))
         assert counts(path) == ({"a": 9}, int(torn))
-        # Told once: the new line says that it was written knowing of the torn one.
+        # Said once: the new line says that it was written knowing of the torn one.
         assert Journal(path).read().steps == 9
         writer.append("exact", RUN.with_steps(9))
         assert counts(path) == ({"a": 9}, int(torn))
@@ -178,7 +178,7 @@ def test_lines_that_are_missing_or_moved_are_noticed(path, keep):
     assert "lines are missing or were changed" in problems[0]
     with pytest.warns(keras_dp.PrivacyWarning, match="lines are missing"):
         Journal(path).append("exact", RUN.with_steps(5))
-    assert Journal(path).read().steps == 5  # told once
+    assert Journal(path).read().steps == 5  # said once
 
 
 def test_a_journal_that_shrinks_under_its_writer_has_a_gap(path):

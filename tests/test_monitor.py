@@ -311,7 +311,7 @@ def test_the_split_noise_is_one_gaussian_mechanism_of_sigma(sigma, batch_size):
 
 
 class Noise:
-    """Stands in for the noise: notes what is asked for, and adds numbers that can be told."""
+    """Stands in for the noise: notes what is asked for, and adds numbers that can be recognised."""
 
     OF_SUM, OF_COUNT = 0.25, 3.0
 

@@ -556,9 +556,9 @@ def test_secure_mode_is_saved_and_nothing_of_its_noise(tmp_path):
     assert all(unrelated(a, b) for i, a in enumerate(found) for b in found[:i])
 
 
-@pytest.mark.parametrize("kin", ["DPSGD", "DPAdam", "DPAdamW", "DPAdagrad", "DPRMSprop"])
-def test_every_optimizer_takes_secure_mode_and_keeps_it_when_copied(kin):
-    cls = getattr(keras_dp, kin)
+@pytest.mark.parametrize("name", ["DPSGD", "DPAdam", "DPAdamW", "DPAdagrad", "DPRMSprop"])
+def test_every_optimizer_takes_secure_mode_and_keeps_it_when_copied(name):
+    cls = getattr(keras_dp, name)
     for secure in (True, False):
         optimizer = cls(0.1, max_grad_norm=C, noise_multiplier=SIGMA, secure_mode=secure)
         again = cls.from_config(optimizer.get_config())

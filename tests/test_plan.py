@@ -81,14 +81,15 @@ def test_rule_17_the_order_belongs_to_the_training_that_runs(how, monkeypatch):
     """`evaluate` in a callback reshuffled the epoch that was being trained."""
     data = keras_dp.ShuffledDataset(X, Y, batch_size=BATCH)
     trained = []
-    rows_of = keras_dp.ShuffledDataset._batch
+    epoch_of = keras_dp.ShuffledDataset._epoch
 
-    def recording(self, indices):
-        if self is not data:
-            trained.append(indices)
-        return rows_of(self, indices)
+    def recording(self):
+        assert self is not data
+        for indices in epoch_of(self):
+            trained.append(indices.copy())
+            yield indices
 
-    monkeypatch.setattr(keras_dp.ShuffledDataset, "_batch", recording)
+    monkeypatch.setattr(keras_dp.ShuffledDataset, "_epoch", recording)
     other = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
     other.compile("sgd", loss="mse")
 
@@ -105,6 +106,7 @@ def test_rule_17_the_order_belongs_to_the_training_that_runs(how, monkeypatch):
     attacker = during(on_train_batch_begin=attack, on_train_batch_end=attack)
     model.fit(data, epochs=3, callbacks=[attacker], verbose=0)
     per_epoch = N // BATCH
+    assert len(trained) == 3 * per_epoch
     for epoch in (1, 2, 3):
         taken = trained[len(trained) - epoch * per_epoch :][:per_epoch]
         assert sorted(np.concatenate(taken)) == list(range(N))

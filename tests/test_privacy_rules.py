@@ -531,7 +531,7 @@ class OwnNormalization(layers.BatchNormalization):
 
 
 @pytest.mark.parametrize("cls", [layers.BatchNormalization, OwnNormalization])
-def test_rule_09_batch_normalization_is_refused_with_the_mend(cls):
+def test_rule_09_batch_normalization_is_refused_with_the_fix(cls):
     model = keras.Sequential([keras.Input((3,)), cls(name="bn"), layers.Dense(1)])
     with pytest.raises(PrivacyError, match=r"'bn' \(\w+\).*GroupNormalization"):
         private(model)
@@ -620,7 +620,7 @@ def test_rule_09_the_weight_of_one_example_leaves_the_others_alone(gradients):
     assert relative_error(one, three) < 1e-5
 
 
-# -- 10. the accountant is told what the sampler did ---------------
+# -- 10. the accountant goes by what the sampler did ---------------
 
 
 def test_rule_10_arrays_are_accounted_as_the_poisson_draws_they_are():

@@ -16,7 +16,8 @@ from scipy import stats
 import keras_dp
 from keras_dp import PrivacyBudgetExceeded, PrivacyError
 from keras_dp.accounting import compute_epsilon
-from keras_dp.training.loops import Draws, PrivateGradients
+from keras_dp.training.draws import Draws
+from keras_dp.training.given import PrivateGradients
 
 DELTA = 1e-5
 ALARM = stats.norm.isf(2.5e-7)  # standard deviations, passed by mistake once in two million
@@ -556,7 +557,7 @@ def test_the_ledger_is_saved_and_loaded_with_the_optimizer_and_the_model(tmp_pat
     assert [r["sampler_basis"] for r in report.releases] == ["asserted"]
     assert {"verified": False, "text": report.assumptions[3]["text"]} == report.assumptions[3]
     assert "Poisson" in report.assumptions[3]["text"]
-    assert "4 steps were taken in a training loop of the caller's own" in str(report)
+    assert "4 steps were taken in a training loop of your own" in str(report)
 
 
 def test_a_seed_repeats_them_and_the_ledger_says_so():
@@ -674,7 +675,7 @@ def test_a_schedule_is_followed_and_accounted_step_by_step(compiled):
     ]
 
 
-# -- accounting is told the truth ---------------------------------------------------------------
+# -- accounting goes by the truth ---------------------------------------------------------------
 
 
 def test_after_a_loop_train_on_batch_and_fit_are_accounted_as_what_they_are():

@@ -218,15 +218,15 @@ def test_settings_are_stated_in_words_and_in_json():
     for said in (row, "zero out", "public", "central", "every checkpoint", "one example"):
         assert said in text
     assert "once in 4 steps" in str(report_of("shuffled"))
-    assert "caller's own batches" in str(report_of("tf.data"))
+    assert "your own batches" in str(report_of("tf.data"))
     assert "1 of them" in str(report_of("resumed"))
 
 
 def test_the_source_of_randomness_is_the_optimizers_word_unless_a_seed_was_chosen():
-    class Told(keras_dp.DPSGD):
+    class FairCoin(keras_dp.DPSGD):
         random_source = "a fair coin"
 
-    model = tiny.compiled(Told(0.1, max_grad_norm=1.0, noise_multiplier=1.0))
+    model = tiny.compiled(FairCoin(0.1, max_grad_norm=1.0, noise_multiplier=1.0))
     assert keras_dp.privacy_report(model).random_source == "a fair coin"
     model.optimizer.session.attach(model, PrivacyLedger([Release("unknown", 1.0, 1, seeded=True)]))
     report = keras_dp.privacy_report(model)
@@ -263,7 +263,7 @@ def test_assumptions_say_what_keras_dp_saw_to():
             "unprotected",
             ["12 steps were taken with an ordinary optimizer after private training, without"],
         ),
-        ("tf.data", ["n is unknown", "4 steps used batches of the caller's own"]),
+        ("tf.data", ["n is unknown", "4 steps used batches of your own"]),
     ],
 )
 def test_what_to_doubt_is_said_and_where_it_comes_from(way, doubts):
@@ -286,7 +286,7 @@ def test_rule_07_a_chosen_seed_is_said_to_void_the_guarantee():
 @pytest.mark.parametrize(
     ("changes", "delta", "doubt"),
     [
-        ({}, 1 / 64, "delta is not below 1/n"),
+        ({}, 1 / 64, "is not below 1/n"),
         ({}, 0.99 / 64, None),
         ({}, 1e-300, "epsilon is above 10"),
         ({"noise_multiplier": 0.29}, 1e-2, "noise multiplier is below 0.3"),

@@ -212,7 +212,7 @@ def test_no_audit_finds_more_than_the_bound(monkeypatch):
         seen["scores"] = np.asarray(inside), np.asarray(outside)
         return original(inside, outside, **settings)
 
-    monkeypatch.setattr(auditing, "scores_lower_bound", keep)
+    monkeypatch.setattr(auditing.white_box, "scores_lower_bound", keep)
     result = auditing.white_box_audit(noise_multiplier=2.0, delta=1e-5, runs=1, verbose=0)
     inside, outside = seen["scores"]
     assert len(inside) > 300 and len(outside) > 300

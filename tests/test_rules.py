@@ -27,7 +27,7 @@ from reference import (
 
 import keras_dp
 from keras_dp import backend, keras_private
-from keras_dp.gradients import Batch, Engine, EngineOptions, ExampleLoss, ghost
+from keras_dp.gradients import Batch, Engine, EngineOptions, ExampleLoss, capture, ghost
 from keras_dp.gradients.per_example import Instantiated, OuterProducts, Rows, Squares, combined
 from keras_dp.gradients.rules import convolution, registry
 from keras_dp.gradients.rules.convolution import Filters
@@ -103,8 +103,8 @@ def fallbacks():
         seen.append(unit.layer)
         return original(unit, *args)
 
-    original = ghost.vectorized
-    with mock.patch.object(ghost, "vectorized", spy):
+    original = capture.vectorized
+    with mock.patch.object(capture, "vectorized", spy):
         yield seen
 
 
@@ -118,7 +118,7 @@ def with_targets(model, x):
 
 
 def ghost_alone(model, x, y, max_grad_norm):
-    """Sums and norms of the ghost engine itself, eagerly, without its trial."""
+    """Sums and norms of the ghost engine itself, traced and then eagerly, without its trial."""
     batch = Batch(x, y)
     batch = batch.with_leaves(backend.as_tensors(batch.leaves()))
     keras_private.build_from_batch(model, batch.x, batch.y, None)
@@ -126,7 +126,9 @@ def ghost_alone(model, x, y, max_grad_norm):
     rows = len(batch.leaves()[0])
     leaves = [*batch.leaves(), *backend.per_example_seeds(loss.seed_states, rows)]
     run = ghost.GhostEngine(loss)
-    sums, norms, losses, _ = run(leaves, tf.fill([rows], True), flat(max_grad_norm))
+    real = tf.fill([rows], True)
+    tf.function(lambda leaves: run(leaves, real, flat(max_grad_norm))).get_concrete_function(leaves)
+    sums, norms, losses, _ = run(leaves, real, flat(max_grad_norm))
     return sums, backend.total_norms(norms), losses
 
 

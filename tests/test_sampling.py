@@ -20,8 +20,8 @@ import tensorflow as tf
 import tiny
 
 import keras_dp
-from keras_dp import sampling
 from keras_dp.optimizers import dp_optimizer
+from keras_dp.sampling import draws as drawing
 from keras_dp.training.mechanism import Clipped
 
 N, BATCH, STEPS = 2000, 100, 200
@@ -559,7 +559,7 @@ def test_secure_draws_use_the_systems_generator_and_nothing_else(monkeypatch):
     data = keras_dp.PoissonDataset(np.arange(5), batch_size=1, secure_mode=True)
     below, at = (1 << 64) // 5, (1 << 64) // 5 + 1
     words = np.array([0, below - 2**12, at + 2**12, 2**64 - 1, 2**63], np.uint64)
-    monkeypatch.setattr(sampling.os, "urandom", lambda size: words.tobytes()[:size])
+    monkeypatch.setattr(drawing.os, "urandom", lambda size: words.tobytes()[:size])
     monkeypatch.setattr(data, "_draws", None)
     assert data[0][0].tolist() == [0, 1]
     assert keras_dp.PoissonDataset(np.arange(5), batch_size=5, secure_mode=True)[0][0].tolist() == [
@@ -571,10 +571,10 @@ def test_fit_draws_securely_for_a_secure_optimizer(monkeypatch):
     x, y = tiny.data(40)
     for given in ((x, y), (keras_dp.PoissonDataset(x, y, batch_size=8),)):
         asked = []
-        real = sampling._secure_sample
+        real = drawing.secure_sample
         monkeypatch.setattr(
-            sampling,
-            "_secure_sample",
+            drawing,
+            "secure_sample",
             lambda n, q: asked.append((n, q)) or real(n, q),  # noqa: B023
         )
         model = tiny.compiled(tiny.sgd(secure_mode=True))

@@ -26,8 +26,8 @@ import keras_dp
 from keras_dp import PoissonDataset, accounting, auditing, backend, keras_private
 from keras_dp.gradients import Batch, EngineOptions, ExampleLoss, UserEngine, Users
 from keras_dp.ledger import PrivacyLedger, Release
+from keras_dp.sampling import RowsOfUsers
 from keras_dp.training import Meter
-from keras_dp.user_sampling import RowsOfUsers
 
 COUNTS = (2, 1, 4, 3)  # rows of each person
 MOST = 4

@@ -37,7 +37,7 @@ _READS = {
     "VariableShape",
 }
 _CALLS = {"Case", "If", "StatefulPartitionedCall", "While"}
-_DRAWS = {
+DRAWS = {
     "AllCandidateSampler",
     "FixedUnigramCandidateSampler",
     "LearnedUnigramCandidateSampler",
@@ -69,7 +69,7 @@ _DRAWS = {
 }
 _OF_THE_STEP = {"Assert", "CheckNumerics", "CheckNumericsV2", "DeepCopy", "Empty", "GuaranteeConst"}
 _OF_THE_STEP_FAMILIES = ("CudnnRNN", "Stack", "TensorArray")
-_HARMLESS = _READS | _CALLS | _DRAWS | _OF_THE_STEP
+_HARMLESS = _READS | _CALLS | DRAWS | _OF_THE_STEP
 # A random generator's state says how much was drawn: no data, unless the data says how much.
 _SKIPS = {"RngReadAndSkip", "RngSkip"}
 _SHAPES = {"Rank", "Shape", "ShapeN", "Size"}

@@ -46,6 +46,41 @@ def branch(condition: Tensor, on_true: Callable[[], Any], on_false: Callable[[],
     return tf.cond(condition, on_true, on_false)
 
 
+def once_traced(function: Callable[[list[Tensor]], list[Tensor]]) -> Any:
+    """The function, traced once while a graph is traced, and then called; as it is, elsewhere.
+
+    What was traced belongs to that graph alone.
+    """
+    if tf.executing_eagerly() or hasattr(function, "get_concrete_function"):
+        return function
+    return _Once(function)
+
+
+class _Once:
+    def __init__(self, function: Callable[[list[Tensor]], list[Tensor]]) -> None:
+        self._traced = tf.function(function, autograph=False)
+        self._concrete: Any = None
+
+    get_concrete_function = None
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        if self._concrete is None:
+            signature = [tf.TensorSpec(t.shape, t.dtype) for t in tensors]
+            self._concrete = concrete_of(self._traced, signature)
+        return list(self._concrete(tensors))
+
+
+def seldom(function: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """What a function returns, kept apart from the graph around it: it is hardly ever run.
+
+    TensorFlow optimizes and prepares it when it runs for the first time.
+    """
+    if tf.executing_eagerly():
+        return function()
+    traced = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+    return list(concrete_of(traced)())
+
+
 def without_autograph(function: Function) -> Function:
     """The function, which a `tf.function` around it is to take as it is written."""
     return tf.autograph.experimental.do_not_convert(function)
@@ -513,9 +548,9 @@ def norms_in(squares: Tensor, dtype: str) -> Tensor:
 # -- pieces of the ghost engine ------------------------------------------------------------
 
 
-def gradient_tape() -> Any:
+def gradient_tape(*, persistent: bool = False) -> Any:
     """A tape that records only what follows from tensors that it is told to watch."""
-    return tf.GradientTape(watch_accessed_variables=False)
+    return tf.GradientTape(persistent=persistent, watch_accessed_variables=False)
 
 
 def loss_scales(gradients: Sequence[Any], rows: Tensor, views: int) -> Tensor:
@@ -593,6 +628,16 @@ class LossScale:
 def copy_of(tensor: Tensor) -> Tensor:
     """The same values in a tensor of its own."""
     return tf.identity(tensor)
+
+
+def of_open_length(tensor: Tensor) -> Tensor:
+    """The tensor, its number of rows not known while a graph is traced.
+
+    So it stays an operation what is computed from that number, and can be followed.
+    """
+    if tf.executing_eagerly() or tensor.shape[0] is None:
+        return tensor
+    return tf.raw_ops.PlaceholderWithDefault(input=tensor, shape=[None, *tensor.shape[1:]])
 
 
 def of_known_sizes(tensor: Tensor, sizes: Sequence[int | None]) -> Tensor:
@@ -1223,6 +1268,33 @@ def disturbed(tensors: Sequence[Tensor]) -> list[Tensor]:
 def halving(rows: int) -> Tensor:
     """1, 1/2, 1/4, ..."""
     return tf.constant(0.5 ** np.arange(rows), tf.float32)
+
+
+def one_of(rows: int, number: int) -> Tensor:
+    """1 for one row, 0 for all others."""
+    return tf.one_hot(number, rows)
+
+
+def is_float(tensor: Tensor) -> bool:
+    """Whether a tensor is of floating-point numbers."""
+    return bool(tensor.dtype.is_floating)
+
+
+def in_numpy(tensor: Any) -> np.ndarray:
+    """A tensor (not traced), or a gradient, as an array of float64."""
+    return np.asarray(tf.convert_to_tensor(tensor), "f8")
+
+
+def made_up_gradient(tensor: Tensor, number: int) -> Tensor:
+    """Normal random numbers, always the same for a number, in the shape of a tensor."""
+    return tf.random.stateless_normal(tensor.shape, [number, 2], dtype=tensor.dtype)
+
+
+def rows_times(tensor: Tensor, factors: Tensor) -> Tensor:
+    """A tensor of one row, or as many for each, times each example's factor."""
+    each = tensor.shape[0] // factors.shape[0]
+    repeated = tf.cast(tf.repeat(factors, each), tensor.dtype)
+    return tensor * tf.reshape(repeated, [-1] + [1] * (tensor.shape.rank - 1))
 
 
 def loop_gradients(

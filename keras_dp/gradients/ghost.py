@@ -19,81 +19,20 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import ops
 
 from .. import backend, keras_private
+from .capture import Apart, Capture, NotPossible, Plan, named, patching
 from .example import ExampleLoss
 from .per_example import Instantiated, PerExample, Scaled, clipped_sums, combined
-from .rules import NoRule, Unit, alone, overridden, rule_for, vectorized
+from .rules import Unit, overridden, rule_for
 from .users import Users
 
-__all__ = ["GhostEngine", "NotPossible"]
-
-_patching = threading.RLock()  # one model at a time has its layers' `call` replaced
+__all__ = ["GhostEngine", "NotPossible", "Plan", "Replanned", "named"]
 
 
-class NotPossible(Exception):
-    """The ghost engine can't serve a model; says which layer and why."""
-
-    # Keras adds a layer's arguments to the message of an exception that lacks this.
-    _keras_call_info_injected = True
-
-
-class _Apart(Exception):
-    """A layer has to be handled apart from the batch; the forward pass starts again.
-
-    Args:
-        layer: The layer.
-        reason: Why.
-        as_unit: Whether to take it as one unit, with all that it contains; else
-            it is run on one example at a time.
-    """
-
-    _keras_call_info_injected = True
-
-    def __init__(self, layer: keras.Layer, reason: str, *, as_unit: bool = False) -> None:
-        super().__init__(reason)
-        self.layer = layer
-        self.reason = reason
-        self.as_unit = as_unit
-
-
-@dataclasses.dataclass
-class Plan:
-    """What earlier attempts found out about a model.
-
-    Args:
-        units: Layers that are one unit with all they contain, by id.
-        alone: Layers to run on one example at a time, by id.
-        shared: Which calls (by number) get no examples along the first axis of
-            their inputs; `None` until it is known.
-        rows_each: How many rows along the first axis each example has, by the
-            number of the call.
-    """
-
-    units: set[int] = dataclasses.field(default_factory=set)
-    alone: set[int] = dataclasses.field(default_factory=set)
-    shared: set[int] | None = None
-    rows_each: dict[int, int] = dataclasses.field(default_factory=dict)
-
-    @property
-    def handled(self) -> int:
-        """How many layers are handled apart: it only grows."""
-        return len(self.units) + len(self.alone)
-
-    def forget_calls(self) -> None:
-        """Forgets what goes by the number of a call, because other layers are called now."""
-        self.shared = None
-        self.rows_each = {}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Record:
-    """One call of one unit: what was watched, and what its gradients mean."""
-
-    unit: Unit
-    gradients: Callable[..., list[tuple[Any, Any]]]
-    rows_each: int
+class Replanned(Exception):
+    """A layer must be handled otherwise than it was traced: trace it again."""
 
 
 class GhostEngine:
@@ -101,8 +40,8 @@ class GhostEngine:
 
     Formal guarantee: that of every engine: example i enters the sums only
     through c_i g_i, g_i the gradient of its own loss. It holds for models whose
-    layers keep the examples of a batch apart, which is tried before the engine
-    is used. The norms that c_i follows from are computed by other formulas than
+    layers keep the examples of a batch apart, which is proved while the model is
+    traced (`Capture`). The norms that c_i follows from are computed by other formulas than
     the sums, so that each comes with a bound on how far the two may be apart in
     floating point, and c_i is such that even then example i adds at most C (1 + 1e-4):
     see `clipped_sums`.
@@ -163,7 +102,6 @@ class GhostEngine:
         self,
         leaves: list[Any],
         weights: list[Any] | None = None,
-        observe: Callable[[keras.Layer, Any, bool], None] | None = None,
         views: int = 1,
         users: Users | None = None,
     ) -> tuple[list[PerExample | None], Any, list[Any]]:
@@ -172,8 +110,6 @@ class GhostEngine:
         Args:
             leaves: The examples' tensors and seeds, each (rows, ...).
             weights: Other values for the weights than their own.
-            observe: Told of every layer that has run, its outputs, and whether it
-                drew random numbers itself.
             views: How many consecutive rows are one example; their gradients are
                 added up.
             users: Whose the examples are, if those of one person are to share what their
@@ -187,102 +123,175 @@ class GhostEngine:
         """
         if weights is None:
             weights = [ops.convert_to_tensor(v.value) for v in self.example_loss.variables]
+        return self._with_plan(lambda: self._attempt(leaves, weights, views, users))
+
+    def _with_plan(self, attempt: Callable[[], Any]) -> Any:
+        """Tries again whenever a layer is found that must be handled apart."""
         while True:
             try:
-                return self._attempt(leaves, weights, observe, views, users)
-            except _Apart as found:
+                return attempt()
+            except Apart as found:
                 known = self.plan.units if found.as_unit else self.plan.alone
                 if id(found.layer) in known:
                     raise NotPossible(f"{named(found.layer)}: {found.reason}") from None
                 known.add(id(found.layer))
-
-    def first_to_mix(
-        self, batch: list[Any], other: list[Any], weights: list[Any], row: int
-    ) -> keras.Layer | None:
-        """The first layer to tell apart two batches (not traced) that share one example."""
-        runs: list[list[tuple[keras.Layer, Any]]] = [[], []]
-        for leaves, run in zip((batch, other), runs, strict=True):
-
-            def observe(layer: keras.Layer, outputs: Any, _: bool, run: Any = run) -> None:
-                arrays = [ops.convert_to_numpy(t) for t in tensors_in(outputs) if t.shape]
-                run.append((layer, [a[row] for a in arrays if len(a) > row]))
-
-            self.per_example(leaves, weights, observe)
-        for (layer, one), (_, two) in zip(*runs, strict=True):
-            pairs = zip(one, two, strict=True)
-            if any(not np.allclose(a, b, rtol=1e-3) for a, b in pairs if a.dtype.kind == "f"):
-                return layer
-        return None
-
-    def drawing_alike(self, equal: list[Any], weights: list[Any]) -> set[int]:
-        """Layers, by id, that draw random numbers and yet treat equal examples alike."""
-        found: set[int] = set()
-
-        def observe(layer: keras.Layer, outputs: Any, drew: bool) -> None:
-            arrays = [ops.convert_to_numpy(t) for t in tensors_in(outputs) if t.shape]
-            if drew and all(np.array_equal(a, np.broadcast_to(a[:1], a.shape)) for a in arrays):
-                found.add(id(layer))
-
-        self.per_example(equal, weights, observe)
-        return found
+                self.plan.reasons[id(found.layer)] = found.reason
+                if backend.current_graph() is None:
+                    raise Replanned(found.reason) from None
 
     def _attempt(
-        self,
-        leaves: list[Any],
-        weights: list[Any],
-        observe: Any,
-        views: int,
-        users: Users | None,
+        self, leaves: list[Any], weights: list[Any], views: int, users: Users | None
     ) -> tuple[list[PerExample | None], Any, list[Any]]:
-        loss = self.example_loss
-        data, seeds = loss.split(leaves)
+        leaves = [backend.of_open_length(t) for t in leaves]
         # Weights that are used outside of their own layer's call show up in these.
         outside = [backend.copy_of(w) for w in weights]
         with backend.gradient_tape() as tape:
             tape.watch(outside)
-            with loss.stateless(outside, [s[0] for s in seeds]) as scope:
-                capture = _Capture(self, scope, tape, weights, leaves, observe)
-                with capture.patched():
-                    outputs = loss.predict(data)
-                capture.require_all_losses()
-                self.draws_random = capture.draws_random()
-            flat = loss.flat_with_masks(outputs)
-            penalties = capture.penalties
-        if self.plan.shared is None and not isinstance(backend.row_count(leaves[0]), int):
-            self.plan.shared = capture.shared
-        losses, of_weights, upstream, updates = backend.map_loss(
-            loss.loss_of_outputs, weights, leaves, flat
+            forward = self._forward(tape, leaves, weights, outside)
+        capture, flat = forward.capture, forward.flat
+        if backend.current_graph() is not None:
+            self.plan.calls, self.plan.kinds = capture.calls, capture.kinds
+            self.plan.mapped = capture.mapped
+        passed = self._backward(leaves, weights, forward, views, users)
+        reached = [k for k, g in enumerate(passed.upstream) if g is not None]
+        watched = [t for r in capture.records for t in r.unit.watched]
+        found = tape.gradient(
+            [*(flat[k] for k in reached), *capture.penalties],
+            [*watched, *outside],
+            output_gradients=[*(passed.upstream[k] for k in reached), *passed.of_penalties],
         )
+        uses = capture.gradients(found[: len(watched)], views)
+        self.used_outside = [
+            k for k, g in enumerate(found[len(watched) :]) if g is not None or passed.of_weights[k]
+        ]
+        scales = passed.scales
+        for k, gradients in self._outside_gradients(weights, leaves).items():
+            if scales is not None:
+                gradients = backend.scaled_rows(backend.at_least_float32(gradients), scales)
+            uses[k].append(Instantiated(gradients).folded(views))
+        gradients = [combined(u) if u else None for u in uses]
+        if scales is not None:
+            back = 1 / scales[::views]
+            gradients = [None if g is None else Scaled(g, back) for g in gradients]
+        return gradients, passed.losses, [*flat, *passed.updates]
+
+    def _forward(
+        self,
+        tape: Any,
+        leaves: list[Any],
+        inside: list[Any],
+        outside: list[Any],
+        *,
+        local: bool = False,
+    ) -> _Forward:
+        """Runs the model, its weights having one value inside of their layers, one outside."""
+        loss = self.example_loss
+        data, seeds = loss.split(leaves)
+        first = [s[0] for s in seeds]
+        with loss.stateless(outside, first) as scope:
+            capture = Capture(
+                loss,
+                self.plan,
+                self.unit_variables,
+                scope,
+                tape,
+                inside,
+                leaves,
+                shared=[*first, *inside, *outside],
+                local=local,
+            )
+            with capture.patched():
+                outputs = loss.predict(data)
+                flat = loss.flat_with_masks(outputs)
+                capture.require_outputs(flat)
+            capture.require_all_losses()
+            self.draws_random = capture.draws_random()
+        return _Forward(capture, flat)
+
+    def _backward(
+        self,
+        leaves: list[Any],
+        weights: list[Any],
+        forward: _Forward,
+        views: int = 1,
+        users: Users | None = None,
+    ) -> _Backward:
+        """Losses, and the gradient of each example's own at the outputs."""
+        loss, penalties = self.example_loss, forward.capture.penalties
+        losses, of_weights, upstream, updates = backend.map_loss(
+            loss.loss_of_outputs, weights, leaves, forward.flat
+        )
+        of_penalties = [ops.ones_like(p) for p in penalties]
         scales = None
         if loss.scaled:
             sizes = upstream if users is None else users.in_common(upstream, views)
             scales = backend.loss_scales(sizes, backend.row_count(leaves[0]), views)
             upstream = [None if g is None else backend.scaled_rows(g, scales) for g in upstream]
-        of_penalties = [ops.ones_like(p) for p in penalties]
-        if scales is not None:
             of_penalties = [ops.cast(scales, p.dtype) for p in penalties]
-        reached = [k for k, g in enumerate(upstream) if g is not None]
-        watched = [t for r in capture.records for t in r.unit.watched]
-        found = tape.gradient(
-            [*(flat[k] for k in reached), *penalties],
-            [*watched, *outside],
-            output_gradients=[*(upstream[k] for k in reached), *of_penalties],
-        )
-        uses = capture.gradients(found[: len(watched)], views)
-        self.used_outside = [
-            k for k, g in enumerate(found[len(watched) :]) if g is not None or of_weights[k]
-        ]
-        for k, gradients in self._outside_gradients(weights, leaves).items():
-            if scales is not None:
-                gradients = backend.scaled_rows(backend.at_least_float32(gradients), scales)
-            uses[k].append(Instantiated(gradients).folded(views))
         for p in penalties:
             losses = losses + ops.cast(p, losses.dtype)
-        gradients = [combined(u) if u else None for u in uses]
-        if scales is not None:
-            back = 1 / scales[::views]
-            gradients = [None if g is None else Scaled(g, back) for g in gradients]
-        return gradients, losses, [*flat, *updates]
+        return _Backward(losses, of_weights, upstream, updates, of_penalties, scales)
+
+    # -- on made-up examples ------------------------------------------------------------------
+
+    def errors(
+        self, leaves: list[Any], weights: list[Any], *, local: bool
+    ) -> list[tuple[float, float]]:
+        """How far the gradients of each weight are off, relative to it: its norms, its sums.
+
+        Compared are, of some made-up examples (not traced), a sum with uneven weights
+        with the same sum by plain back-propagation, in one pass and from the same
+        numbers, and each example's norm with that of its gradient written out.
+
+        Args:
+            leaves: The examples' tensors and seeds, a few rows.
+            weights: Values of the weights.
+            local: Whether each layer is tried by itself, on what it is given and on
+                made-up gradients at what it returns; else all together, on those of the loss.
+        """
+        return self._with_plan(lambda: self._errors(leaves, weights, local))
+
+    def _errors(
+        self, leaves: list[Any], weights: list[Any], local: bool
+    ) -> list[tuple[float, float]]:
+        rows = leaves[0].shape[0]
+        uneven = backend.halving(rows)
+        inside, outside = ([backend.copy_of(w) for w in weights] for _ in range(2))
+        with backend.gradient_tape(persistent=True) as tape:
+            tape.watch([*inside, *outside])
+            forward = self._forward(tape, leaves, inside, outside, local=local)
+        capture = forward.capture
+        watched = [t for r in capture.records for t in r.unit.watched]
+        if local:
+            targets = [t for r in capture.records for t in r.outputs if backend.is_float(t)]
+            upstream = [backend.made_up_gradient(t, k) for k, t in enumerate(targets)]
+        else:
+            passed = self._backward(leaves, weights, forward)
+            reached = [k for k, g in enumerate(passed.upstream) if g is not None]
+            targets = [*(forward.flat[k] for k in reached), *capture.penalties]
+            upstream = [*(passed.upstream[k] for k in reached), *passed.of_penalties]
+        at_watched = tape.gradient(targets, watched, output_gradients=upstream)
+        uses = capture.gradients(at_watched, 1)
+        plain = tape.gradient(
+            targets,
+            [*inside, *outside],
+            output_gradients=[backend.rows_times(g, uneven) for g in upstream],
+        )
+        sources = plain[: len(weights)], plain[len(weights) :]
+        if not local:
+            self.used_outside = [k for k, g in enumerate(sources[1]) if g is not None]
+            for k, gradients in self._outside_gradients(weights, leaves).items():
+                if passed.scales is not None:
+                    gradients = backend.scaled_rows(gradients, passed.scales)
+                uses[k].append(Instantiated(gradients))
+        found = []
+        for k, (weight, used) in enumerate(zip(weights, uses, strict=True)):
+            wanted = sum(
+                (backend.in_numpy(s[k]) for s in sources if s[k] is not None),
+                np.zeros(weight.shape),
+            )
+            found.append(_off(combined(used) if used else None, wanted, rows))
+        return found
 
     def _outside_gradients(self, weights: list[Any], leaves: list[Any]) -> dict[int, Any]:
         """Per-example gradients, (rows, ...), of weights used outside of their layers' calls.
@@ -335,7 +344,7 @@ class GhostEngine:
 
             return call
 
-        with _patching, contextlib.ExitStack() as undo:
+        with patching, contextlib.ExitStack() as undo:
             for layer in keras_private.all_layers(self.example_loss.model):
                 variables = self.unit_variables(layer)
                 if variables:
@@ -348,256 +357,58 @@ class GhostEngine:
         if layer is self.example_loss.model:
             return []
         own = any(id(v) in self.owners for v in keras_private.own_variables(layer))
-        if own or rule_for(layer) is not None or id(layer) in self.plan.units:
+        known = id(layer) in self.plan.units or id(layer) in self.plan.alone
+        if own or known or rule_for(layer) is not None:
             # Not `trainable_variables`: a frozen layer has none, but its weights one by
             # one may have been made trainable again.
             return [v for v in layer.variables if id(v) in self.owners]
         return []
 
 
-class _Capture:
-    """One forward pass, and what the layers with weights saw in it."""
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    """A forward pass.
 
-    def __init__(
-        self,
-        engine: GhostEngine,
-        scope: Any,
-        tape: Any,
-        weights: list[Any],
-        leaves: list[Any],
-        observe: Callable[[keras.Layer, Any, bool], None] | None,
-    ) -> None:
-        self.records: list[_Record] = []
-        self.penalties: list[Any] = []
-        self.failure: Exception | None = None
-        self.shared: set[int] = set()  # see Plan
-        self._engine = engine
-        self._loss = engine.example_loss
-        self._plan = engine.plan
-        self._scope = scope
-        self._tape = tape
-        self._values = {id(v): w for v, w in zip(self._loss.variables, weights, strict=True)}
-        self._rows = backend.row_count(leaves[0])
-        seeds = self._loss.split(leaves)[1]
-        self._observe = observe
-        self._seeds = {id(s): t for s, t in zip(self._loss.seed_states, seeds, strict=True)}
-        self._initial_seeds = self._seeds_now()
-        self._thread = threading.get_ident()
-        self._graph = backend.current_graph()
-        self._containers: list[tuple[keras.Layer, Any]] = []
-        self._inside: Unit | None = None
-        self._calls = 0
-        self._drawn: set[int] = set()  # seed generators that layers inside drew from
+    Attributes:
+        capture: What the layers saw.
+        flat: What the model returned, with masks: see `ExampleLoss.flat_with_masks`.
+    """
 
-    @contextlib.contextmanager
-    def patched(self) -> Iterator[None]:
-        """Takes over every layer's `call`, in this thread only, for a while."""
-        with _patching, contextlib.ExitStack() as undo:
-            for layer in keras_private.all_layers(self._loss.model):
-                name = keras_private.call_name_of(layer)
-                changes: dict[str, Any] = {name: self._call_of(layer)}
-                if layer.activity_regularizer is not None:
-                    changes["activity_regularizer"] = None
-                undo.enter_context(overridden(layer, **changes))
-            try:
-                yield
-            except Exception:
-                # What Keras and TensorFlow make of an exception may not be what was raised.
-                if self.failure is not None:
-                    raise self.failure from None
-                raise
-
-    def _call_of(self, layer: keras.Layer) -> Callable[..., Any]:
-        original, regularizer = keras_private.call_of(layer), layer.activity_regularizer
-        variables = self._engine.unit_variables(layer)
-        alone = id(layer) in self._plan.alone
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != self._thread:
-                return original(*args, **kwargs)
-            if self._inside is not None:
-                if regularizer is not None:
-                    self._fail(NotPossible(f"{named(layer)} has an activity regularizer"))
-                return original(*args, **kwargs)
-            before, within = self._seeds_now(), self._drawn
-            self._drawn = set()
-            if variables or alone:
-                outputs = self._unit_call(layer, variables, original, args, kwargs)
-            else:
-                self._containers.append((layer, backend.current_graph()))
-                outputs = original(*args, **kwargs)
-                self._containers.pop()
-            if regularizer is not None:
-                self._penalize(regularizer, outputs)
-            drawn = {
-                k
-                for k, (a, b) in enumerate(zip(before, self._seeds_now(), strict=True))
-                if a is not b
-            }
-            if self._observe is not None:
-                self._observe(layer, outputs, bool(drawn - self._drawn))
-            self._drawn = within | drawn
-            return outputs
-
-        return call
-
-    def _unit_call(
-        self,
-        layer: keras.Layer,
-        variables: list[Any],
-        original: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-    ) -> Any:
-        if backend.current_graph() is not self._graph:
-            self._fail_in_loop(layer)
-        number, self._calls = self._calls, self._calls + 1
-        if self._without_examples(number, args, kwargs):
-            args, kwargs = tree.map_structure(self._repeated, (args, kwargs))
-        unit = Unit(layer, variables, original, self._scope, self._watch)
-        self._inside = unit
-        try:
-            with unit.replaced([(v, self._values[id(v)]) for v in variables]):
-                outputs, gradients = self._follow_rule(unit, args, kwargs)
-        except _Apart as error:
-            self._fail(error)
-        finally:
-            self._inside = None
-        self.records.append(_Record(unit, gradients, self._rows_each(number, unit)))
-        return outputs
-
-    def _follow_rule(self, unit: Unit, args: Any, kwargs: Any) -> Any:
-        layer = unit.layer
-        if id(layer) in self._plan.alone:
-            outputs, penalties, gradients = alone(unit, self._seeds, self._rows, args, kwargs)
-            if penalties is not None:
-                self.penalties.append(penalties)
-            return outputs, gradients
-        rule = rule_for(layer)
-        if rule is not None and id(layer) not in self._plan.units:
-            try:
-                return rule(unit, *args, **kwargs)
-            except NoRule:
-                unit.watched.clear()
-            except (_Apart, NotPossible):
-                raise
-            except Exception as error:
-                reason = str(error).strip().partition("\n")[0]
-                self._fail(
-                    NotPossible(f"{named(layer)}: its rule raised {type(error).__name__}: {reason}")
-                )
-        before = self._seeds_now()
-        outputs, gradients = vectorized(unit, self._rows, args, kwargs)
-        if any(a is not b for a, b in zip(before, self._seeds_now(), strict=True)):
-            raise _Apart(layer, "it draws random numbers")
-        return outputs, gradients
-
-    def _seeds_now(self) -> list[Any]:
-        return [self._scope.state_mapping.get(key) for key in self._seeds]
-
-    def draws_random(self) -> bool:
-        """Whether anything was drawn from a seed generator."""
-        before = zip(self._initial_seeds, self._seeds_now(), strict=True)
-        return bool(self._plan.alone) or any(a is not b for a, b in before)
-
-    def _watch(self, tensor: Any) -> None:
-        if backend.current_graph() is not self._graph:
-            self._fail(NotPossible("a rule watches a tensor inside a loop or another function"))
-        self._tape.watch(tensor)
-
-    def _fail(self, error: Exception) -> None:
-        self.failure = error
-        raise error
-
-    def _fail_in_loop(self, layer: keras.Layer) -> None:
-        reason = f"it calls {named(layer)} inside a loop or another function"
-        outer = [c for c, graph in self._containers if graph is self._graph]
-        if outer and outer[-1] is not self._loss.model:
-            self._fail(_Apart(outer[-1], reason, as_unit=True))
-        self._fail(NotPossible(f"the model: {reason}"))
-
-    def _without_examples(self, number: int, args: Any, kwargs: Any) -> bool:
-        """Whether a call gets nothing that has the batch's examples along its first axis.
-
-        As when the embedding of positions is called on a range. It is then given a
-        copy for each example, so that each has a gradient of its own.
-        """
-        if self._plan.shared is not None:
-            return number in self._plan.shared
-        if isinstance(self._rows, int):
-            return False
-        sizes = [t.shape[0] for t in tensors_in((args, kwargs)) if len(t.shape) > 0]
-        found = bool(sizes) and None not in sizes
-        if found:
-            self.shared.add(number)
-        return found
-
-    def _repeated(self, value: Any) -> Any:
-        if not ops.is_tensor(value):
-            return value
-        return ops.broadcast_to(value, (self._rows, *ops.shape(value)))
-
-    def _rows_each(self, number: int, unit: Unit) -> int:
-        """How many rows along the first axis each example has in this call."""
-        if isinstance(self._rows, int) and unit.watched and backend.current_graph() is None:
-            found, left = divmod(unit.watched[0].shape[0], self._rows)
-            if left or not found:
-                self._fail(
-                    NotPossible(f"{named(unit.layer)} is called on something else than a batch")
-                )
-            self._plan.rows_each[number] = found
-        return self._plan.rows_each.get(number, 1)
-
-    def _penalize(self, regularizer: Callable[[Any], Any], outputs: Any) -> None:
-        """Each example's activity regularization: that of its own outputs."""
-        flat = [t for t in tree.flatten(outputs) if ops.is_tensor(t)]
-
-        def one(_: list[Any], tensors: list[Any]) -> list[Any]:
-            return [ops.sum(sum(regularizer(ops.expand_dims(t, 0)) for t in tensors))]
-
-        self.penalties.append(backend.map_examples(one, [], flat)[0])
-
-    def require_all_losses(self) -> None:
-        """Finds layers that call `add_loss`: of a batch's loss it isn't known whose it is."""
-        for layer in keras_private.layers_with_losses(self._loss.model, self._scope):
-            if layer is self._loss.model:
-                raise NotPossible(f"the model '{layer.name}' calls `add_loss` itself")
-            raise _Apart(layer, "it calls `add_loss`")
-        if self._scope.losses:
-            raise NotPossible("something that isn't one of the model's layers calls `add_loss`")
-
-    def gradients(self, found: list[Any], views: int) -> list[list[PerExample]]:
-        """What each use of each variable gives, from the gradients of what was watched.
-
-        Args:
-            found: The gradients.
-            views: How many consecutive rows are one example.
-        """
-        uses: dict[int, list[PerExample]] = {key: [] for key in self._values}
-        remaining = iter(found)
-        for record in self.records:
-            upstream = [next(remaining) for _ in record.unit.watched]
-            if all(g is None for g in upstream):
-                continue  # the loss doesn't depend on this call
-            upstream = [
-                ops.zeros_like(t) if g is None else backend.dense(g)
-                for g, t in zip(upstream, record.unit.watched, strict=True)
-            ]
-            try:
-                pairs = record.gradients(*upstream)
-            except NoRule as error:
-                raise _Apart(record.unit.layer, str(error), as_unit=True) from None
-            for variable, gradient in pairs:
-                if record.unit.trains(variable):
-                    if not isinstance(gradient, PerExample):
-                        gradient = Instantiated(gradient)
-                    uses[id(variable)].append(gradient.folded(record.rows_each * views))
-        return list(uses.values())
+    capture: Capture
+    flat: list[Any]
 
 
-def tensors_in(structure: Any) -> list[Any]:
-    return [t for t in tree.flatten(structure) if ops.is_tensor(t)]
+@dataclasses.dataclass(frozen=True)
+class _Backward:
+    """What follows from the losses.
+
+    Attributes:
+        losses: Of each example, (rows,).
+        of_weights: Whether the losses need each of the weights themselves.
+        upstream: Their gradient at each output; `None` where they don't need it.
+        updates: What each example adds to metrics that the loss writes to.
+        of_penalties: Their gradient at each penalty.
+        scales: What these are multiplied by for each row, for float16; else `None`.
+    """
+
+    losses: Any
+    of_weights: list[bool]
+    upstream: list[Any]
+    updates: list[Any]
+    of_penalties: list[Any]
+    scales: Any
 
 
-def named(layer: keras.Layer) -> str:
-    return f"layer '{layer.path or layer.name}' ({type(layer).__name__})"
+def _off(gradients: PerExample | None, wanted: np.ndarray, rows: int) -> tuple[float, float]:
+    """How far norms are off what is written out, and its uneven sum off what is wanted."""
+    if gradients is None:
+        size = float(np.linalg.norm(wanted))
+        return 0.0, size if size == 0 or np.isnan(size) else 1.0
+    each = [backend.in_numpy(gradients.weighted_sum(backend.one_of(rows, k))) for k in range(rows)]
+    sizes = np.array([np.linalg.norm(g) for g in each])
+    norms = np.sqrt(backend.in_numpy(gradients.squared_norms()))
+    total = max(float(np.linalg.norm(sizes)), 1e-30)
+    uneven = 0.5 ** np.arange(rows)
+    found = sum((w * g for w, g in zip(uneven, each, strict=True)), np.zeros(wanted.shape))
+    off = float(np.linalg.norm(norms - sizes)), float(np.linalg.norm(found - wanted))
+    return off[0] / total, off[1] / total

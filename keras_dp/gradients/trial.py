@@ -1,8 +1,13 @@
-"""Engines on trial: compared with plain gradients of made-up examples before they are used.
+"""Engines on trial, before they see private data.
 
 A wrong norm would be a wrong clip, so neither the vectorizer's rewriting of a
-model, nor a rule for a layer, nor a layer's claim to keep examples apart is
-taken on trust. No private data takes part.
+model nor a rule for a layer is taken on trust. The ghost engine is tried layer
+by layer, on made-up inputs and made-up gradients: nothing chaotic lies between,
+so that what is right agrees to rounding. Where a model has code from outside
+Keras, all layers together must give the gradient that back-propagation gives,
+in one pass and from the same numbers. That examples don't mix isn't tried
+here: it is proved while the model is traced (`Capture`). An engine that maps a
+whole model over its examples is compared with the loop.
 """
 
 from __future__ import annotations
@@ -13,22 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from .. import backend
+from .. import backend, keras_private
 from ..errors import PrivacyError
-from ..keras_private import all_layers
 from .example import ExampleLoss
-from .ghost import GhostEngine, NotPossible, named
+from .ghost import GhostEngine, NotPossible, Replanned, named
 
 __all__ = ["Untried", "passed", "require_agreement", "require_right_gradients", "tolerance"]
 
-_ROWS = 5  # unlike the sizes that stand in for those that aren't known
-# In a deep network rounding may take a relu or a pooling the other way, and a gradient with
-# it. A wrong rule differs every time.
-_ATTEMPTS = 3
-_COMPARED = 3  # of these, for comparing with plain gradients
+_ROWS = 3
 # What examples are made up: the size where none is known, and the spread of values.
 _KINDS = ((4, "uniform"), (32, "uniform"), (32, "normal"))
 _passed: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_right: set[Any] = set()  # kinds of calls of Keras' own layers that were right once
 
 
 class Untried(ArithmeticError):
@@ -82,91 +83,80 @@ def require_agreement(
 
 
 def require_right_gradients(ghost: GhostEngine, leaves: list[Any]) -> None:
-    """Tries the ghost engine's gradients of every weight, and that examples don't mix.
+    """Tries the ghost engine's gradients of every weight, after the model was traced.
 
-    The weights are disturbed, because at initial zeros a fault may not show.
-    Where something is found that changes how the model must be handled
-    (`ghost.plan.handled`), it returns early, to be called again.
+    Calls of Keras' own layers that are of a kind that was right before, in this
+    process, aren't tried again.
 
     Raises:
         PrivacyError: If they are wrong; names the layer.
         NotPossible: If the engine can't serve the model, or can't be tried on it.
+        Replanned: If a layer must be handled otherwise than it was traced.
     """
-
-    def compare(attempt: int) -> None:
-        loss = ghost.example_loss
-        weights = backend.disturbed([v.value for v in loss.variables])
-        made_up, others, plain, plain_losses = _made_up(loss, weights, leaves, attempt)
-        handled = ghost.plan.handled
-        ghost.per_example(made_up, weights)
-        if ghost.plan.handled != handled or _share_draws(ghost, made_up, weights):
-            return
-        # One draw may shuffle a batch and leave the first example where it was.
-        for seed in range(3 if ghost.draws_random else 1):
-            batch = loss.with_distinct_seeds(made_up, seed)
-            seeds = loss.split(batch)[1]
-            _require_apart(ghost, batch, [*loss.split(others)[0], *seeds], weights)
-        few = [t[:_COMPARED] for t in made_up]
-        if ghost.draws_random:
-            # The engines draw alike only for one example at a time.
-            alone = [[t[i : i + 1] for t in few] for i in range(_COMPARED)]
-            found = _Shares.stacked([_Shares(ghost, one, weights) for one in alone])
-        else:
-            found = _Shares(ghost, few, weights)
-        different = _differing_weight(ghost, found, plain, plain_losses)
-        if different is None:
-            _passed[loss.model] = (_key(loss, leaves), ghost.plan)
-        elif attempt + 1 < _ATTEMPTS:
-            compare(attempt + 1)
-        else:
-            raise different
-
-    backend.apart(lambda: compare(0))
+    loss = ghost.example_loss
+    foreign = keras_private.has_layers_from_outside(loss.model)
+    kinds = ghost.plan.kinds
+    if foreign or not _right.issuperset(kinds):
+        backend.apart(lambda: _try(ghost, leaves, together=foreign))
+        _right.update(k for k in kinds if k is not None)
+    _passed[loss.model] = (_key(loss, leaves), ghost.plan)
 
 
-def _made_up(
-    loss: ExampleLoss, weights: list[Any], leaves: list[Any], attempt: int
-) -> tuple[list[Any], list[Any], list[np.ndarray], np.ndarray]:
-    """Two batches that the model can be run on, and plain gradients of a few of the first."""
+def _try(ghost: GhostEngine, leaves: list[Any], *, together: bool) -> None:
+    loss = ghost.example_loss
+    # Disturbed, because at initial zeros a fault may not show.
+    weights = backend.disturbed([v.value for v in loss.variables])
     reason = "they aren't finite"
     for size, spread in _KINDS:
-        kind: dict[str, Any] = {"size": size, "spread": spread}
         try:
-            like = leaves[:-1]
-            if any(None in t.shape[1:] for t in like):
-                like = loss.like_outputs(like, backend.made_up_like(like, 1, **kind))
-            made_up, others = (
-                backend.made_up_like(like, _ROWS, seed=seed, **kind)
-                for seed in (2 * attempt, 2 * attempt + 1)
-            )
-            made_up = loss.with_distinct_seeds(made_up)
-            gradients, losses = backend.loop_gradients(
-                loss, weights, [t[:_COMPARED] for t in made_up]
-            )
+            made_up = _made_up(loss, leaves, size, spread)
+            local = ghost.errors(made_up, weights, local=True)
+            whole = ghost.errors(made_up, weights, local=False) if together else []
+        except (NotPossible, PrivacyError, Replanned):
+            raise
         except Exception as error:
             reason = str(error).strip().partition("\n")[0][:200]
             continue
-        if all(np.all(np.isfinite(g)) for g in gradients):
-            return made_up, others, gradients, losses
+        if np.all(np.isfinite([*local, *whole])):
+            _require_small(ghost, local, whole)
+            return
     raise NotPossible(f"it can't be tried on made-up examples: {reason}")
 
 
-def _share_draws(ghost: GhostEngine, made_up: list[Any], weights: list[Any]) -> bool:
-    """Finds layers that draw random numbers once for a whole batch, to be run alone.
+def _made_up(loss: ExampleLoss, leaves: list[Any], size: int, spread: str) -> list[Any]:
+    like, kind = leaves[:-1], {"size": size, "spread": spread}
+    if any(None in t.shape[1:] for t in like):
+        like = loss.like_outputs(like, backend.made_up_like(like, 1, **kind))  # type: ignore[arg-type]
+    return loss.with_distinct_seeds(backend.made_up_like(like, _ROWS, **kind))  # type: ignore[arg-type]
 
-    Run on equal examples, what they return is equal, too.
-    """
-    if not ghost.draws_random:
-        return False
-    equal = [backend.repeat_first_row(t) for t in made_up]
+
+def _require_small(
+    ghost: GhostEngine, local: list[tuple[float, float]], whole: list[tuple[float, float]]
+) -> None:
     loss = ghost.example_loss
-    found: set[int] | None = None
-    for seed in (0, 1):
-        alike = ghost.drawing_alike(loss.with_distinct_seeds(equal, seed), weights)
-        found = alike if found is None else found & alike
-    new = (found or set()) - ghost.plan.alone
-    ghost.plan.alone |= new
-    return bool(new)
+    most = tolerance(loss)
+    for errors, how in ((local, _BY_ITSELF), (whole, _TOGETHER)):
+        if not errors or (off := np.max(errors, axis=1)).max() <= most:
+            continue
+        worst = int(np.argmax(off))
+        variable = loss.variables[worst]
+        layer = ghost.owners[id(variable)]
+        raise PrivacyError(
+            f"The gradients of made-up examples, tried before training, differ from plain ones "
+            f"for the weight '{variable.name}' of {named(layer)}: norms by {errors[worst][0]:.2%}, "
+            f"sums by {errors[worst][1]:.2%}, {how} Fix the rule, or compile with "
+            "gradients='vectorized'."
+        )
+
+
+_BY_ITSELF = (
+    "with that layer tried by itself. Its rule for the ghost engine (keras_dp.register_rule) is "
+    "wrong, or the layer works outside of what Keras sees."
+)
+_TOGETHER = (
+    "with the whole model tried, though each layer is right by itself: something passes from a "
+    "layer to the loss otherwise than by what the layer returns."
+)
 
 
 def passed(ghost: GhostEngine, leaves: list[Any]) -> bool:
@@ -183,7 +173,7 @@ def _key(loss: ExampleLoss, leaves: list[Any]) -> Any:
         [id(v) for v in loss.variables],
         [(tuple(t.shape[1:]), t.dtype) for t in leaves],
         id(loss.model.loss),
-        [(type(layer), _settings_of(layer)) for layer in all_layers(loss.model)],
+        [(type(layer), _settings_of(layer)) for layer in keras_private.all_layers(loss.model)],
     )
 
 
@@ -195,101 +185,8 @@ def _settings_of(layer: Any) -> list[tuple[str, Any]]:
     return [(k, v) for k, v in vars(layer).items() if isinstance(v, plain) and k[0] != "_"]
 
 
-class _Shares:
-    """What the ghost engine finds for each weight: norms, and a sum with uneven weights."""
-
-    def __init__(self, ghost: GhostEngine, leaves: list[Any], weights: list[Any]) -> None:
-        gradients, losses, _ = ghost.per_example(leaves, weights)
-        rows = len(leaves[0])
-        self.losses = np.asarray(losses, "f8")
-        self.norms = [
-            np.zeros(rows) if g is None else np.sqrt(np.asarray(g.squared_norms(), "f8"))
-            for g in gradients
-        ]
-        uneven = backend.halving(rows)
-        self.sums = [
-            np.zeros(w.shape) if g is None else np.asarray(g.weighted_sum(uneven), "f8")
-            for g, w in zip(gradients, weights, strict=True)
-        ]
-
-    @classmethod
-    def stacked(cls, alone: list[_Shares]) -> _Shares:
-        made = cls.__new__(cls)
-        made.losses = np.concatenate([s.losses for s in alone])
-        made.norms = [
-            np.concatenate(parts) for parts in zip(*(s.norms for s in alone), strict=True)
-        ]
-        made.sums = [
-            sum((0.5**i * g for i, g in enumerate(parts)), np.zeros(()))
-            for parts in zip(*(s.sums for s in alone), strict=True)
-        ]
-        return made
-
-
 def tolerance(loss: ExampleLoss) -> float:
-    """How far an engine may be off the loop."""
-    rough = any(x.compute_dtype in ("float16", "bfloat16") for x in all_layers(loss.model))
+    """How far an engine may be off."""
+    layers = keras_private.all_layers(loss.model)
+    rough = any(x.compute_dtype in ("float16", "bfloat16") for x in layers)
     return 0.1 if rough else 1e-3
-
-
-def _require_apart(
-    ghost: GhostEngine, batch: list[Any], others: list[Any], weights: list[Any]
-) -> None:
-    """The first and the last example must get the same gradient whatever the others are."""
-    loss = ghost.example_loss
-    one = _Shares(ghost, batch, weights)
-    for row in (0, _ROWS - 1):
-        other = [backend.with_row_of(a, b, row) for a, b in zip(batch, others, strict=True)]
-        two = _Shares(ghost, other, weights)
-        first, again = (np.array([n[row] for n in s.norms]) for s in (one, two))
-        scale = max(float(np.linalg.norm(first)), 1e-6)
-        off = float(np.linalg.norm(first - again)) / scale
-        of_loss = abs(float(one.losses[row] - two.losses[row]))
-        if max(off, of_loss / max(abs(float(one.losses[row])), 1e-6)) <= tolerance(loss):
-            continue
-        # Dropout may hide from one row of a layer's outputs what shows in the gradients.
-        culprit = None
-        for seed in range(8 if ghost.draws_random else 1):
-            a, b = (loss.with_distinct_seeds(t, seed) for t in (batch, other))
-            culprit = culprit or ghost.first_to_mix(a, b, weights, row)
-        if culprit is None:
-            worst = int(np.argmax(np.abs(first - again)))
-            culprit = ghost.owners[id(loss.variables[worst])]
-        raise PrivacyError(
-            f"The {named(culprit)} mixes the examples of a batch: what it makes of one example "
-            "depends on the others, so one example's gradient can't be clipped by itself. Let it "
-            "treat each example alone (no mean or other statistics over axis 0), or compile with "
-            "gradients='vectorized', which runs the model on one example at a time."
-        )
-
-
-def _differing_weight(
-    ghost: GhostEngine, got: _Shares, plain: list[np.ndarray], plain_losses: np.ndarray
-) -> PrivacyError | None:
-    """What is wrong with the weight that is furthest off; `None` if all are right."""
-    loss = ghost.example_loss
-    rows = len(plain_losses)
-    norms = [np.linalg.norm(g.reshape(rows, -1), axis=1) for g in plain]
-    uneven = 0.5 ** np.arange(rows)
-    sums = [np.tensordot(uneven, g, 1) for g in plain]
-    off = np.array(
-        [
-            [np.linalg.norm(a - b), np.linalg.norm(s - t)]
-            for a, b, s, t in zip(got.norms, norms, got.sums, sums, strict=True)
-        ]
-    ).max(axis=1)
-    off /= max(float(np.linalg.norm(norms)), 1e-6)
-    worst = int(np.argmax(off))
-    if off[worst] <= tolerance(loss):
-        return None
-    variable = loss.variables[worst]
-    layer = ghost.owners[id(variable)]
-    if any(each != 1 for each in ghost.plan.rows_each.values()):
-        raise NotPossible(f"{named(layer)} is called on rows that aren't examples")
-    return PrivacyError(
-        f"The gradients of two examples, tried before training, differ from plain ones for the "
-        f"weight '{variable.name}' of {named(layer)}: norms {got.norms[worst]} instead of "
-        f"{norms[worst]}. Its rule for the ghost engine (keras_dp.register_rule) is wrong, or the "
-        "layer works outside of what Keras sees. Mend the rule, or compile with "
-        "gradients='vectorized'."
-    )

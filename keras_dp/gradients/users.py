@@ -24,6 +24,7 @@ from .per_example import (
     Rows,
     Scaled,
     Squares,
+    TakenApart,
     _Tied,
     pairs,
     squares_of_pairs,
@@ -38,7 +39,7 @@ _WRITTEN_OUT = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Users:
+class Users(TakenApart):
     """Which rows of a batch are whose. Somebody's rows are next to each other.
 
     Attributes:
@@ -142,6 +143,8 @@ class Users:
 
     def means(self, gradients: Sequence[PerExample | None]) -> list[PerExample | None]:
         """The mean of each person's gradients, in the cheapest form."""
+        # What several forms need: here, and not in a graph of one of them.
+        _ = self._starts, self.shares, self.present
         return [None if g is None else self._mean(g) for g in gradients]
 
     def _mean(self, rows: PerExample) -> PerExample:

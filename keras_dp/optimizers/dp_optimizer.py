@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from .. import accounting, arguments, backend, keras_private
-from .. import clipping as clippings
-from ..clipping import AdaptiveClipping, Clipping
-from ..errors import PrivacyError, PrivacyWarning
-from ..gradients import ENGINES, EngineOptions
+from .. import accounting, backend, keras_private
+from ..clipping import Clipping
+from ..errors import PrivacyError
 from ..ledger import PrivacyLedger
 from ..noise import NoiseSource, SecureNoiseSource
 from ..sampling import UNKNOWN
@@ -25,10 +22,10 @@ from ..training import (
     Parts,
     PrivateGradients,
     Schedule,
-    checked,
     private_train_step,
 )
 from .session import Session
+from .settings import AsGiven, Settings, deserialized
 from .wrapper import OptimizerWrapper
 
 _UNEXPLAINED = (
@@ -38,15 +35,24 @@ _UNEXPLAINED = (
     "a .keras or .weights.h5 file, which carry the ledger, or begin with a new model and a new "
     "optimizer."
 )
-
-
-def _given(name: str, doc: str) -> Any:
-    """A read-only property: an argument as it was given."""
-    return property(lambda self: self._given[name], doc=doc)
+_NOT_CALIBRATED = (
+    "The noise is not calibrated yet: with target_epsilon, sigma follows from the number of "
+    "examples, batch size and epochs, which only `fit` knows. Call `fit`, or give "
+    "noise_multiplier instead of target_epsilon."
+)
+_ORDINARY = (
+    "was given ordinary gradients, which are neither clipped nor noised: applying them would "
+    "train without privacy. Train with model.fit or model.train_on_batch after "
+    "model.compile(optimizer=...); a loss of your own goes into compile(loss=...) or an "
+    "overridden `compute_loss`. In a loop of your own, get the gradients from "
+    "optimizer.private_gradients and call optimizer.apply(gradients, variables) with what it "
+    "returned, in the same tf.function. Private gradients that you have changed, with public data "
+    "only, go to optimizer.inner_optimizer.apply."
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_dp")
-class DPOptimizer(OptimizerWrapper):
+class DPOptimizer(AsGiven, OptimizerWrapper):
     """Makes the training of a Keras model differentially private.
 
     Wraps an ordinary Keras optimizer. Compiling a model with it replaces the
@@ -144,96 +150,43 @@ class DPOptimizer(OptimizerWrapper):
     ) -> None:
         inner_optimizer = keras.optimizers.get(inner_optimizer)
         _check_inner(inner_optimizer)
-        max_grad_norm = checked("max_grad_norm", max_grad_norm, least="more than 0")
-        if noise_multiplier is not None:
-            noise_multiplier = checked("noise_multiplier", noise_multiplier)
-        _check_noise_choice(noise_multiplier, target_epsilon, target_delta)
-        target = None
-        if target_epsilon is not None:
-            target = Budget(
-                arguments.positive("target_epsilon", target_epsilon, "a privacy budget"),
-                accounting.check_delta(target_delta, "target_delta"),
-            )
-        if microbatch_size is not None:
-            microbatch_size = arguments.positive_integer(
-                "microbatch_size", microbatch_size, "how many examples are in memory at once"
-            )
-        options = EngineOptions(
-            arguments.one_of("gradients", gradients, ENGINES),
-            microbatch_size,
-            arguments.positive_integer(
-                "augmentation_multiplicity",
-                augmentation_multiplicity,
-                "how many times each example is run in a step",
-            ),
+        settings = Settings.of(
+            max_grad_norm=max_grad_norm,
+            noise_multiplier=noise_multiplier,
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            microbatch_size=microbatch_size,
+            augmentation_multiplicity=augmentation_multiplicity,
+            clipping=clipping,
+            gradients=gradients,
+            seed=seed,
+            secure_mode=secure_mode,
         )
-        seed = arguments.seed(seed)
-        _check_secure_mode(secure_mode, seed)
-        strategy = clippings.get(clipping)
-        if isinstance(strategy, AdaptiveClipping):
-            if callable(max_grad_norm):
-                raise ValueError(
-                    "Adaptive clipping moves C itself: give `max_grad_norm` as the number to start "
-                    f"from, not a schedule. Received: max_grad_norm={max_grad_norm!r}"
-                )
-            strategy = strategy.for_one_optimizer(self)
-            strategy.restore(max_grad_norm)
+        strategy = settings.strategy_for(self)
 
         super().__init__(inner_optimizer, name)
-        self._given: dict[str, Any] = {
-            "max_grad_norm": max_grad_norm,
-            "noise_multiplier": noise_multiplier,
-            "target_epsilon": None if target is None else target.epsilon,
-            "target_delta": None if target is None else target.delta,
-            "microbatch_size": microbatch_size,
-            "augmentation_multiplicity": options.views,
-            "clipping": clipping,
-            "gradients": gradients,
-            "seed": seed,
-            "secure_mode": secure_mode,
-        }
-        self._options = options
+        self._settings = settings
         self._mechanism = Mechanism(
-            strategy, SecureNoiseSource() if secure_mode else NoiseSource(seed)
+            strategy, SecureNoiseSource() if secure_mode else NoiseSource(settings.seed)
         )
         self._meter = Meter(
-            noise_multiplier,
-            max_grad_norm,
+            settings.noise_multiplier,
+            settings.max_grad_norm,
             clipping=strategy.name,
-            seeded=seed is not None,
-            target=target,
+            seeded=settings.seed is not None,
+            target=settings.target,
             updates=_updates_of(inner_optimizer),
         )
         self._session = Session(self, self._mechanism, self._meter)
         self._loop = OwnLoop(
             self._mechanism,
             self._meter,
-            options,
+            settings.options,
             build_for=self._session.build_for,
             warn_once=self._session.warn_once,
             note_unseen=self._session.notes.add_unseen,
         )
         self._engine: str | None = None
-        if noise_multiplier == 0:
-            warnings.warn(
-                "noise_multiplier=0 adds no noise: training is not private and epsilon is "
-                "infinite. Give a positive noise_multiplier, or target_epsilon.",
-                PrivacyWarning,
-                stacklevel=keras_private.outside(),
-            )
-
-    # -- the arguments, as given -------------------------------------------------------------
-
-    max_grad_norm = _given("max_grad_norm", "C, or the schedule of C, as it was given.")
-    target_epsilon = _given("target_epsilon", "The epsilon that sigma is calibrated to, if it is.")
-    target_delta = _given("target_delta", "The delta of `target_epsilon`.")
-    microbatch_size = _given("microbatch_size", "How many examples are in memory at once.")
-    augmentation_multiplicity = _given(
-        "augmentation_multiplicity", "How many times each example is run in a step."
-    )
-    gradients = _given("gradients", "The engine to start from.")
-    seed = _given("seed", "The seed of the noise, which voids the guarantee; `None` in earnest.")
-    secure_mode = _given("secure_mode", "Whether noise and batches are the operating system's.")
 
     @property
     def noise_multiplier(self) -> float | None:
@@ -259,8 +212,6 @@ class DPOptimizer(OptimizerWrapper):
     def session(self) -> Session:
         """What leads it through its trainings."""
         return self._session
-
-    # -- what was spent ------------------------------------------------------------------
 
     @property
     def ledger(self) -> PrivacyLedger:
@@ -334,15 +285,11 @@ class DPOptimizer(OptimizerWrapper):
                 self._session.begin_train_on_batch("train_step")
             sampling = UNKNOWN
         if self.noise_multiplier is None:
-            raise PrivacyError(
-                "The noise is not calibrated yet: with target_epsilon, sigma follows from the "
-                "number of examples, batch size and epochs, which only `fit` knows. Call `fit`, "
-                "or give noise_multiplier instead of target_epsilon."
-            )
+            raise PrivacyError(_NOT_CALIBRATED)
         parts = Parts(
             self._mechanism,
             self._meter,
-            self._options,
+            self._settings.options,
             make_ready=self._session.make_ready,
             apply=self.inner_optimizer.apply,
             warn_once=self._session.warn_once,
@@ -529,24 +476,8 @@ class DPOptimizer(OptimizerWrapper):
             ValueError: If the variables are others.
         """
         if not isinstance(grads, PrivateGradients) or not grads.made_by(self):
-            raise PrivacyError(
-                f"{type(self).__name__} was given ordinary gradients, which are neither clipped "
-                "nor noised: applying them would train without privacy. Train with model.fit or "
-                "model.train_on_batch after model.compile(optimizer=...); a loss of your own goes "
-                "into compile(loss=...) or an overridden `compute_loss`. In a loop of your own, "
-                "get the gradients from optimizer.private_gradients and call "
-                "optimizer.apply(gradients, variables) with what it returned, in the same "
-                "tf.function. Private gradients that you have changed, with public data only, go "
-                "to optimizer.inner_optimizer.apply."
-            )
-        variables = list(grads.variables)
-        given = variables if trainable_variables is None else list(trainable_variables)
-        if [id(v) for v in given] != [id(v) for v in variables]:
-            raise ValueError(
-                "`trainable_variables` must be the variables that private_gradients was given, in "
-                f"that order: {[v.path for v in variables]}. Received: "
-                f"{[getattr(v, 'path', v) for v in given]}"
-            )
+            raise PrivacyError(f"{type(self).__name__} {_ORDINARY}")
+        variables = grads.variables_of(trainable_variables)
 
         def step() -> Any:
             self.inner_optimizer.apply(list(grads), variables)
@@ -554,28 +485,8 @@ class DPOptimizer(OptimizerWrapper):
 
         backend.branch(grads.released, step, lambda: ops.zeros(()))
 
-    def apply_gradients(self, grads_and_vars: Any) -> None:
-        """Refuses: pairs don't say where a gradient is from. See `apply`.
-
-        Raises:
-            PrivacyError: Always.
-        """
-        self.apply(None)
-
-    def stateless_apply(
-        self, optimizer_variables: Any, grads: Any, trainable_variables: Any
-    ) -> Any:
-        """Refuses, as `apply_gradients`.
-
-        Raises:
-            PrivacyError: Always.
-        """
-        self.apply(None)
-
     def _private_config(self) -> dict[str, Any]:
-        given = {name: _serialized(value) for name, value in self._given.items()}
-        # A seed is for one test, not for whoever loads the file.
-        return {**given, "seed": None, "name": self.name}
+        return {**self._settings.config(), "name": self.name}
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, for saving. Neither seed nor generator state."""
@@ -601,54 +512,6 @@ def _updates_of(inner: keras.optimizers.Optimizer) -> Callable[[], int]:
             return updates()
 
     return read
-
-
-def _serialized(value: Any) -> Any:
-    """A number, a name, or what Keras makes of a schedule or a strategy."""
-    if value is None or isinstance(value, (str, float)):
-        return value
-    return keras.saving.serialize_keras_object(value)
-
-
-def deserialized(config: dict[str, Any], custom_objects: Any) -> dict[str, Any]:
-    names = ("learning_rate", "max_grad_norm", "noise_multiplier", "clipping")
-    return {
-        name: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
-        if name in names and isinstance(value, dict)
-        else value
-        for name, value in config.items()
-    }
-
-
-# -- checking arguments -----------------------------------------------------------------------
-
-
-def _check_noise_choice(sigma: Any, epsilon: Any, delta: Any) -> None:
-    given = (
-        f"Received: noise_multiplier={sigma!r}, target_epsilon={epsilon!r}, target_delta={delta!r}"
-    )
-    if sigma is not None and (epsilon is not None or delta is not None):
-        raise ValueError(
-            "Give either noise_multiplier, or target_epsilon with target_delta, not both: one "
-            f"follows from the other. {given}"
-        )
-    if sigma is None and (epsilon is None or delta is None):
-        raise ValueError(
-            "How much noise? Give noise_multiplier (1.0, say), or both target_epsilon and "
-            f"target_delta, from which it is calibrated when `fit` starts. {given}"
-        )
-
-
-def _check_secure_mode(secure_mode: Any, seed: Any) -> None:
-    if not isinstance(secure_mode, bool):
-        raise ValueError(
-            f"`secure_mode` must be True or False. Received: secure_mode={secure_mode!r}"
-        )
-    if secure_mode and seed is not None:
-        raise ValueError(
-            "A seed makes noise repeatable, which secure_mode is there to prevent: give one or the "
-            f"other. Received: secure_mode=True, seed={seed!r}"
-        )
 
 
 def _check_inner(inner: Any) -> None:

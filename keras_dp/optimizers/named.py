@@ -9,7 +9,8 @@ import keras
 
 from ..clipping import Clipping
 from ..training import Schedule
-from .dp_optimizer import DPOptimizer, deserialized
+from .dp_optimizer import DPOptimizer
+from .settings import deserialized
 
 
 class _Named(DPOptimizer):

@@ -59,3 +59,21 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """As the inner optimizer's."""
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def apply_gradients(self, grads_and_vars: Any) -> None:
+        """Refuses: pairs don't say where a gradient is from. See `apply`.
+
+        Raises:
+            PrivacyError: Always.
+        """
+        self.apply(None)
+
+    def stateless_apply(
+        self, optimizer_variables: Any, grads: Any, trainable_variables: Any
+    ) -> Any:
+        """Refuses, as `apply_gradients`.
+
+        Raises:
+            PrivacyError: Always.
+        """
+        self.apply(None)

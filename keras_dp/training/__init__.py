@@ -2,7 +2,8 @@
 
 from .alone import require_alone, training_alone
 from .gate import Gate
-from .loops import OwnLoop, PrivateGradients
+from .given import PrivateGradients
+from .loops import OwnLoop
 from .mechanism import Mechanism, Watcher
 from .meter import Budget, Meter, Phase
 from .schedules import Schedule, checked

@@ -21,7 +21,7 @@ __all__ = ["BATCHES", "Budget", "Meter", "Phase"]
 
 _NO_LIMIT = 2**62
 _DECLARED_ANEW = (
-    "keras_dp: since this function was compiled, the optimizer was told that batches are drawn "
+    "keras_dp: since this function was compiled, it was declared that batches are drawn "
     "otherwise, so this step would be accounted wrongly. Call optimizer.begin_loop(sampling) "
     "before it, or use an optimizer for each way of drawing."
 )
@@ -221,25 +221,38 @@ class Meter:
         self._limit.set(self.releases if spent else _NO_LIMIT)
         self._stale = bool(self.budgets)
 
-    def declare(self, sampling: Sampling, *, iteration: int) -> None:
-        """Declares how the batches to come are drawn; a run of steps of its own begins."""
+    def declare(self, sampling: Sampling, *, iteration: int, within_pass: bool = False) -> None:
+        """Declares how the batches to come are drawn; a run of steps of its own begins.
+
+        Args:
+            sampling: How they are drawn.
+            iteration: The number of the next step, for schedules.
+            within_pass: Whether the next batch belongs to a pass over the data that was begun
+                in a run before. What is left of it is accounted as if every example were in it.
+        """
         self.run_number += 1
         self._divisor.set(sampling.batch_size)
         if sampling not in self._samplings:
             self._samplings.append(sampling)
         self._sampling = sampling
         self._declared.set(self._samplings.index(sampling))
+        release = self._release_apart if within_pass else self._release
         if not self._settings.scheduled:
-            self._book.open(self._release(sampling, *self._settings.upcoming))
+            self._book.open(release(sampling, *self._settings.upcoming))
             return
-        # One pass over shuffled batches is one release of an example: of one kind.
-        whole_pass = sampling.steps_per_epoch if sampling.sampler == "shuffled" else None
+        # In a pass over the data an example takes part once: a pass is of one kind.
+        whole_pass = sampling.steps_per_epoch if sampling.in_passes else None
         values = self._settings.begin(iteration, hold=whole_pass or 1)
-        kind = functools.cache(functools.partial(self._release, sampling))
+        kind = functools.cache(functools.partial(release, sampling))
         self._book.open(lambda number: kind(*values(number)))
 
-    def declare_batches(self, sampling: Sampling, *, iteration: int) -> None:
+    def declare_batches(
+        self, sampling: Sampling, *, iteration: int, within_pass: bool = False
+    ) -> None:
         """Declares single batches of your own, if they are drawn otherwise than those before.
+
+        Args:
+            sampling, iteration, within_pass: As for `declare`.
 
         Raises:
             PrivacyError: If a step limit was found for other batches.
@@ -251,10 +264,10 @@ class Meter:
                     "these may cost more. Call begin_loop(sampling) with the dataset that the "
                     "batches come from, and then limit_steps again."
                 )
-            self.declare(sampling, iteration=iteration)
+            self.declare(sampling, iteration=iteration, within_pass=within_pass)
             self._stale = True
         elif not self._settings.expects(iteration):
-            self.declare(sampling, iteration=iteration)
+            self.declare(sampling, iteration=iteration, within_pass=within_pass)
 
     def find_limit(self) -> None:
         """Finds how many steps the budgets of the fit before allow, where that isn't known."""
@@ -359,6 +372,9 @@ class Meter:
             clipping=self._clipping,
             seeded=self._seeded,
         )
+
+    def _release_apart(self, sampling: Sampling, sigma: float, max_grad_norm: float) -> Release:
+        return self._release(sampling, sigma, max_grad_norm).apart
 
     def _calibrate(self, target: Budget, phase: Phase, iteration: int) -> None:
         if phase.steps is None:

@@ -88,7 +88,7 @@ class _Period:
 
 
 class StepSettings:
-    """sigma and C of every step: as the graph reads them, and as the ledger is told.
+    """sigma and C of every step: as the graph reads them, and as the ledger gets them.
 
     Both read one table, so that they can't differ. The values of a schedule are
     rounded to three significant digits (sigma upwards), and the rounded value is

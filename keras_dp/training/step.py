@@ -15,8 +15,7 @@ from .. import backend, keras_private
 from ..compatibility import require_trainable_privately
 from ..errors import PrivacyError
 from ..gradients import Batch, Engine, EngineOptions, ExampleLoss, Outcome, UserEngine, Users
-from ..sampling import Sampling
-from ..user_sampling import RowsOfUsers
+from ..sampling import RowsOfUsers, Sampling
 from .mechanism import Clipped, Mechanism, StepValues
 from .meter import Meter
 
@@ -78,7 +77,10 @@ def private_train_step(
 
     # Gradients, clip, sum.
     options = dataclasses.replace(
-        parts.options, jit_compile=model.jit_compile, eagerly=model.run_eagerly
+        parts.options,
+        jit_compile=model.jit_compile,
+        eagerly=model.run_eagerly,
+        batch_capacity=meter.phase.sampling.capacity,
     )
     clip = mechanism.clip(meter.max_grad_norm)
     if present is None:

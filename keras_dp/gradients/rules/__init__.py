@@ -1,6 +1,7 @@
 """Rules: what the ghost engine must know about one type of layer, a file for each family."""
 
 from . import activation, attention, convolution, dense, embedding, normalization, recurrent
+from .apart import keeps_apart
 from .fallback import alone, vectorized
 from .registry import NoRule, Unit, overridden, register_rule, rule_for
 
@@ -13,6 +14,7 @@ __all__ = [
     "convolution",
     "dense",
     "embedding",
+    "keeps_apart",
     "normalization",
     "overridden",
     "recurrent",

@@ -8,7 +8,7 @@ out, B times the size of the layer's weights.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -21,9 +21,16 @@ from .registry import Unit
 __all__ = ["alone", "vectorized", "vectorized_function"]
 
 
-def vectorized(unit: Unit, rows: Any, args: Any, kwargs: Any) -> Any:
-    """Runs the layer on the batch, and later once more on every example for its gradient."""
-    examples = _Examples(unit, rows, args, kwargs)
+def vectorized(unit: Unit, mapped: Sequence[bool], args: Any, kwargs: Any) -> Any:
+    """Runs the layer on the batch, and later once more on every example for its gradient.
+
+    Args:
+        unit: The layer.
+        mapped: Which of its arguments, flattened, hold examples; the others are shared.
+        args: Positional arguments.
+        kwargs: Named arguments.
+    """
+    examples = _Examples(unit, mapped, args, kwargs)
     # Copies, because a tensor may be handed through, or returned twice.
     outputs = tree.map_structure(_copied, unit.call(*args, **kwargs))
     outputs = tree.map_structure(lambda t: unit.watch(t) if _is_float(t) else t, outputs)
@@ -68,14 +75,14 @@ def vectorized_function(
 
 
 def alone(
-    unit: Unit, seeds: dict[int, Any], rows: Any, args: Any, kwargs: Any
+    unit: Unit, seeds: dict[int, Any], mapped: Sequence[bool], args: Any, kwargs: Any
 ) -> tuple[Any, Any, Callable[..., Any]]:
     """Runs the layer on one example at a time: one that draws random numbers or adds losses.
 
     Returns:
         Outputs, what each example adds to the loss (or `None`), and the gradients.
     """
-    examples = _Examples(unit, rows, args, kwargs)
+    examples = _Examples(unit, mapped, args, kwargs)
     states = [v for v in keras_private.seed_states_of(unit.layer) if id(v) in seeds]
     leaves = [*examples.leaves, *(seeds[id(v)] for v in states)]
     count = len(examples.leaves)
@@ -117,19 +124,15 @@ def _weight_gradients(
 class _Examples:
     """The arguments of one call of a layer, and the same call on one example of them."""
 
-    def __init__(self, unit: Unit, rows: Any, args: Any, kwargs: Any) -> None:
+    def __init__(self, unit: Unit, mapped: Sequence[bool], args: Any, kwargs: Any) -> None:
         self.unit = unit
         self.structure: Any = None
         self._arguments = (args, kwargs)
         self._base = dict(unit.scope.state_mapping)
         self.weights = [self._base[id(v)] for v in unit.variables]
         self._surroundings = keras_private.surroundings()
-        # A tensor with the batch's number of rows holds examples; any other is shared.
-        static = rows if isinstance(rows, int) else None
         tensors = tree.flatten(self._arguments)
-        self._mapped = [
-            ops.is_tensor(t) and len(t.shape) > 0 and t.shape[0] == static for t in tensors
-        ]
+        self._mapped = mapped
         chosen = [t for t, m in zip(tensors, self._mapped, strict=True) if m]
         masks = [keras_private.mask_of(t) for t in chosen]
         self._masked = [m is not None for m in masks]

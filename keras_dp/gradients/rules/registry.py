@@ -148,8 +148,9 @@ def register_rule(*layer_classes: type) -> Callable[[Rule], Rule]:
     A layer without a rule trains all the same: the gradient of that layer alone
     is vectorized over the examples, which takes more time and memory. Rules are
     looked up by a layer's exact class, so a subclass needs one of its own.
-    Before an engine is used its gradients of two made-up examples are compared
-    with plain ones, so a wrong rule raises `PrivacyError` instead of training.
+    Before it is used the layer is tried by itself: gradients by its rule, of
+    made-up examples, are compared with plain ones, so that a wrong rule raises
+    `PrivacyError` instead of training.
 
     Args:
         *layer_classes: Subclasses of `keras.Layer`, at least one.

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from . import arguments
+from .. import arguments
 
-__all__ = ["RowsOfUsers", "Users", "codes_of"]
+__all__ = ["RowsOfUsers", "Users", "codes_of", "users_of"]
 
 
 class RowsOfUsers(NamedTuple):
@@ -41,7 +41,7 @@ class Users:
     Example:
 
     >>> import numpy as np
-    >>> from keras_dp.user_sampling import Users
+    >>> from keras_dp.sampling.users import Users
     >>> users = Users(["a", "b", "a", "a"], num_rows=4, max_examples_per_user=2)
     >>> rows, present = users.rows_of(np.array([0, 1]), np.random.default_rng(0))
     >>> len(rows), present.sum(axis=1).tolist()
@@ -112,11 +112,27 @@ class Users:
         return rows, np.arange(self.most) < held[:, np.newaxis]
 
 
+def users_of(user_ids: Any, most: int | None, num_rows: int) -> Users | None:
+    """Whose the rows are, if that was said.
+
+    Raises:
+        ValueError: If only the maximum was said, or as `Users`.
+    """
+    if user_ids is None:
+        if most is not None:
+            raise ValueError(
+                "`max_examples_per_user` needs `user_ids` beside it, which say whose each row is. "
+                f"Received: max_examples_per_user={most!r}, user_ids=None"
+            )
+        return None
+    return Users(user_ids, num_rows=num_rows, max_examples_per_user=most)
+
+
 def codes_of(user_ids: Any, num_rows: int, name: str = "user_ids") -> np.ndarray:
     """The number of its person, from 0 on, for each row.
 
     Raises:
-        ValueError: If there isn't one id for each row, or they can't be told apart.
+        ValueError: If there isn't one id for each row, or they can't be distinguished.
     """
     given = user_ids
     if hasattr(given, "to_numpy"):
@@ -161,7 +177,7 @@ def codes_of(user_ids: Any, num_rows: int, name: str = "user_ids") -> np.ndarray
         return np.array([numbers.setdefault(value, len(numbers)) for value in given], np.int64)
     except TypeError:
         raise ValueError(
-            f"`{name}` holds values that can't be told apart, because they are not hashable "
+            f"`{name}` holds values that can't be distinguished, because they are not hashable "
             f"(of type {', '.join(sorted(kinds))}). Use numbers or text."
         ) from None
 

@@ -1,0 +1,248 @@
+"""That examples are apart is proved by following them through traced operations (rule 19)."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tiny
+from keras import layers, ops
+from reference import engine_outcome
+
+from keras_dp import PrivacyError, backend
+from keras_dp.backend import BatchAxis, Mixed, Rows, Shared, Unknown
+
+
+def state_of(function, shape=(None, 4), dtype=tf.float32):
+    """What a function's result is, of a batch of this shape."""
+    found = []
+
+    def traced(x):
+        axis = BatchAxis([x])
+        found.append(axis.of(tf.convert_to_tensor(function(x))))
+        return x
+
+    tf.function(traced, autograph=False).get_concrete_function(tf.TensorSpec(shape, dtype))
+    return found[0]
+
+
+def rows_of(x):
+    return tf.shape(x)[0]
+
+
+GATE = tf.Variable(0.0)
+
+
+@tf.custom_gradient
+def centred_on_the_way_back(x):
+    return tf.identity(x), lambda g: g - tf.reduce_mean(g, 0, keepdims=True)
+
+
+MIXING = {
+    "clip_by_norm without axes": lambda x: tf.clip_by_norm(x, 10.0),
+    "scaled by the largest": lambda x: x / ops.maximum(1.0, ops.max(ops.abs(x))),
+    "zero unless all are finite": lambda x: tf.where(tf.reduce_all(tf.math.is_finite(x)), x, 0.0),
+    "zero if any is large": lambda x: x * (1 - tf.cast(tf.reduce_any(tf.abs(x) > 100), x.dtype)),
+    "integers less their minimum": lambda x: (
+        tf.cast(x, "int32") - tf.reduce_min(tf.cast(x, "int32"))
+    ),
+    "all pairs": lambda x: ops.matmul(x, ops.transpose(x)),
+    "all pairs by broadcasting": lambda x: x[:, None] - x[None],
+    "all pairs by einsum": lambda x: tf.einsum("ij,kj->ik", x, x),
+    "top k of the batch": lambda x: tf.math.top_k(tf.transpose(x), 2).values,
+    "cumsum": lambda x: tf.cumsum(x, axis=0),
+    "expert capacity": lambda x: x * tf.cast(tf.cumsum(tf.cast(x > 0, "int32")) <= 2, x.dtype),
+    "turned around": lambda x: tf.reverse(x, [0]),
+    "rolled": lambda x: tf.roll(x, 1, axis=0),
+    "over the number of rows": lambda x: x / tf.cast(rows_of(x), x.dtype),
+    "less the first row": lambda x: x - x[:1],
+    "less the last row": lambda x: x - x[-1],
+    "fixed number of rows": lambda x: tf.reshape(x, [1, -1]),
+    "one branch for all": lambda x: tf.cond(tf.reduce_max(x) > 1.0, lambda: x * 2, lambda: x),
+    "a loop until all are small": lambda x: tf.while_loop(
+        lambda y: tf.reduce_max(y) > 1.0, lambda y: y / 2, [x]
+    )[0],
+    "a norm over all": lambda x: x / tf.norm(x),
+    "moments": lambda x: x - tf.nn.moments(x, [0])[0],
+    "batch normalization": lambda x: tf.compat.v1.nn.fused_batch_norm(
+        x[:, None, None], tf.ones([4]), tf.zeros([4])
+    )[0],
+    "a gate in a weight": lambda x: x + GATE * tf.reduce_mean(x, 0),
+    "softmax over the batch": lambda x: x / tf.reduce_sum(tf.exp(x), axis=0),
+    "an example as an index": lambda x: tf.gather(x, tf.cast(x[:, 0], "int32")),
+    "in a function": lambda x: tf.function(lambda t: t - tf.reduce_mean(t, 0), autograph=False)(x),
+    "in a branch": lambda x: tf.cond(
+        tf.random.uniform([]) > 0.5, lambda: x - tf.reduce_mean(x, 0), lambda: x
+    ),
+    "in a loop": lambda x: tf.while_loop(
+        lambda k, y: k < 3, lambda k, y: (k + 1, y - tf.reduce_mean(y, 0)), [0, x]
+    )[1],
+}
+NOT_PROVED = {
+    "sorted along the batch": lambda x: tf.sort(x, axis=0),
+    "in the order of the batch": lambda x: tf.gather(x, tf.argsort(x[:, 0])),
+    "shuffled": lambda x: tf.random.shuffle(x),
+    "by place": lambda x: x * tf.cast(tf.range(rows_of(x)), x.dtype)[:, None],
+    "added up along the batch": lambda x: tf.scan(lambda a, b: a + b, x),
+    "segments": lambda x: tf.math.unsorted_segment_sum(x, tf.range(rows_of(x)) % 2, rows_of(x)),
+    "convolved along the batch": lambda x: tf.nn.conv1d(x[None], tf.ones([1, 4, 4]), 1, "SAME"),
+    "transposed and cut": lambda x: tf.reshape(tf.transpose(x), tf.shape(x)),
+    "Python": lambda x: tf.numpy_function(lambda a: a - a.mean(0), [x], tf.float32),
+    "parts by value": lambda x: tf.concat(
+        tf.dynamic_partition(x, tf.cast(x[:, 0] > 0, "int32"), 2), 0
+    ),
+    "mixed on the way back": centred_on_the_way_back,
+    "by axes that aren't known": lambda x: tf.reduce_mean(
+        x, tf.range(tf.random.uniform([], 0, 2, "int32"))
+    ),
+    "joined": lambda x: tf.concat([x, x], 0),
+    "a value for each place": lambda x: (
+        x + tf.random.stateless_uniform([3, 1], [1, 2])[: rows_of(x)]
+    ),
+}
+APART = {
+    "silu, whose gradient TensorFlow writes itself": tf.nn.silu,
+    "gelu": keras.activations.gelu,
+    "normalized": lambda x: tf.math.l2_normalize(x, -1),
+    "standardized": lambda x: (x - ops.mean(x, -1, keepdims=True)) / ops.std(x, -1, keepdims=True),
+    "reshaped and back": lambda x: tf.reshape(tf.reshape(x, [-1, 2, 2]), [-1, 4]),
+    "reshaped by its number": lambda x: tf.reshape(x, [rows_of(x), 2, 2])[:, 0],
+    "windows and back": lambda x: tf.reshape(tf.reshape(x, [-1, 2]) * 2, tf.shape(x)),
+    "zeros beside it": lambda x: tf.concat([x, tf.zeros([rows_of(x), 1])], 1),
+    "a token in front": lambda x: tf.concat([tf.tile(tf.ones([1, 2]), [rows_of(x), 1]), x], 1),
+    "sorted along another axis": lambda x: tf.sort(x, axis=-1),
+    "one hot": lambda x: tf.one_hot(tf.argmax(x, -1), 4) * x,
+    "some columns": lambda x: tf.gather(x, [0, 1], axis=1),
+    "columns of its own": lambda x: tf.gather(x, tf.argsort(x, axis=1), batch_dims=1),
+    "outer products": lambda x: tf.einsum("bi,bj->bij", x, x),
+    "times a matrix": lambda x: tf.tensordot(x[:, None], tf.ones([4, 3]), 1),
+    "broadcast": lambda x: x + tf.broadcast_to(tf.ones([1, 4]), tf.shape(x)),
+    "cumsum along another axis": lambda x: tf.cumsum(x, 1),
+    "padded": lambda x: tf.pad(x, [[0, 0], [1, 1]]),
+    "rolled along another axis": lambda x: tf.roll(x, 1, axis=1),
+    "random, for each": lambda x: x + keras.random.normal(ops.shape(x), seed=1),
+    "transposed and back": lambda x: tf.transpose(tf.transpose(x) * 2),
+    "taken apart and stacked": lambda x: tf.stack(tf.unstack(x, axis=1)[::-1], axis=1),
+    "a branch for each": lambda x: tf.where(x > 0, x, -x),
+    "a shared branch": lambda x: tf.cond(GATE > 0, lambda: x * 2, lambda: x),
+    "a loop of known length": lambda x: tf.while_loop(
+        lambda k, y: k < 3, lambda k, y: (k + 1, y / 2), [0, x]
+    )[1],
+    "steps of a sequence": lambda x: tf.transpose(
+        tf.scan(lambda a, b: a + b, tf.transpose(x)), [1, 0]
+    ),
+    "looked up": lambda x: tf.gather(tf.ones([9, 3]), tf.cast(x > 0, "int32")),
+    "a dilated convolution": lambda x: tf.nn.convolution(
+        x[..., None], tf.ones([2, 1, 3]), padding="SAME", dilations=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_rule_19_what_mixes_is_known_to(name):
+    assert isinstance(state_of(MIXING[name]), Mixed)
+
+
+@pytest.mark.parametrize("name", NOT_PROVED)
+def test_rule_19_what_is_not_known_is_not_claimed(name):
+    assert isinstance(state_of(NOT_PROVED[name]), Unknown | Mixed)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_rule_19_what_is_apart_is_proved(name):
+    assert state_of(APART[name]) == Rows()
+
+
+def test_where_the_examples_are():
+    assert state_of(lambda x: tf.transpose(x)) == Rows(1)
+    assert state_of(lambda x: tf.reshape(x, [-1, 2])) == Rows(0, each=2)
+    assert state_of(lambda x: tf.ones([3]) * 2) == Shared()
+    assert state_of(lambda x: tf.range(tf.shape(x)[1])) == Shared()
+
+
+def test_the_tables_are_right():
+    """Each function is run: one row is replaced, and the others' results stay, or don't."""
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype("float32") + 3
+    other = x.copy()
+    other[2] = [900.0, -7.0, np.nan, 0.3]
+    for name, function in APART.items():
+        if name != "random, for each":
+            one, two = (np.asarray(function(tf.constant(t))) for t in (x, other))
+            np.testing.assert_allclose(np.delete(one, 2, 0), np.delete(two, 2, 0), err_msg=name)
+
+
+# -- what becomes of a layer --------------------------------------------------------------------
+
+
+class Own(layers.Layer):
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, x):
+        return self.function(x)
+
+
+def network(function):
+    start = [keras.initializers.GlorotUniform(seed=k) for k in (1, 2)]
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(4, kernel_initializer=start[0]),
+            Own(function, name="culprit"),
+            layers.Dense(1, kernel_initializer=start[1]),
+        ]
+    )
+    model.compile("sgd", "mse")
+    return model
+
+
+@pytest.mark.parametrize("name", list(MIXING)[:6])
+def test_rule_19_a_layer_that_mixes_is_refused_by_name(name):
+    model = network(lambda x: 0 * x + tf.cast(tf.reduce_mean(MIXING[name](x)), x.dtype))
+    x, y = tiny.data(6)
+    with pytest.raises(PrivacyError, match=r"culprit' \(Own\) mixes the examples"):
+        engine_outcome(model, x, y, max_grad_norm=1.0, gradients="auto")
+
+
+SUMS = {  # of which nothing is proved, and which can be run on one example
+    "by place": NOT_PROVED["by place"],
+    "sorted along the batch": NOT_PROVED["sorted along the batch"],
+    "added up along the batch": NOT_PROVED["added up along the batch"],
+    "mixed on the way back": NOT_PROVED["mixed on the way back"],
+}
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6, np.nan, np.inf])
+@pytest.mark.parametrize("name", SUMS)
+def test_rule_19_what_is_not_proved_is_run_alone(name, size):
+    """Another row moves the sum by at most 2 C, whatever it holds."""
+    x, y = tiny.data(6)
+    other = x.copy()
+    other[3] *= size
+    c = 0.1
+    sums = []
+    for rows in (x, other):
+        outcome, engine = engine_outcome(
+            network(SUMS[name]), rows, y, max_grad_norm=c, gradients="auto"
+        )
+        assert engine == "ghost"
+        sums.append(np.concatenate([np.ravel(s) for s in outcome.sums]))
+    assert np.linalg.norm(sums[0] - sums[1]) <= 2 * c * (1 + 1e-4)
+
+
+def test_a_generator_of_no_layer_is_refused():
+    model = network(lambda x: x * keras.random.uniform((1, 4), seed=keras.random.SeedGenerator(3)))
+    x, y = tiny.data(6)
+    with pytest.raises(PrivacyError, match="SeedGenerator"):
+        engine_outcome(model, x, y, max_grad_norm=1.0, gradients="auto")
+
+
+def test_the_axis_is_open_also_where_the_number_of_rows_is_known():
+    def run(x):
+        return backend.of_open_length(x)
+
+    traced = tf.function(run).get_concrete_function(tf.TensorSpec((3, 2)))
+    assert traced.graph.outputs[0].shape.as_list() == [None, 2]
+    np.testing.assert_array_equal(traced(tf.ones([3, 2])), np.ones([3, 2]))
