@@ -274,13 +274,13 @@ def test_rule_15_the_clip_holds_where_somebodys_gradients_nearly_cancel():
 # -- whose rows are whose ------------------------------------------------------------------------
 
 
-def of_people(*, people=40, most=3, batch_size=10, **kwargs):
+def of_people(*, kind=PoissonDataset, people=40, most=3, batch_size=10, **kwargs):
     """A dataset of people with 1 to 5 rows, which hold the number of their person and row."""
     counts = np.arange(people) % 5 + 1
     whose = np.random.default_rng(0).permutation(np.repeat(np.arange(people), counts))
     x = np.stack([whose, np.arange(len(whose))], axis=1)
     names = np.array([f"p{k}" for k in whose])
-    data = PoissonDataset(
+    data = kind(
         x, whose, batch_size=batch_size, user_ids=names, max_examples_per_user=most, **kwargs
     )
     return data, whose, counts
@@ -317,6 +317,74 @@ def held_in_order(y):
     """The lengths of runs of equal values."""
     ends = np.flatnonzero(np.append(np.diff(y), 1))
     return np.diff(np.append(-1, ends))
+
+
+@pytest.mark.parametrize("secure_mode", [False, True])
+def test_rule_10_balls_in_bins_hold_each_person_once_an_epoch(secure_mode):
+    data, _, counts = of_people(kind=keras_dp.BallsInBinsDataset, secure_mode=secure_mode)
+    assert (data.num_units, len(data), data.unit) == (40, 4, "user")
+    fed = data.for_fit(None, secure_mode=secure_mode).feed()
+    sizes = []
+    for epoch in range(2):
+        seen = []
+        for x, y in fed:
+            present = np.asarray(x.present)
+            assert present.shape[1] == 3
+            people = np.asarray(y)[np.cumsum(present.sum(axis=1)) - 1]
+            assert np.array_equal(present.sum(axis=1), np.minimum(counts[people], 3))
+            assert np.array_equal(np.repeat(people, present.sum(axis=1)), y)
+            seen.append(people)
+        assert len(seen) == 4
+        assert sorted(np.concatenate(seen)) == [*range(40)], epoch
+        sizes += map(len, seen)
+    assert len(set(sizes)) > 1  # by chance
+
+
+def test_balls_in_bins_and_capacities_count_people_in_the_ledger():
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    model.compile(tiny.sgd(), loss="mse")
+    model.fit(of_people(kind=keras_dp.BallsInBinsDataset)[0], verbose=0)
+    cut, *_ = of_people(batch_capacity=12)
+    fed = cut.for_fit(None, secure_mode=False)
+    assert max(len(x.present) for _ in range(20) for x, _ in fed.feed()) == 12
+    assert cut.dropped
+    model.fit(cut, verbose=0)
+    bins, poisson = model.optimizer.ledger
+    assert (bins.sampler, bins.unit, bins.num_examples) == ("balls_in_bins", "user", 40)
+    assert (bins.steps, bins.steps_per_epoch, bins.batch_size) == (4, 4, 10.0)
+    assert (poisson.sampler, poisson.unit, poisson.capacity) == ("truncated_poisson", "user", 12)
+    alone, k = (model.optimizer.get_epsilon(1e-3, examples_per_person=k) for k in (1, 8))
+    assert alone == k
+    text = str(keras_dp.privacy_report(model, delta=1e-3))
+    assert "every person was in one batch" in text
+    assert "of a batch above the public capacity of 12" in text
+
+
+def test_batches_of_people_are_padded_to_a_size_that_their_capacity_tells():
+    for counts in [(1,), (4, 4, 4), (2, 1, 3)]:
+        model, x = compiled(keras.Input((6,)), layers.Dense(2)), rows(6)[: sum(counts)]
+        x = np.resize(x, (sum(counts), 6))
+        outcome, _ = user_outcome(
+            model, x, np.zeros((len(x), 2), "f4"), counts, clip=1.0, batch_capacity=3
+        )
+        assert len(outcome.losses) == 3 * MOST
+        assert len(outcome.norms) == 3 * MOST
+        wanted, _ = means_of_people(model, x, np.zeros((len(x), 2), "f4"), counts)
+        assert relative_error(outcome.sums, clipped_sum(wanted, 1.0)) < 1e-5
+
+
+@pytest.mark.parametrize("width", [5, 16])
+def test_layers_that_are_alike_are_averaged_apart(width):
+    """Their norms and sums are traced once for all: what is whose goes there too."""
+    alike = [layers.Dense(width, "tanh") for _ in range(4)]
+    model, x = compiled(keras.Input((width,)), *alike), rows(width)
+    y = rows(width, seed=1)
+    wanted, _ = means_of_people(model, x, y)
+    clip = float(np.median(norms_of(wanted)))
+    outcome, used = user_outcome(model, x, y, clip=clip, gradients="ghost", padding=2)
+    assert used == "ghost"
+    assert relative_error([outcome.norms[: len(COUNTS)]], [norms_of(wanted)]) < 1e-5
+    assert relative_error(outcome.sums, clipped_sum(wanted, clip)) < 1e-5
 
 
 def test_fit_counts_people_in_n_batch_size_divisor_and_ledger():

@@ -1,7 +1,8 @@
 """Which examples make a logical batch, and how that is declared to the ledger."""
 
 from .arrays import as_array, as_arrays, common_length, split_for_validation
-from .datasets import OWN, BallsInBinsDataset, PoissonDataset, ShuffledDataset, as_leaves
+from .dataset import as_leaves
+from .datasets import OWN, BallsInBinsDataset, PoissonDataset, ShuffledDataset
 from .declaration import UNKNOWN, Sampling
 from .handed_out import HandedOut
 from .reading import RowError

@@ -35,8 +35,8 @@ class Users:
         max_examples_per_user: The most rows of one person that a batch may hold.
 
     Raises:
-        ValueError: If `user_ids` aren't one for each row, some are missing, can't be told
-            apart, or are all the same; or if the maximum is no positive integer.
+        ValueError: If `user_ids` aren't one for each row, some are missing or can't be
+            distinguished, or all are the same; or if the maximum is no positive integer.
 
     Example:
 
