@@ -86,7 +86,7 @@ def test_only_accounting_imports_dp_accounting_and_only_the_backend_tensorflow()
     for module in MODULES:
         tops = {name.split(".")[0] for name in imports_of(module)}
         part = module.split(".")[1] if "." in module else ""
-        accounts = part in ("accounting", "losses", "people", "repetition")
+        accounts = part in ("accounting", "losses", "people", "choices")
         assert ("dp_accounting" in tops) <= accounts, module
         assert ("tensorflow" in tops) <= module.startswith("keras_dp.backend"), module
 
