@@ -355,7 +355,9 @@ def test_balls_in_bins_and_capacities_count_people_in_the_ledger():
     assert (poisson.sampler, poisson.unit, poisson.capacity) == ("truncated_poisson", "user", 12)
     alone, k = (model.optimizer.get_epsilon(1e-3, examples_per_person=k) for k in (1, 8))
     assert alone == k
-    text = str(keras_dp.privacy_report(model, delta=1e-3))
+    report = keras_dp.privacy_report(model, delta=1e-3)
+    assert not problems(json.loads(report.to_json()))
+    text = str(report)
     assert "every person was in one batch" in text
     assert "of a batch above the public capacity of 12" in text
 
