@@ -6,7 +6,7 @@ the same functions. The rest of the package imports them from here.
 """
 
 _SUPPORTED = ("tensorflow",)
-_MEND = (
+_FIX = (
     "keras_dp runs on the TensorFlow backend of Keras. Set the environment variable "
     'KERAS_BACKEND=tensorflow before Keras is imported (or "backend": "tensorflow" in '
     "keras.json)."
@@ -15,10 +15,10 @@ _MEND = (
 try:
     import keras
 except ImportError as error:
-    raise ImportError(f"Keras can't be imported: {error}. {_MEND}") from error
+    raise ImportError(f"Keras can't be imported: {error}. {_FIX}") from error
 
 if keras.backend.backend() not in _SUPPORTED:
-    raise ImportError(f"Keras is using its {keras.backend.backend()!r} backend. {_MEND}")
+    raise ImportError(f"Keras is using its {keras.backend.backend()!r} backend. {_FIX}")
 
 from .batch_axis import BatchAxis, Mixed, Rows, Shared, Unknown  # noqa: E402
 from .feeding import (  # noqa: E402

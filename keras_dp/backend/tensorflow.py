@@ -549,7 +549,7 @@ def norms_in(squares: Tensor, dtype: str) -> Tensor:
 
 
 def gradient_tape(*, persistent: bool = False) -> Any:
-    """A tape that records only what follows from tensors that it is told to watch."""
+    """A tape that records only what follows from tensors that it watches."""
     return tf.GradientTape(persistent=persistent, watch_accessed_variables=False)
 
 
@@ -641,7 +641,7 @@ def of_open_length(tensor: Tensor) -> Tensor:
 
 
 def of_known_sizes(tensor: Tensor, sizes: Sequence[int | None]) -> Tensor:
-    """The tensor, told those of its sizes that are known."""
+    """The tensor, with those of its sizes that are known."""
     tensor.set_shape(sizes)
     return tensor
 

@@ -24,7 +24,7 @@ ENGINES = ("auto", "ghost", "vectorized", "loop")
 Run = Callable[[list[Any]], Any]
 
 logger = logging.getLogger("keras_dp")
-_told: weakref.WeakSet[Any] = weakref.WeakSet()  # the models whose fallback was logged
+_said: weakref.WeakSet[Any] = weakref.WeakSet()  # the models whose fallback was logged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,9 +211,9 @@ class Engine:
     def _tell(self, failures: list[tuple[str, Exception]]) -> None:
         """Says once for each model why a slower engine takes its place."""
         model = self.example_loss.model
-        if not failures or self._eagerly or model in _told:
+        if not failures or self._eagerly or model in _said:
             return
-        _told.add(model)
+        _said.add(model)
         for name, error in failures:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             if name == "ghost":

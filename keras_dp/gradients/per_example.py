@@ -577,7 +577,7 @@ def _with_rows_as_positions(tensor: Any, rows_each: int) -> Any:
 def _slots(ids: Any) -> Any:
     """For each position a slot, (B, T), that it shares with those of its example with equal ids.
 
-    Equal ids are told apart by sorting each example's: the k-th different one
+    Equal ids are found by sorting each example's: the k-th different one
     gets slot k of its example.
     """
     batch, length = ops.shape(ids)
