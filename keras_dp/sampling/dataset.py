@@ -163,6 +163,10 @@ class Dataset(keras.utils.PyDataset):
 
     def _read(self, drawn: np.ndarray) -> Any:
         """The rows of some numbers, or of people of some numbers: as many as each may have."""
+        with backend.outside_graph():  # a draw while a function is traced is still a draw
+            return self._read_now(drawn)
+
+    def _read_now(self, drawn: np.ndarray) -> Any:
         if self.users is None:
             return self._reader.read(self._parts, drawn)
         if self.secure_mode:
