@@ -30,6 +30,7 @@ __all__ = [
     "can_convert_arrays",
     "code_from_outside",
     "compile_loss_of",
+    "drawing_as_here",
     "innermost",
     "layers_with_losses",
     "logits_of",
@@ -235,6 +236,15 @@ def build_from_batch(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> 
 def seed_states_of(layer: keras.Layer) -> list[keras.Variable]:
     """The state of every seed generator that a layer (or an unseeded one in it) draws from."""
     return [*_own_seed_states(layer), global_seed_generator().state]
+
+
+def drawing_as_here() -> Callable[[], None]:
+    """What has another thread draw from this one's generator of unseeded layers, if called there.
+
+    Keras has one for each thread.
+    """
+    generator = global_seed_generator()
+    return lambda: global_state.set_global_attribute("global_seed_generator", generator)
 
 
 def has_seeds(layer: keras.Layer) -> bool:

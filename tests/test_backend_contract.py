@@ -20,7 +20,8 @@ def arguments_of(found):
     for parameter in inspect.signature(found).parameters.values():
         if parameter.kind == parameter.KEYWORD_ONLY and "*" not in parts:
             parts.append("*")
-        parts.append(parameter.name)
+        star = "*" if parameter.kind == parameter.VAR_POSITIONAL else ""
+        parts.append(star + parameter.name)
     return ", ".join(parts)
 
 

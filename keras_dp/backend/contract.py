@@ -24,11 +24,12 @@ CONTROL = {
         "the message. Where the compiler can't stop a step, false."
     ),
     "wait_for(tensors)": "A context in which nothing runs before these tensors are there.",
-    "added_up(compute, count, *, joined)": (
+    "added_up(compute, count, *, joined, carried)": (
         "A loop. `compute` makes of the scalar int32 numbers 0 to count - 1 tensors to add up, and "
         "tensors to keep. Returns two lists: sums, and what was kept, stacked along a new first "
-        "axis, or joined along the first axis there is. Only one turn is in memory at a time. "
-        "Refuses (PrivacyError) what could keep or carry out what it sees."
+        "axis, or joined along the first axis there is. Where tensors are `carried`, `compute` "
+        "takes a list of them, too, and returns those for the next turn last. Only one turn is in "
+        "memory at a time. Refuses (PrivacyError) what could keep or carry out what it sees."
     ),
     "map_rows(function, mapped)": (
         "A function of every row of a structure of tensors, (rows, ...), with its results stacked, "
@@ -134,7 +135,9 @@ ROUNDING = {
 LOOKING_THROUGH = {
     "current_graph()": "What is being traced; `None` while operations run at once.",
     "operation_count()": "How many operations it has so far; 0 for none.",
-    "traced(function)": "The graph of a function of no arguments, which doesn't run.",
+    "traced(function, *arguments)": (
+        "The graph of what a function does with tensors like these; it doesn't run."
+    ),
     "require_nothing_kept(graph, start, *, of)": (
         "Refuses (PrivacyError) a graph with an operation, from number `start` on, that could "
         "keep or carry out what it sees."
@@ -156,6 +159,9 @@ LOOKING_THROUGH = {
 HOST = {
     "gathering(parts, specs, epoch, steps)": "Batches of rows of arrays in memory, read ahead.",
     "reading(rows_of, specs, epoch, steps, *, chunk)": "Batches of rows that Python reads.",
+    "one_by_one(batch_of, specs, epoch, steps)": (
+        "Batches that Python reads whole, whose parts need not have as many rows as each other."
+    ),
     "is_infinite(source)": "Whether a pipeline of the framework never ends.",
     "makes_batches(source)": "Whether its elements are batches, as far as can be seen.",
     "elements(source)": "Its elements, of NumPy arrays.",

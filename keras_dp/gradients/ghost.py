@@ -29,6 +29,7 @@ from .forms import Instantiated, PerExample, Scaled, clipped_sums, combined
 from .made_up import made_up_gradient
 from .rules import Unit, overridden, rule_for
 from .scaling import loss_scales, scaled_rows
+from .users import Users
 
 __all__ = ["GhostEngine", "NotPossible", "Plan", "Replanned", "named"]
 
@@ -62,7 +63,9 @@ class GhostEngine:
         self.used_outside: list[int] = []  # indices of weights
         self.owners = keras_private.owners_of(example_loss.model, example_loss.variables)
 
-    def __call__(self, leaves: list[Any], real: Any, clip: Callable[[Any], Any]) -> Any:
+    def __call__(
+        self, leaves: list[Any], real: Any, clip: Callable[[Any], Any], users: Users | None = None
+    ) -> Any:
         """Clipped sums, norms, losses and extras, as `vectorized_engine` returns them.
 
         Args:
@@ -70,15 +73,21 @@ class GhostEngine:
                 (rows, views, 2).
             real: Mask, (rows,); rows where it is false add nothing.
             clip: Clip weights from norms.
+            users: Whose the examples are, if the mean over somebody's is what is clipped;
+                `real` and the norms are then those of people.
 
         Raises:
             NotPossible: If the model can't be served; says which layer and why.
         """
         views = self.views
-        gradients, losses, extra = self.per_example(self._all_views(leaves), views=views)
+        gradients, losses, extra = self.per_example(
+            self._all_views(leaves), views=views, users=users
+        )
         if views > 1:
             losses = ops.mean(ops.reshape(losses, (-1, views)), axis=1)
             extra = [t[::views] for t in extra]
+        if users is not None:
+            gradients = users.means(gradients)
         variables = self.example_loss.variables
         sums, norms = clipped_sums(gradients, variables, clip, real, views=views)
         return sums, norms, losses, extra
@@ -97,6 +106,7 @@ class GhostEngine:
         leaves: list[Any],
         weights: list[Any] | None = None,
         views: int = 1,
+        users: Users | None = None,
     ) -> tuple[list[PerExample | None], Any, list[Any]]:
         """The per-example gradients of each weight (`None` where no loss reaches it).
 
@@ -105,6 +115,8 @@ class GhostEngine:
             weights: Other values for the weights than their own.
             views: How many consecutive rows are one example; their gradients are
                 added up.
+            users: Whose the examples are, if those of one person are to share what their
+                losses are scaled by.
 
         Returns:
             The gradients, the losses, (rows,), and what else comes back for each example.
@@ -114,7 +126,7 @@ class GhostEngine:
         """
         if weights is None:
             weights = [ops.convert_to_tensor(v.value) for v in self.example_loss.variables]
-        return self._with_plan(lambda: self._attempt(leaves, weights, views))
+        return self._with_plan(lambda: self._attempt(leaves, weights, views, users))
 
     def _with_plan(self, attempt: Callable[[], Any]) -> Any:
         """Tries again whenever a layer is found that must be handled apart."""
@@ -131,7 +143,7 @@ class GhostEngine:
                     raise Replanned(found.reason) from None
 
     def _attempt(
-        self, leaves: list[Any], weights: list[Any], views: int
+        self, leaves: list[Any], weights: list[Any], views: int, users: Users | None
     ) -> tuple[list[PerExample | None], Any, list[Any]]:
         leaves = [backend.of_open_length(t) for t in leaves]
         # Weights that are used outside of their own layer's call show up in these.
@@ -143,7 +155,7 @@ class GhostEngine:
         if backend.current_graph() is not None:
             self.plan.calls, self.plan.kinds = capture.calls, capture.kinds
             self.plan.mapped = capture.mapped
-        passed = self._backward(leaves, weights, forward, views)
+        passed = self._backward(leaves, weights, forward, views, users)
         reached = [k for k, g in enumerate(passed.upstream) if g is not None]
         watched = [t for r in capture.records for t in r.unit.watched]
         found = tape.gradient(
@@ -200,7 +212,12 @@ class GhostEngine:
         return _Forward(capture, flat)
 
     def _backward(
-        self, leaves: list[Any], weights: list[Any], forward: _Forward, views: int = 1
+        self,
+        leaves: list[Any],
+        weights: list[Any],
+        forward: _Forward,
+        views: int = 1,
+        users: Users | None = None,
     ) -> _Backward:
         """Losses, and the gradient of each example's own at the outputs."""
         loss, penalties = self.example_loss, forward.capture.penalties
@@ -210,7 +227,8 @@ class GhostEngine:
         of_penalties = [ops.ones_like(p) for p in penalties]
         scales = None
         if loss.scaled:
-            scales = loss_scales(upstream, arithmetic.row_count(leaves[0]), views)
+            sizes = upstream if users is None else users.in_common(upstream, views)
+            scales = loss_scales(sizes, arithmetic.row_count(leaves[0]), views)
             upstream = [None if g is None else scaled_rows(g, scales) for g in upstream]
             of_penalties = [ops.cast(scales, p.dtype) for p in penalties]
         for p in penalties:

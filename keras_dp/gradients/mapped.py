@@ -15,7 +15,11 @@ from .. import backend
 from ..arithmetic import at_least_float32, is_float
 
 __all__ = [
+    "ClippedSums",
+    "EngineResult",
+    "ExampleFunction",
     "chunked_sum",
+    "example_gradients",
     "loop_engine",
     "map_examples",
     "map_loss",
@@ -51,9 +55,10 @@ def _written_out(found: Sequence[Any], weights: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _example_gradients(
+def example_gradients(
     one: ExampleFunction, weights: list[Any], leaves: list[Any]
 ) -> tuple[list[Any], Any, list[Any]]:
+    """One example's gradients, written out, its loss, and what else `one` returns."""
     with backend.gradient_tape() as tape:
         tape.watch(weights)
         loss, extra = one(weights, leaves)
@@ -184,7 +189,7 @@ def vectorized_engine(
     copies = _copies(weights, ops.shape(leaves[0])[0]) if weights_per_example else []
 
     def gradients_of(args: tuple[list[Any], list[Any]]) -> Any:
-        return _example_gradients(one, list(args[0]) or weights, list(args[1]))
+        return example_gradients(one, list(args[0]) or weights, list(args[1]))
 
     gradients, losses, extra = backend.map_rows(gradients_of, (copies, list(leaves)))
     sums, norms = clipped(gradients, real)
@@ -205,7 +210,7 @@ def loop_engine(
     weights = [ops.convert_to_tensor(v.value) for v in variables]
 
     def example(index: Any) -> Any:
-        gradients, loss, extra = _example_gradients(one, weights, [t[index] for t in leaves])
+        gradients, loss, extra = example_gradients(one, weights, [t[index] for t in leaves])
         sums, norms = clipped(
             [ops.expand_dims(g, 0) for g in gradients],
             ops.reshape(real[index], (1,)),  # a slice would have no static shape under XLA

@@ -29,6 +29,7 @@ from .made_up import disturbed, made_up_like
 
 __all__ = [
     "Untried",
+    "all_finite",
     "passed",
     "relative_error",
     "require_agreement",
@@ -71,7 +72,7 @@ def require_agreement(
             sums, norms, *_ = mapped.loop_engine(example_loss, variables, first_two, real, clipped)
         except Exception:
             return None  # made-up values of this kind mean nothing to this model
-        return [*sums, norms] if _all_finite([*sums, norms]) else None
+        return [*sums, norms] if all_finite([*sums, norms]) else None
 
     def error() -> float:
         for size, spread in _KINDS:
@@ -100,7 +101,8 @@ def relative_error(got: Sequence[Any], wanted: Sequence[Any]) -> float:
     return error if np.isfinite(error) else math.inf
 
 
-def _all_finite(tensors: Sequence[Any]) -> bool:
+def all_finite(tensors: Sequence[Any]) -> bool:
+    """Whether all numbers of some tensors (not traced) are finite."""
     return all(bool(np.all(np.isfinite(_in_numpy(t)))) for t in tensors)
 
 
@@ -128,7 +130,13 @@ def require_right_gradients(ghost: GhostEngine, leaves: list[Any]) -> None:
     foreign = keras_private.has_layers_from_outside(loss.model)
     kinds = ghost.plan.kinds
     if foreign or not _right.issuperset(kinds):
-        backend.apart(lambda: _try(ghost, leaves, together=foreign))
+        draw_as_here = keras_private.drawing_as_here()
+
+        def in_a_thread() -> None:
+            draw_as_here()
+            _try(ghost, leaves, together=foreign)
+
+        backend.apart(in_a_thread)
         _right.update(k for k in kinds if k is not None)
     _passed[loss.model] = (_key(loss, leaves), ghost.plan)
 

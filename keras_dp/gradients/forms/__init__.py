@@ -13,9 +13,9 @@ computes norms and sums once more in float64.
 """
 
 from .clipped import clipped_sums
-from .form import Instantiated, PerExample, Scaled
+from .form import Instantiated, PerExample, Scaled, TakenApart
 from .products import OuterProducts
-from .rows import Rows
+from .rows import Rows, Tied
 from .squares import Squares, added_up, pairs, squares_of_pairs
 from .uses import combined
 
@@ -26,6 +26,8 @@ __all__ = [
     "Rows",
     "Scaled",
     "Squares",
+    "TakenApart",
+    "Tied",
     "added_up",
     "clipped_sums",
     "combined",

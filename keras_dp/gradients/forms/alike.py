@@ -9,7 +9,7 @@ from typing import Any
 from keras import ops
 
 from ... import backend
-from .form import PerExample
+from .form import PerExample, TakenApart
 from .squares import Squares
 
 _WORTH_A_FUNCTION = 3  # so many forms that are alike
@@ -86,11 +86,11 @@ def _like(tensors: Sequence[Any]) -> tuple[Any, ...]:
     return tuple((tuple(t.shape), t.dtype) for t in tensors)
 
 
-def taken_apart(form: PerExample) -> tuple[Any, list[Any]]:
+def taken_apart(form: TakenApart) -> tuple[Any, list[Any]]:
     """What a form is but for its tensors, and these."""
     fields, tensors = [], []
     for name, value in vars(form).items():
-        if isinstance(value, PerExample):
+        if isinstance(value, TakenApart):
             kind, inside = taken_apart(value)
             fields.append((name, "form", kind))
             tensors += inside
@@ -118,10 +118,10 @@ def _put_together(kind: Any, tensors: Any) -> Any:
     return form
 
 
-def keep(form: PerExample, double: PerExample) -> None:
+def keep(form: TakenApart, double: TakenApart) -> None:
     """Gives a form what its double has computed."""
     for name, value in vars(double).items():
-        if isinstance(value, PerExample):
-            keep(vars(form)[name], value)
-        elif name not in vars(form):
+        if name not in vars(form):
             form.__dict__[name] = value
+        elif isinstance(value, TakenApart):
+            keep(vars(form)[name], value)

@@ -12,7 +12,11 @@ from ... import arithmetic, backend
 from .squares import Squares
 
 
-class PerExample(abc.ABC):
+class TakenApart:
+    """What `taken_apart` looks into: its tensors are attributes, or those of one among them."""
+
+
+class PerExample(TakenApart, abc.ABC):
     """Each example's gradient of one weight, B of them."""
 
     @abc.abstractmethod
