@@ -108,9 +108,6 @@ def test_no_import_runs_up_and_every_rule_has_tests():
     assert all(tables.tests_of_rules().values())
 
 
-LONG: set[str] = set()  # what a file may be yet
-
-
 def test_no_class_and_no_file_is_too_long_to_be_read():
     for module, file in MODULES.items():
         text = file.read_text(encoding="utf-8")

@@ -100,10 +100,8 @@ def private_train_step(
         engine = UserEngine(example_loss, clip, options, most=present.shape[1])
         padded, real, seeds = _padded(example_loss, batch, engine.padding, options.views)
         users, units = Users.padded(present, arithmetic.row_count(seeds[0]), engine.padding)
-        outcome, number = (
-            engine.of_users(padded, users, units, seeds),
-            arithmetic.row_count(present),
-        )
+        outcome = engine.of_users(padded, users, units, seeds)
+        number = arithmetic.row_count(present)
     found = Clipped(
         variables, outcome.sums, outcome.norms, units, number, outcome.norms_by_variable
     )

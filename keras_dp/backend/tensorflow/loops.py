@@ -42,7 +42,8 @@ def added_up(
 
     held = list(carried)
     if tf.executing_eagerly():
-        totals, columns = [], []
+        totals: list[Tensor] = []
+        columns: list[list[Tensor]] = []
         for k in range(int(count)):
             sums, kept, held = turn(tf.constant(k), held)
             totals = [t + s for t, s in zip(totals, sums, strict=True)] if k else list(sums)
