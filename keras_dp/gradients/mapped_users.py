@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from keras import ops, tree
 
 from .. import arithmetic, backend
@@ -13,12 +14,17 @@ from .mapped import ClippedSums, EngineResult, ExampleFunction, example_gradient
 __all__ = ["chunked_sum_of_users", "loop_engine_of_users", "plain_gradients"]
 
 
-def plain_gradients(one: ExampleFunction, variables: Sequence[Any], leaves: list[Any]) -> list[Any]:
-    """Each example's gradients by itself, not traced: (rows, ...) for each variable."""
+def plain_gradients(
+    one: ExampleFunction, variables: Sequence[Any], leaves: list[Any]
+) -> list[np.ndarray]:
+    """Each example's gradients by itself, not traced: (rows, ...), float64, for each variable."""
     weights = [ops.convert_to_tensor(v.value) for v in variables]
     rows = range(leaves[0].shape[0])
     found = [example_gradients(one, weights, [t[i] for t in leaves])[0] for i in rows]
-    return [ops.stack(parts) for parts in zip(*found, strict=True)]
+    return [
+        np.stack([np.asarray(ops.convert_to_numpy(g), "f8") for g in parts])
+        for parts in zip(*found, strict=True)
+    ]
 
 
 def loop_engine_of_users(
