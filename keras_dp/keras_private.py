@@ -32,6 +32,7 @@ __all__ = [
     "compile_loss_of",
     "drawing_as_here",
     "innermost",
+    "is_keras_layer",
     "layers_with_losses",
     "logits_of",
     "loss_of",
@@ -95,6 +96,11 @@ def replace_sublayers(layer: keras.Layer, name: str, value: Any) -> None:
 def has_layers_from_outside(model: keras.Model) -> bool:
     """Whether a model is, or has, a layer of a class that isn't Keras' own."""
     return not all(_is_keras_class(type(layer)) for layer in all_layers(model))
+
+
+def is_keras_layer(layer: keras.Layer) -> bool:
+    """Whether a layer is one of Keras' own, and no model."""
+    return _is_keras_class(type(layer)) and not isinstance(layer, keras.Model)
 
 
 def _is_keras_class(cls: type) -> bool:

@@ -308,6 +308,8 @@ class Capture:
             state = self._axis.of(tensor)
             if isinstance(state, backend.Unknown | backend.Mixed) and keeps_apart(layer):
                 self._axis.declare(tensor, backend.Rows())
+            elif isinstance(state, backend.Mixed) and keras_private.is_keras_layer(layer):
+                self._hand_over(layer, state.why)  # it is known to mean each example by itself
             elif isinstance(state, backend.Mixed):
                 self._fail(
                     PrivacyError(

@@ -240,7 +240,9 @@ class GhostEngine:
     def errors(
         self, leaves: list[Any], weights: list[Any], *, local: bool
     ) -> list[tuple[float, float]]:
-        """How far the gradients of each weight are off, relative to it: its norms, its sums.
+        """How far the gradients of each weight are off, its norms and its sums.
+
+        Relative to it, or, of all together, to the gradient of all weights.
 
         Compared are, of some made-up examples (not traced), a sum with uneven weights
         with the same sum by plain back-propagation, in one pass and from the same
@@ -294,7 +296,14 @@ class GhostEngine:
                 np.zeros(weight.shape),
             )
             found.append(_off(combined(used) if used else None, wanted, rows))
-        return found
+        sizes = [size for _, _, size in found]
+        if not local:
+            # Some have no gradient but for rounding, as a bias that a softmax takes out again.
+            sizes = [max(size, float(np.linalg.norm(sizes))) for size in sizes]
+        return [
+            (norms / max(size, 1e-30), sums / max(size, 1e-30))
+            for (norms, sums, _), size in zip(found, sizes, strict=True)
+        ]
 
     def _outside_gradients(self, weights: list[Any], leaves: list[Any]) -> dict[int, Any]:
         """Per-example gradients, (rows, ...), of weights used outside of their layers' calls.
@@ -402,19 +411,23 @@ class _Backward:
     scales: Any
 
 
-def _off(gradients: PerExample | None, wanted: np.ndarray, rows: int) -> tuple[float, float]:
-    """How far norms are off what is written out, and its uneven sum off what is wanted."""
+def _off(gradients: PerExample | None, wanted: np.ndarray, rows: int) -> tuple[float, float, float]:
+    """How far norms are off what is written out, and its uneven sum off what is wanted.
+
+    Returns:
+        Both, and the size of it all.
+    """
     if gradients is None:
         size = float(np.linalg.norm(wanted))
-        return 0.0, size if size == 0 or np.isnan(size) else 1.0
+        return 0.0, size, size
     alone = [ops.convert_to_tensor(row) for row in np.eye(rows, dtype="float32")]
     each = [_in_numpy(gradients.weighted_sum(c)) for c in alone]
     sizes = np.array([np.linalg.norm(g) for g in each])
     norms = np.sqrt(_in_numpy(gradients.squared_norms()))
-    total = max(float(np.linalg.norm(sizes)), 1e-30)
+    total = float(np.linalg.norm(sizes))
     found = sum((w * g for w, g in zip(_uneven(rows), each, strict=True)), np.zeros(wanted.shape))
     off = float(np.linalg.norm(norms - sizes)), float(np.linalg.norm(found - wanted))
-    return off[0] / total, off[1] / total
+    return *off, total
 
 
 def _uneven(rows: int) -> np.ndarray:
