@@ -437,11 +437,12 @@ def _better_than(x: Any, model: keras.Model) -> str:
         return (
             f"The class {owner.__name__} has a `fit` of its own, which may have made this {kind} "
             "of what you gave it. If you gave it arrays, preprocess them yourself, and write: "
-            "keras.Model.fit(model, x, y, batch_size=256)."
+            "keras.Model.fit(model, x, y, batch_size=256), which makes a keras_dp.PoissonDataset."
         )
     size = "batch_size=256"
     if isinstance(x, OWN):
-        return f"A subclass of ours may draw otherwise: use the class itself, not {kind}."
+        ours = next(c.__name__ for c in OWN if isinstance(x, c))
+        return f"A subclass may draw otherwise: use keras_dp.{ours} itself, not {kind}."
     if isinstance(x, keras.utils.PyDataset):
         return (
             "If it can give one example for an index, have it do so, and write: fit("
@@ -451,7 +452,8 @@ def _better_than(x: Any, model: keras.Model) -> str:
     return (
         "Its examples have the epsilon of arrays once they can be read by index. Write them to "
         "disk once, without .batch, .shuffle and .repeat, and train on that: fit(keras_dp.spool("
-        f"examples, 'folder'), {size}). If all fits into memory, write: fit(x, y, {size})."
+        f"examples, 'folder'), {size}). If all fits into memory, write: fit(x, y, {size}), of "
+        "which fit makes a keras_dp.PoissonDataset."
     )
 
 

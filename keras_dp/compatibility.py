@@ -1,4 +1,4 @@
-"""Which models can't be trained privately, and how to mend them."""
+"""Which models can't be trained privately, and how to fix them."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Problem:
         layer: The layer's path in the model (the names of the layers around it,
             and its own) and its class.
         reason: What is wrong with it.
-        mend: What to do.
+        fix: What to do.
     """
 
     layer: str
     reason: str
-    mend: str
+    fix: str
 
     def __str__(self) -> str:
-        return f"{self.layer}: {self.reason} {self.mend}"
+        return f"{self.layer}: {self.reason} {self.fix}"
 
 
 def check_model(model: keras.Model) -> list[Problem]:
@@ -58,7 +58,7 @@ def check_model(model: keras.Model) -> list[Problem]:
         model: Any Keras model, built or not.
 
     Returns:
-        A list of problems, each with the layer, the reason and the mend; empty
+        A list of problems, each with the layer, the reason and the fix; empty
         if the model can be trained privately.
 
     Example:
@@ -181,7 +181,7 @@ def _works_along_examples(layer: Any) -> bool:
 
 
 def fix_model(model: keras.Model, *, batch_normalization: str = "group") -> keras.Model:
-    """A copy of a model, with everything mended that `check_model` finds.
+    """A copy of a model, with everything fixed that `check_model` finds.
 
     - `BatchNormalization` (and its subclasses) becomes `GroupNormalization`, over
       the same axis. Its scale and offset are set so that inputs which are
@@ -213,11 +213,11 @@ def fix_model(model: keras.Model, *, batch_normalization: str = "group") -> kera
             from public data.
 
     Returns:
-        The mended copy; `check_model` finds nothing in it.
+        The fixed copy; `check_model` finds nothing in it.
 
     Raises:
         ValueError: If the model can't be copied, or a layer in it can't be
-            mended; says which.
+            fixed; says which.
 
     Example:
 
@@ -225,8 +225,8 @@ def fix_model(model: keras.Model, *, batch_normalization: str = "group") -> kera
     >>> layers = keras.layers
     >>> normalize = layers.BatchNormalization()
     >>> model = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(16, 3), normalize])
-    >>> mended = keras_dp.fix_model(model)
-    >>> type(mended.layers[-1]).__name__, keras_dp.check_model(mended)
+    >>> fixed = keras_dp.fix_model(model)
+    >>> type(fixed.layers[-1]).__name__, keras_dp.check_model(fixed)
     ('GroupNormalization', [])
     """
     if batch_normalization not in ("group", "freeze"):
@@ -241,16 +241,16 @@ def fix_model(model: keras.Model, *, batch_normalization: str = "group") -> kera
         )
     copies = _Copies(freeze=batch_normalization == "freeze")
     with _without_compilation(model):
-        mended = copies.of(model)
+        fixed = copies.of(model)
     for old, new in copies.pairs:
         _copy_weights(old, new, copies.written)
-    problems = check_model(mended)
+    problems = check_model(fixed)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise ValueError(f"fix_model can't mend this by itself; please do so by hand:\n{listed}")
-    _require_all_copied(mended, copies.written)
-    lineage.add(lineage.of(model), mended)
-    return mended
+        raise ValueError(f"fix_model can't fix this by itself; please do so by hand:\n{listed}")
+    _require_all_copied(fixed, copies.written)
+    lineage.add(lineage.of(model), fixed)
+    return fixed
 
 
 @contextlib.contextmanager
@@ -267,7 +267,7 @@ def _without_compilation(model: keras.Model) -> Iterator[None]:
 
 
 class _Copies:
-    """Mended copies of layers, each made once; and which was made of which."""
+    """Fixed copies of layers, each made once; and which was made of which."""
 
     def __init__(self, *, freeze: bool) -> None:
         self.pairs: list[tuple[keras.Layer, keras.Layer]] = []
@@ -276,7 +276,7 @@ class _Copies:
         self._known: dict[int, keras.Layer] = {}
 
     def of(self, layer: keras.Layer) -> keras.Layer:
-        """The mended copy of a layer or model."""
+        """The fixed copy of a layer or model."""
         if id(layer) not in self._known:
             self._known[id(layer)] = self._made(layer)
         return self._known[id(layer)]
@@ -308,7 +308,7 @@ class _Copies:
         else:
             if not layer.built:
                 raise ValueError(
-                    f"fix_model can't mend the layer '{layer.name}' ({type(layer).__name__}): it "
+                    f"fix_model can't fix the layer '{layer.name}' ({type(layer).__name__}): it "
                     "isn't built, so its weights can't be copied. Call the model on a batch "
                     "first, or take the layer out if nothing calls it."
                 )
@@ -316,7 +316,7 @@ class _Copies:
             vectors = layer.input_spec.ndim == 2
             if vectors and channels == 1:
                 raise ValueError(
-                    f"fix_model can't mend the layer '{layer.name}' ({type(layer).__name__}): it "
+                    f"fix_model can't fix the layer '{layer.name}' ({type(layer).__name__}): it "
                     "normalizes a single number of each example, and any normalization within an "
                     "example would make that number the same for all. Take the layer out, or "
                     'freeze it (batch_normalization="freeze").'
@@ -338,7 +338,7 @@ class _Copies:
         return new
 
     def _container(self, layer: keras.Layer) -> keras.Layer:
-        """A copy from the layer's own configuration, with what it holds mended in place."""
+        """A copy from the layer's own configuration, with what it holds fixed in place."""
         new = self._from_config(layer)
         if any(_finding(x) for x in all_layers(layer)[1:]):
             replaced = False
@@ -371,7 +371,7 @@ class _Copies:
             raise ValueError(
                 f"fix_model can't copy the layer '{layer.name}' ({type(layer).__name__}): "
                 f"{reason}. Give its class a `get_config` that returns the arguments of "
-                "`__init__`, or mend it by hand."
+                "`__init__`, or fix it by hand."
             ) from error
 
     def _warn_if_made_anew(self, layer: keras.Layer, new: Any) -> None:
@@ -379,7 +379,7 @@ class _Copies:
         again = self._from_config(new)
         if any(_finding(x) for x in all_layers(again)):
             warnings.warn(
-                f"The copy of '{layer.name}' ({type(layer).__name__}) holds mended layers, but "
+                f"The copy of '{layer.name}' ({type(layer).__name__}) holds fixed layers, but "
                 "its class makes the old ones whenever it is created, as when a `.keras` file is "
                 "loaded, which then fails. Change the class; or keep the trained weights with "
                 "`save_weights`, and load them into another `fix_model(model)`.",
@@ -387,10 +387,10 @@ class _Copies:
             )
 
     def _held(self, value: Any, new: Any) -> Any:
-        """Mended copies of the layers in an attribute; those that need no mending stay `new`."""
+        """Fixed copies of the layers in an attribute; those that need no fixing stay `new`."""
         if isinstance(value, keras.Layer):
-            mend = any(_finding(x) for x in all_layers(value))
-            if id(value) in self._known or mend or type(new) is not type(value):
+            fix = any(_finding(x) for x in all_layers(value))
+            if id(value) in self._known or fix or type(new) is not type(value):
                 return self.of(value)
             self._known[id(value)] = new
             self.pairs.append((value, new))
@@ -478,18 +478,18 @@ def _copy_what_was_adapted(old: Any, new: Any) -> None:
         new.finalize_state()
 
 
-def _require_all_copied(mended: keras.Model, written: set[int]) -> None:
+def _require_all_copied(fixed: keras.Model, written: set[int]) -> None:
     """Finds weights of the copy that were left at fresh values.
 
     Raises:
         ValueError: If there are any; names the layers.
     """
-    left = [x for x in all_layers(mended) if not written.issuperset(map(id, own_state_of(x)))]
+    left = [x for x in all_layers(fixed) if not written.issuperset(map(id, own_state_of(x)))]
     if left:
         named = ", ".join(f"'{x.name}' ({type(x).__name__})" for x in left)
         raise ValueError(
             f"fix_model can't find whose weights are to be copied to {named}. Keep each layer in "
-            "an attribute of the layer or model that calls it, made in `__init__`; or mend it by "
+            "an attribute of the layer or model that calls it, made in `__init__`; or fix it by "
             "hand."
         )
 
@@ -516,7 +516,7 @@ def require_trainable_privately(model: keras.Model) -> None:
     """Refuses a model that `check_model` finds a problem with.
 
     Raises:
-        PrivacyError: Naming every layer, with reason and mend.
+        PrivacyError: Naming every layer, with reason and fix.
     """
     problems = check_model(model)
     if problems:

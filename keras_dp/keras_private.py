@@ -30,7 +30,9 @@ __all__ = [
     "can_convert_arrays",
     "code_from_outside",
     "compile_loss_of",
+    "drawing_as_here",
     "innermost",
+    "is_keras_layer",
     "layers_with_losses",
     "logits_of",
     "loss_of",
@@ -94,6 +96,11 @@ def replace_sublayers(layer: keras.Layer, name: str, value: Any) -> None:
 def has_layers_from_outside(model: keras.Model) -> bool:
     """Whether a model is, or has, a layer of a class that isn't Keras' own."""
     return not all(_is_keras_class(type(layer)) for layer in all_layers(model))
+
+
+def is_keras_layer(layer: keras.Layer) -> bool:
+    """Whether a layer is one of Keras' own, and no model."""
+    return _is_keras_class(type(layer)) and not isinstance(layer, keras.Model)
 
 
 def _is_keras_class(cls: type) -> bool:
@@ -235,6 +242,15 @@ def build_from_batch(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> 
 def seed_states_of(layer: keras.Layer) -> list[keras.Variable]:
     """The state of every seed generator that a layer (or an unseeded one in it) draws from."""
     return [*_own_seed_states(layer), global_seed_generator().state]
+
+
+def drawing_as_here() -> Callable[[], None]:
+    """What has another thread draw from this one's generator of unseeded layers, if called there.
+
+    Keras has one for each thread.
+    """
+    generator = global_seed_generator()
+    return lambda: global_state.set_global_attribute("global_seed_generator", generator)
 
 
 def has_seeds(layer: keras.Layer) -> bool:

@@ -23,10 +23,11 @@ SAMPLERS: dict[str, tuple[str, ...]] = {
     "shuffled": ("steps_per_epoch",),
     "unknown": (),
     "unprotected": (),
+    "choice": (),
 }
 # Those that go over the data in passes: every start begins a new one.
 IN_PASSES = ("balls_in_bins", "shuffled")
-
+UNITS = ("example", "user")
 _FORMAT = 1
 
 
@@ -54,7 +55,8 @@ class Release:
             batch of each pass of `steps_per_epoch` steps, in whatever order.
             `"unknown"`: nothing is known, so every example may be in every
             batch. `"unprotected"`: training without any noise; epsilon is
-            infinite.
+            infinite. `"choice"`: no steps, but that a model was chosen among
+            several runs (`choice`); always one, of sigma 0.
         noise_multiplier: sigma, the standard deviation of the noise divided by
             the L2 sensitivity of the released sum.
         steps: The number of releases made.
@@ -71,6 +73,10 @@ class Release:
         id: The identity of this run of steps, for merging.
         capacity: The public size that larger batches are cut to, for
             `"truncated_poisson"`.
+        unit: `"example"`; or `"user"`, where people took the place of examples: n, q,
+            the batch size and the capacity count people, and what was clipped is the mean
+            gradient of all that one person had in a batch.
+        choice: How a model was chosen, for `"choice"`.
 
     Raises:
         ValueError: If a value is impossible.
@@ -89,12 +95,25 @@ class Release:
     asserted: bool = False
     id: str = dataclasses.field(default_factory=_new_id)
     capacity: int | None = None
+    unit: str = "example"
+    choice: Choice | None = None
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ValueError(
                 f"`sampler` must be one of {', '.join(SAMPLERS)}. Received: {self.sampler!r}"
             )
+        if isinstance(self.choice, dict):  # from a file
+            object.__setattr__(self, "choice", Choice(**self.choice))
+        if (self.sampler == "choice") != isinstance(self.choice, Choice) or (
+            self.choice is not None and self.steps > 1
+        ):
+            raise ValueError(
+                "`choice` is for the sampler 'choice', which is a single one. "
+                f"Received: sampler={self.sampler!r}, choice={self.choice!r}, steps={self.steps}"
+            )
+        if self.unit not in UNITS:
+            raise ValueError(f"`unit` must be one of {', '.join(UNITS)}. Received: {self.unit!r}")
         sigma = self.noise_multiplier
         if (
             not isinstance(sigma, (int, float))
@@ -137,15 +156,57 @@ class Release:
             return self
         return dataclasses.replace(self, sampler="shuffled")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Its fields by name, for a file. One that no sampler of old had is left out if it
-        isn't used, so that versions from before can read all that they can account for."""
-        found = dataclasses.asdict(self)
-        return {k: v for k, v in found.items() if k != "capacity" or v is not None}
-
     def with_steps(self, steps: int) -> Release:
         """This run with another number of steps."""
         return dataclasses.replace(self, steps=steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields by name, for a file. Those that were not always there are left out where
+        they say nothing, so that versions from before can read what they can account for."""
+        found = dataclasses.asdict(self)
+        if self.choice is not None:
+            found["choice"] = self.choice.to_dict()
+        usual = {"capacity": None, "unit": "example", "choice": None}
+        return {k: v for k, v in found.items() if k not in usual or v != usual[k]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """That a model is the best of several runs, whose number was drawn at random.
+
+    Args:
+        distribution: Of the number of runs: `"logarithmic"`, `"geometric"` or `"poisson"`.
+        mean_runs: How many there were on average.
+        score_noise_multiplier: sigma of the noise on a score that was computed on private
+            data; `None` for a score on public data.
+        declared: What each run's training released at most.
+        chosen: What the best run's training released. It is in `declared`, and so it is
+            paid for once by the choice.
+    """
+
+    distribution: str
+    mean_runs: float
+    score_noise_multiplier: float | None
+    declared: tuple[Release, ...]
+    chosen: tuple[Release, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("declared", "chosen"):
+            releases = (r if isinstance(r, Release) else Release(**r) for r in getattr(self, name))
+            object.__setattr__(self, name, tuple(releases))
+
+    @property
+    def each_run(self) -> tuple[Release, ...]:
+        """What each run released at most, its score included."""
+        noise = self.score_noise_multiplier
+        return (*self.declared, *([] if noise is None else [Release("unknown", noise, 1)]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields by name, for a file."""
+        parts = {
+            name: [r.to_dict() for r in getattr(self, name)] for name in ("declared", "chosen")
+        }
+        return {**dataclasses.asdict(self), **parts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +234,8 @@ class PrivacyLedger:
 
     @property
     def steps(self) -> int:
-        """How many releases were made."""
-        return sum(r.steps for r in self.releases)
+        """How many steps were released. (A choice among several runs is none.)"""
+        return sum(r.steps for r in self.releases if r.choice is None)
 
     def merge(self, other: PrivacyLedger | Iterable[Release]) -> PrivacyLedger:
         """Every release that either ledger knows, each with its larger count.

@@ -17,20 +17,30 @@ GIVES_MUCH_AWAY = (
 )
 
 
-def whose(examples_per_person: int = 1) -> str:
-    """Returns what neighbouring data sets differ in."""
+def whose(examples_per_person: int = 1, *, of_people: bool = False) -> str:
+    """Returns what neighbouring data sets differ in.
+
+    Args:
+        examples_per_person: The most examples of one person.
+        of_people: Whether people took the place of examples, so that there is no most.
+    """
+    if of_people:
+        return "all examples of one person, however many"
     if examples_per_person == 1:
         return "one example"
     return f"all examples of one person, at most {examples_per_person}"
 
 
-def adjacency(examples_per_person: int = 1) -> str:
+def adjacency(examples_per_person: int = 1, *, of_people: bool = False) -> str:
     """Returns how neighbouring data sets differ."""
-    return f"add-or-remove (zero-out) {whose(examples_per_person)}; n public"
+    differ = whose(examples_per_person, of_people=of_people)
+    return f"add-or-remove (zero-out) {differ}; n public"
 
 
-def unit(examples_per_person: int = 1) -> str:
+def unit(examples_per_person: int = 1, *, of_people: bool = False) -> str:
     """Returns the unit of privacy."""
+    if of_people:
+        return "one person, with however many examples of the training data"
     if examples_per_person == 1:
         return "one example: one row of the training data"
     return f"one person, with at most {examples_per_person} examples of the training data"

@@ -9,6 +9,7 @@ best, choosing costs much less (Papernot and Steinke 2022, arXiv 2110.03620).
   returns the best.
 - `BestOfRuns`: the same for a loop of your own, or another tuner's.
 - `plan`: what one run costs, which is declared beforehand.
+- `Candidate`: draws settings for a function that was written for KerasTuner.
 - `noisy_mean`: a private score, such as accuracy, from private data.
 
 What has to hold, or the guarantee is void:
@@ -43,11 +44,25 @@ from typing import Any
 import keras
 import numpy as np
 
-from . import accounting
+from . import accounting, lineage
 from .binding import ledger_of
+from .candidates import Candidate
 from .errors import PrivacyError
-from .ledger import PrivacyLedger, Release
+from .ledger import Choice, PrivacyLedger, Release
+from .optimizers import DPOptimizer
 from .repetition import Repetition, dominated, selection_loss
+
+__all__ = [
+    "BestOfRuns",
+    "Candidate",
+    "Procedure",
+    "Selected",
+    "noisy_mean",
+    "plan",
+    "procedure_of",
+    "select",
+    "was_passed_over",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,25 +83,37 @@ class Procedure:
     chosen: PrivacyLedger
 
     @property
+    def choice(self) -> Choice:
+        """The same as plain data, for a ledger."""
+        return Choice(
+            self.repetition.distribution,
+            self.repetition.mean_runs,
+            self.score_noise_multiplier,
+            tuple(self.declared),
+            tuple(self.chosen),
+        )
+
+    @property
     def each_run(self) -> PrivacyLedger:
         """What each run costs at most, its score included."""
-        return PrivacyLedger((*self.declared, *score_releases(self.score_noise_multiplier)))
+        return PrivacyLedger(self.choice.each_run)
 
 
-def score_releases(score_noise_multiplier: float | None) -> tuple[Release, ...]:
-    """What a run's score costs: nothing on public data."""
-    if score_noise_multiplier is None:
-        return ()
-    return (Release("unknown", score_noise_multiplier, 1),)
-
-
-_procedures: weakref.WeakKeyDictionary[keras.Model, Procedure] = weakref.WeakKeyDictionary()
 _passed_over: weakref.WeakSet[keras.Model] = weakref.WeakSet()
 
 
 def procedure_of(model: keras.Model) -> Procedure | None:
-    """How a model was chosen among several runs, if it was, in this process."""
-    return _procedures.get(model)
+    """How a model was chosen among several runs, if it was: the last time, by its ledger."""
+    found = [release.choice for release in ledger_of(model) if release.choice is not None]
+    if not found:
+        return None
+    choice = found[-1]
+    return Procedure(
+        Repetition(choice.distribution, choice.mean_runs),
+        PrivacyLedger(choice.declared),
+        choice.score_noise_multiplier,
+        PrivacyLedger(choice.chosen),
+    )
 
 
 def was_passed_over(model: keras.Model) -> bool:
@@ -198,7 +225,7 @@ class BestOfRuns:
         self._begun = self._offered = 0
         self._known: set[str] = set()
         self._best: tuple[float, Any, Any, PrivacyLedger] | None = None
-        self._over = False
+        self._over = self._recorded = False
 
     def __iter__(self) -> Iterator[None]:
         if self._runs is not None:
@@ -305,7 +332,7 @@ class BestOfRuns:
             )
 
     def result(self) -> Selected:
-        """The best run.
+        """The best run. From now on its model's ledger knows of the choice, in every file as well.
 
         Raises:
             PrivacyError: If not all the runs that were drawn have been made.
@@ -317,8 +344,14 @@ class BestOfRuns:
             )
         score, model, candidate, ledger = self._best or (None, None, None, PrivacyLedger())
         procedure = Procedure(self._repetition, self._declared, self._score_noise, ledger)
-        if model is not None:
-            _procedures[model] = procedure
+        if model is not None and not self._recorded:
+            self._recorded = True
+            paid = PrivacyLedger((*ledger, Release("choice", 0.0, 1, choice=procedure.choice)))
+            optimizer = getattr(model, "optimizer", None)
+            if isinstance(optimizer, DPOptimizer):
+                optimizer.absorb(paid)
+            else:
+                lineage.add(paid, model)
         return Selected(model, candidate, score, procedure)
 
 

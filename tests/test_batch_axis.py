@@ -10,8 +10,11 @@ import tiny
 from keras import layers, ops
 from reference import engine_outcome
 
-from keras_dp import PrivacyError, backend
+from keras_dp import PrivacyError, backend, keras_private
 from keras_dp.backend import BatchAxis, Mixed, Rows, Shared, Unknown
+from keras_dp.gradients import Batch, ExampleLoss
+from keras_dp.gradients.ghost import GhostEngine
+from keras_dp.gradients.rules import keeps_apart
 
 
 def state_of(function, shape=(None, 4), dtype=tf.float32):
@@ -227,7 +230,8 @@ def test_rule_19_what_is_not_proved_is_run_alone(name, size):
         outcome, engine = engine_outcome(
             network(SUMS[name]), rows, y, max_grad_norm=c, gradients="auto"
         )
-        assert engine == "ghost"
+        # What has a gradient of its own needs the whole model on one example at a time.
+        assert engine == ("vectorized" if "way back" in name else "ghost")
         sums.append(np.concatenate([np.ravel(s) for s in outcome.sums]))
     assert np.linalg.norm(sums[0] - sums[1]) <= 2 * c * (1 + 1e-4)
 
@@ -246,3 +250,60 @@ def test_the_axis_is_open_also_where_the_number_of_rows_is_known():
     traced = tf.function(run).get_concrete_function(tf.TensorSpec((3, 2)))
     assert traced.graph.outputs[0].shape.as_list() == [None, 2]
     np.testing.assert_array_equal(traced(tf.ones([3, 2])), np.ones([3, 2]))
+
+
+def plan_of(layer, x):
+    """What was found out about a layer of Keras."""
+    inputs = keras.Input(x.shape[1:], dtype=x.dtype.name if x.dtype.kind != "U" else "string")
+    h = ops.cast(layer(inputs), "float32")
+    model = keras.Model(inputs, layers.Dense(1)(layers.Flatten()(h)))
+    model.compile("sgd", "mse")
+    batch = Batch(x, np.zeros((len(x), 1), "float32"))
+    batch = batch.with_leaves(backend.as_tensors(batch.leaves()))
+    keras_private.build_from_batch(model, batch.x, batch.y, None)
+    loss = ExampleLoss(model, list(model.trainable_variables), batch)
+    engine = GhostEngine(loss)
+    leaves = [*batch.leaves(), *backend.per_example_seeds(loss.seed_states, len(x))]
+    specs = [tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in leaves]
+    traced = tf.function(lambda leaves: engine.per_example(leaves)[1], autograph=False)
+    traced.get_concrete_function(specs)
+    return engine.plan
+
+
+WORDS = np.array(["the cat sat", "down", "cat", "the the the"])
+IMAGES = np.random.default_rng(0).random((4, 8, 8, 3)).astype("float32")
+COUNTED = np.ones((4, 3), "int64")
+OF_KERAS = {
+    "TextVectorization": (
+        lambda: layers.TextVectorization(vocabulary=["cat", "sat"], output_sequence_length=4),
+        WORDS,
+    ),
+    "CategoryEncoding": (lambda: layers.CategoryEncoding(num_tokens=4), COUNTED),
+    "IntegerLookup": (
+        lambda: layers.IntegerLookup(vocabulary=[1, 2], output_mode="count"),
+        COUNTED,
+    ),
+    "RandomFlip": (lambda: layers.RandomFlip(), IMAGES),
+    "RandomRotation": (lambda: layers.RandomRotation(0.1), IMAGES),
+    "RandomZoom": (lambda: layers.RandomZoom(0.1), IMAGES),
+    "RandomTranslation": (lambda: layers.RandomTranslation(0.1, 0.1), IMAGES),
+    "RandomContrast": (lambda: layers.RandomContrast(0.1), IMAGES),
+    "RandomErasing": (lambda: layers.RandomErasing(), IMAGES),
+    "Resizing": (lambda: layers.Resizing(5, 5), IMAGES),
+}
+
+
+@pytest.mark.parametrize("name", OF_KERAS)
+def test_layers_of_keras_need_not_be_run_alone(name):
+    make, x = OF_KERAS[name]
+    assert not plan_of(make(), x).reasons
+
+
+def test_rule_19_the_longest_text_does_not_decide_how_long_the_others_become():
+    layer = layers.TextVectorization(vocabulary=["cat", "sat"])
+    assert not keeps_apart(layer)
+    assert not keeps_apart(
+        layers.TextVectorization(
+            vocabulary=["cat"], output_sequence_length=4, standardize=lambda x: x
+        )
+    )

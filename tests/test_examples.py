@@ -66,6 +66,15 @@ def test_digits_prints_each_seed_their_mean_and_what_was_spent(run_example):
     assert float(mean) == pytest.approx(sum(map(float, each)) / 2, abs=0.1)
 
 
+def test_users_spend_what_was_asked_for_whatever_they_have(run_example):
+    printed = run_example("users.py", "--epochs", "1", "--seeds", "1", "--examples", "1", "4")
+
+    rows = re.findall(r"^ +(\d+) +(\d+) +[\d.]+ +([\d.]+) +[\d.]+% +([\d.]+)", printed, re.M)
+    assert [row[:2] for row in rows] == [("1", "1347"), ("4", "337")]
+    assert all(2.98 < float(spent) <= 3 for *_, spent, _ in rows)
+    assert float(rows[0][3]) < 3.01 and float(rows[1][3]) > 10  # images as the unit
+
+
 def test_a_custom_loop_spends_its_budget(run_example):
     printed = run_example("custom_loop.py", "--epochs", "2", "--epsilon", "0.7")
 

@@ -63,16 +63,16 @@ def test_what_is_spread_as_the_running_statistics_say_comes_out_as_it_did():
     disturb(model)
     normalize.moving_mean.assign(mean)
     normalize.moving_variance.assign(variance)
-    mended = keras_dp.fix_model(model)
-    assert mended.layers[-1].groups == 4
-    np.testing.assert_allclose(mended(x), model(x), atol=1e-2)
+    fixed = keras_dp.fix_model(model)
+    assert fixed.layers[-1].groups == 4
+    np.testing.assert_allclose(fixed(x), model(x), atol=1e-2)
 
 
 @pytest.mark.parametrize(("center", "scale"), [(True, False), (False, True)])
 def test_without_scale_or_offset_there_is_none_in_the_copy(center, scale):
     normalize = layers.BatchNormalization(center=center, scale=scale)
-    mended = keras_dp.fix_model(keras.Sequential([keras.Input((4, 8)), normalize]))
-    assert len(mended.weights) == 1
+    fixed = keras_dp.fix_model(keras.Sequential([keras.Input((4, 8)), normalize]))
+    assert len(fixed.weights) == 1
 
 
 @pytest.mark.parametrize("channels", [1, 3, 8, 24, 96, 7])
@@ -98,14 +98,14 @@ def small_model(normalization=layers.BatchNormalization):
 def test_other_weights_are_copied_and_shared_models_stay_shared(normalization):
     model = small_model(normalization)
     before = [w.copy() for w in model.get_weights()]
-    mended = keras_dp.fix_model(model)
-    assert keras_dp.check_model(model) and not keras_dp.check_model(mended)
-    assert len([x for x in mended.layers if isinstance(x, keras.Sequential)]) == 1
-    assert [type(x).__name__ for x in mended.layers] == [
+    fixed = keras_dp.fix_model(model)
+    assert keras_dp.check_model(model) and not keras_dp.check_model(fixed)
+    assert len([x for x in fixed.layers if isinstance(x, keras.Sequential)]) == 1
+    assert [type(x).__name__ for x in fixed.layers] == [
         "GroupNormalization" if isinstance(x, normalization) else type(x).__name__
         for x in model.layers
     ]
-    kernels = [[w for w in m.weights if w.name == "kernel"] for m in (model, mended)]
+    kernels = [[w for w in m.weights if w.name == "kernel"] for m in (model, fixed)]
     assert len(kernels[0]) == len(kernels[1]) == 3
     for a, b in zip(*kernels, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -115,11 +115,11 @@ def test_other_weights_are_copied_and_shared_models_stay_shared(normalization):
 
 
 def test_the_copy_trains_privately_with_the_ghost_engine():
-    mended = keras_dp.fix_model(small_model())
-    mended.compile(noiseless_optimizer(1.0), loss="mse")
+    fixed = keras_dp.fix_model(small_model())
+    fixed.compile(noiseless_optimizer(1.0), loss="mse")
     random = np.random.default_rng(0)
-    update = update_on_batch(mended, random.normal(size=(4, 6, 6, 3)), np.zeros((4, 2)))
-    assert mended.optimizer.engine == "ghost"
+    update = update_on_batch(fixed, random.normal(size=(4, 6, 6, 3)), np.zeros((4, 2)))
+    assert fixed.optimizer.engine == "ghost"
     assert all(np.any(u != 0) for u in update)
 
 
@@ -138,14 +138,14 @@ def test_layers_of_the_users_own_are_mended_inside():
     model = keras.Sequential([keras.Input((5,)), Block(8), layers.Dense(1)])
     disturb(model)
     with pytest.warns(UserWarning, match="'block'.*Change the class"):
-        mended = keras_dp.fix_model(model)
-    block = mended.layers[0]
-    assert isinstance(block, Block) and not keras_dp.check_model(mended)
+        fixed = keras_dp.fix_model(model)
+    block = fixed.layers[0]
+    assert isinstance(block, Block) and not keras_dp.check_model(fixed)
     assert type(block.first) is type(block.rest[0]) is layers.GroupNormalization
     np.testing.assert_array_equal(block.dense.kernel, model.layers[0].dense.kernel)
     np.testing.assert_array_equal(block.rest[1].kernel, model.layers[0].rest[1].kernel)
-    assert len(mended.trainable_weights) == 2 + 2 + 2 + 2 + 2
-    assert mended(np.ones((2, 5))).shape == (2, 1)
+    assert len(fixed.trainable_weights) == 2 + 2 + 2 + 2 + 2
+    assert fixed(np.ones((2, 5))).shape == (2, 1)
 
 
 def test_recurrent_layers_lose_their_state_and_keep_their_weights():
@@ -153,26 +153,26 @@ def test_recurrent_layers_lose_their_state_and_keep_their_weights():
         [keras.Input((4, 3), batch_size=2), layers.LSTM(5, stateful=True), layers.Dense(1)]
     )
     disturb(model)
-    mended = keras_dp.fix_model(model)
-    assert not mended.layers[0].stateful
-    for a, b in zip(model.trainable_weights, mended.trainable_weights, strict=True):
+    fixed = keras_dp.fix_model(model)
+    assert not fixed.layers[0].stateful
+    for a, b in zip(model.trainable_weights, fixed.trainable_weights, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_spectral_normalization_gives_way_to_the_layer_inside():
     inside = layers.Dense(3)
     model = keras.Sequential([keras.Input((4,)), layers.SpectralNormalization(inside)])
-    mended = keras_dp.fix_model(model)
-    assert type(mended.layers[-1]) is layers.Dense
-    np.testing.assert_array_equal(mended.layers[-1].kernel, inside.kernel)
+    fixed = keras_dp.fix_model(model)
+    assert type(fixed.layers[-1]) is layers.Dense
+    np.testing.assert_array_equal(fixed.layers[-1].kernel, inside.kernel)
 
 
 def test_frozen_layers_stay_frozen():
     model = small_model()
     model.layers[1].trainable = False
-    mended = keras_dp.fix_model(model)
-    assert not mended.layers[1].trainable and mended.layers[-1].trainable
-    assert len(mended.trainable_weights) == len(model.trainable_weights)
+    fixed = keras_dp.fix_model(model)
+    assert not fixed.layers[1].trainable and fixed.layers[-1].trainable
+    assert len(fixed.trainable_weights) == len(model.trainable_weights)
 
 
 # One model of keras.applications: each takes long to trace (docs/models.md has a table of more).
@@ -180,9 +180,9 @@ def test_a_model_of_keras_applications():
     model = keras.applications.MobileNetV3Small(
         weights=None, input_shape=(32, 32, 3), classes=5, include_preprocessing=False
     )
-    mended = keras_dp.fix_model(model)
-    assert len(keras_dp.check_model(model)) == 34 and not keras_dp.check_model(mended)
-    assert mended(np.zeros((1, 32, 32, 3))).shape == (1, 5)
+    fixed = keras_dp.fix_model(model)
+    assert len(keras_dp.check_model(model)) == 34 and not keras_dp.check_model(fixed)
+    assert fixed(np.zeros((1, 32, 32, 3))).shape == (1, 5)
 
 
 def stateful_of(layer):
@@ -202,23 +202,23 @@ def stateful_of(layer):
 )
 def test_what_wrappers_hold_is_mended_and_a_file_of_it_loads(layer, tmp_path):
     model = stateful_of(layer())
-    mended = keras_dp.fix_model(model)
-    assert not keras_dp.check_model(mended)
-    copied = [w.path.split("/")[-1] for w in mended.trainable_weights]
+    fixed = keras_dp.fix_model(model)
+    assert not keras_dp.check_model(fixed)
+    copied = [w.path.split("/")[-1] for w in fixed.trainable_weights]
     assert copied == [w.path.split("/")[-1] for w in model.trainable_weights]
-    mended.save(tmp_path / "mended.keras")
-    loaded = keras.saving.load_model(tmp_path / "mended.keras")
+    fixed.save(tmp_path / "fixed.keras")
+    loaded = keras.saving.load_model(tmp_path / "fixed.keras")
     x = np.random.default_rng(0).normal(size=(2, 3, 4))
-    np.testing.assert_allclose(loaded(x), mended(x), rtol=1e-6)
+    np.testing.assert_allclose(loaded(x), fixed(x), rtol=1e-6)
     assert not keras_dp.check_model(loaded)
 
 
 def test_recurrent_convolutions_lose_their_state():
     inputs = keras.Input((2, 5, 5, 1), batch_size=2)
     model = keras.Model(inputs, layers.ConvLSTM2D(2, 3, stateful=True)(inputs))
-    mended = keras_dp.fix_model(model)
+    fixed = keras_dp.fix_model(model)
     x = np.random.default_rng(0).normal(size=(2, 2, 5, 5, 1))
-    np.testing.assert_allclose(mended(x), model(x), rtol=1e-6)
+    np.testing.assert_allclose(fixed(x), model(x), rtol=1e-6)
 
 
 class Subclassed(keras.Model):
@@ -247,18 +247,18 @@ def test_a_subclassed_model_is_mended_and_its_weights_are_kept_in_a_file(tmp_pat
         f"{model.blocks[0].name}/{model.blocks[0].layers[1].name}",
     ]
     with pytest.warns(UserWarning, match="save_weights"):
-        mended, again = keras_dp.fix_model(model), keras_dp.fix_model(model)
-    assert mended.blocks[1] is mended.dense and mended.dense is not model.dense
-    np.testing.assert_array_equal(mended.dense.kernel, model.dense.kernel)
+        fixed, again = keras_dp.fix_model(model), keras_dp.fix_model(model)
+    assert fixed.blocks[1] is fixed.dense and fixed.dense is not model.dense
+    np.testing.assert_array_equal(fixed.dense.kernel, model.dense.kernel)
     np.testing.assert_array_equal(
-        mended.blocks[0].layers[0].kernel, model.blocks[0].layers[0].kernel
+        fixed.blocks[0].layers[0].kernel, model.blocks[0].layers[0].kernel
     )
-    mended.compile(noiseless_optimizer(1.0), loss="mse")
-    update = update_on_batch(mended, x, np.zeros((4, 3)))
+    fixed.compile(noiseless_optimizer(1.0), loss="mse")
+    update = update_on_batch(fixed, x, np.zeros((4, 3)))
     assert len(update) == 8 and all(np.any(u != 0) for u in update)
-    mended.save_weights(tmp_path / "a.weights.h5")
+    fixed.save_weights(tmp_path / "a.weights.h5")
     again.load_weights(tmp_path / "a.weights.h5")
-    np.testing.assert_allclose(again(x), mended(x), rtol=1e-6)
+    np.testing.assert_allclose(again(x), fixed(x), rtol=1e-6)
 
 
 class Doubled(keras.Model):
@@ -289,10 +289,10 @@ def test_several_inputs_and_outputs_by_name_and_a_layer_used_twice():
     dense, normalize = layers.Dense(4), layers.BatchNormalization()
     a, b = (normalize(dense(t)) for t in inputs.values())
     model = keras.Model(inputs, {"one": layers.Dense(1)(a), "two": layers.Dense(2)(a + b)})
-    mended = keras_dp.fix_model(model)
-    out = mended({key: np.ones((3, 4)) for key in "ab"})
+    fixed = keras_dp.fix_model(model)
+    out = fixed({key: np.ones((3, 4)) for key in "ab"})
     assert {k: v.shape for k, v in out.items()} == {"one": (3, 1), "two": (3, 2)}
-    assert len(mended.trainable_weights) == len(model.trainable_weights) == 8
+    assert len(fixed.trainable_weights) == len(model.trainable_weights) == 8
 
 
 def test_the_copy_of_a_compiled_model_is_not_compiled_and_the_model_stays_so():
@@ -305,14 +305,14 @@ def test_the_copy_of_a_compiled_model_is_not_compiled_and_the_model_stays_so():
 
 def test_regularizers_and_constraints_of_scale_and_offset_are_kept():
     normalize = layers.BatchNormalization(gamma_regularizer="l2", beta_constraint="non_neg")
-    mended = keras_dp.fix_model(keras.Sequential([keras.Input((4, 8)), normalize])).layers[-1]
-    assert mended.gamma.regularizer is not None and mended.beta.constraint is not None
-    assert mended.beta.regularizer is None
+    fixed = keras_dp.fix_model(keras.Sequential([keras.Input((4, 8)), normalize])).layers[-1]
+    assert fixed.gamma.regularizer is not None and fixed.beta.constraint is not None
+    assert fixed.beta.regularizer is None
 
 
 def test_a_vector_is_normalized_as_one_group_and_a_single_number_cannot_be():
-    mended = keras_dp.fix_model(keras.Sequential([keras.Input((64,)), layers.BatchNormalization()]))
-    assert mended.layers[-1].groups == 1
+    fixed = keras_dp.fix_model(keras.Sequential([keras.Input((64,)), layers.BatchNormalization()]))
+    assert fixed.layers[-1].groups == 1
     single = keras.Sequential([keras.Input((1,)), layers.BatchNormalization()])
     with pytest.raises(ValueError, match=r"(?s)single number.*Take the layer out"):
         keras_dp.fix_model(single)
@@ -331,10 +331,10 @@ def test_what_preprocessing_layers_learned_is_copied():
     tokens = layers.Concatenate()([lookup(word), vectorize(word)])
     outputs = [layers.BatchNormalization()(normalization(x)), layers.Embedding(9, 2)(tokens)]
     model = keras.Model([x, word], outputs)
-    mended = keras_dp.fix_model(model, batch_normalization="freeze")
-    assert mended.layers[-1] is not model.layers[-1]
+    fixed = keras_dp.fix_model(model, batch_normalization="freeze")
+    assert fixed.layers[-1] is not model.layers[-1]
     for a, b in zip(
-        *(m([tf.constant(numbers[:4]), tf.constant(words[:, None])]) for m in (model, mended)),
+        *(m([tf.constant(numbers[:4]), tf.constant(words[:, None])]) for m in (model, fixed)),
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -345,8 +345,8 @@ def test_augmentation_that_mixes_is_taken_out_of_a_pipeline():
     model = keras.Sequential([keras.Input((8, 8, 3)), pipeline, layers.Flatten(), layers.Dense(1)])
     problems = keras_dp.check_model(model)
     assert sorted(p.layer.split("(")[1] for p in problems) == ["AugMix)", "MixUp)"]
-    mended = keras_dp.fix_model(model)
-    kinds = [type(x).__name__ for x in mended.layers[0].layers]
+    fixed = keras_dp.fix_model(model)
+    kinds = [type(x).__name__ for x in fixed.layers[0].layers]
     assert kinds == ["RandomFlip", "Identity", "Identity"]
 
 
@@ -364,7 +364,7 @@ def test_augmentation_that_mixes_is_taken_out_of_a_pipeline():
 def test_normalization_over_the_examples_is_refused(layer):
     model = keras.Sequential([keras.Input((4,), batch_size=3), layer])
     (problem,) = keras_dp.check_model(model)
-    assert "axis 0" in problem.reason and "-1 for the last" in problem.mend
+    assert "axis 0" in problem.reason and "-1 for the last" in problem.fix
     with pytest.raises(ValueError, match="by hand"):
         keras_dp.fix_model(model)
 
@@ -441,11 +441,11 @@ def test_small_models_built_like_those_of_keras_applications_train(block):
     inputs = keras.Input((6, 6, 3))
     x = block(layers.Conv2D(8, 3, padding="same")(layers.Rescaling(1 / 255)(inputs)))
     model = keras.Model(inputs, layers.Dense(2)(layers.GlobalAveragePooling2D()(x)))
-    mended = keras_dp.fix_model(model)
-    mended.compile(noiseless_optimizer(1.0), loss="mse")
+    fixed = keras_dp.fix_model(model)
+    fixed.compile(noiseless_optimizer(1.0), loss="mse")
     images = np.random.default_rng(0).uniform(0, 255, (4, 6, 6, 3))
-    update = update_on_batch(mended, images, np.ones((4, 2)))
-    assert mended.optimizer.engine == "ghost"
+    update = update_on_batch(fixed, images, np.ones((4, 2)))
+    assert fixed.optimizer.engine == "ghost"
     assert np.mean([np.any(u != 0) for u in update]) > 0.9
 
 
@@ -466,9 +466,9 @@ def test_low_rank_factors_are_copied():
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.BatchNormalization()])
     model.layers[0].enable_lora(2)
     disturb(model)
-    mended = keras_dp.fix_model(model)
-    np.testing.assert_array_equal(mended.layers[0].lora_kernel_a, model.layers[0].lora_kernel_a)
-    assert len(mended.trainable_weights) == len(model.trainable_weights)
+    fixed = keras_dp.fix_model(model)
+    np.testing.assert_array_equal(fixed.layers[0].lora_kernel_a, model.layers[0].lora_kernel_a)
+    assert len(fixed.trainable_weights) == len(model.trainable_weights)
 
 
 def test_a_layer_that_cannot_be_copied_is_named():

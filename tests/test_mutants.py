@@ -158,25 +158,24 @@ def shuffled_batches_taken_for_poisson_draws():
 
 
 def draws_of_one_size():
-    def batch(self, index):
-        indices = np.random.default_rng().choice(self.num_examples, self.batch_size, replace=False)
-        return self._batch(indices)
+    def draw(self):
+        return np.random.default_rng().choice(self.num_examples, self.batch_size, replace=False)
 
-    return PoissonDataset, "__getitem__", batch
+    return PoissonDataset, "_draw", draw
 
 
 def draws_without_replacement():
     """An epoch of blocks of a shuffled order, the sizes of which vary as they should."""
-    get = PoissonDataset.__getitem__
+    original = PoissonDataset._draw
 
-    def batch(self, index):
+    def draw(self):
         if not getattr(self, "_waiting", ()):
             self._waiting = list(np.random.default_rng().permutation(self.num_examples))
-        size = len(get(self, index)[0])
+        size = len(original(self))
         taken, self._waiting = self._waiting[:size], self._waiting[size:]
-        return self._batch(np.array(taken, int))
+        return np.array(taken, int)
 
-    return PoissonDataset, "__getitem__", batch
+    return PoissonDataset, "_draw", draw
 
 
 def vectorized_neighbours():

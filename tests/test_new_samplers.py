@@ -246,7 +246,8 @@ MADE = [
 
 def test_every_word_of_the_ledger_has_its_sampler():
     assert list(samplers.SAMPLERS) == list(SAMPLERS)
-    assert {release.sampler for release in MADE} == set(SAMPLERS)
+    # A choice among runs isn't drawn: `test_tuning` has it.
+    assert {release.sampler for release in MADE} == set(SAMPLERS) - {"choice"}
     for release in MADE:
         sampler = accounting.sampler_of(release)
         assert sampler.description

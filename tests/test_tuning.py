@@ -1,6 +1,7 @@
 """Choosing the best of several runs: how many there are, what it costs, and what is refused."""
 
 import collections
+import dataclasses
 import json
 import math
 import secrets
@@ -170,7 +171,7 @@ def test_the_best_run_is_returned_with_its_candidate_and_score(monkeypatch):
     assert len(made) == 4 and set(given) <= {1, 2, 3}
     assert selected.model is made[2] and selected.score == 0.9 and selected.candidate == given[2]
     assert [tuning.was_passed_over(m) for m in made] == [True, True, False, True]
-    assert tuning.procedure_of(made[2]) is selected.procedure
+    assert tuning.procedure_of(made[2]) == selected.procedure
     wanted = selection_loss(DECLARED, Repetition("logarithmic", 4)).epsilon(1e-3)
     assert selected.epsilon(1e-3) == wanted
 
@@ -402,7 +403,8 @@ def test_rule_13_the_statement_of_a_chosen_model_counts_and_names_the_choice():
     report = keras_dp.privacy_report(selected.model, delta=1e-3)
     wanted = selected.epsilon(1e-3)
     assert report.epsilon == {"pld": wanted, "rdp": wanted}
-    assert wanted > accounting.ledger_epsilon(selected.model.optimizer.ledger, 1e-3, "rdp")
+    runs = [r for r in selected.model.optimizer.ledger if r.choice is None]
+    assert wanted > accounting.ledger_epsilon(runs, 1e-3, "rdp")
     assert report.tuning_covered and not any("hyper-param" in t for t in report.not_covered)
     text, data = str(report), json.loads(report.to_json())
     for said in (
@@ -427,15 +429,115 @@ def test_training_on_after_the_choice_is_added():
     model = selected.model
     before = keras_dp.privacy_report(model, delta=1e-3).epsilon["pld"]
     model.fit(X, Y, batch_size=16, epochs=2, verbose=0)
-    (release,) = model.optimizer.ledger
+    (release,) = (r for r in model.optimizer.ledger if r.choice is None)
     further = [release.with_steps(release.steps - 4)]
     wanted = selection_loss(DECLARED, Repetition("geometric", 2), further).epsilon(1e-3)
     report = keras_dp.privacy_report(model, delta=1e-3)
     assert report.epsilon["pld"] == pytest.approx(wanted)
+    assert model.optimizer.get_epsilon(1e-3) == pytest.approx(wanted)
     assert wanted > before
     model.compile("sgd", loss="mse")
     model.fit(X, Y, verbose=0)
     assert not keras_dp.privacy_report(model, delta=1e-3).private
+
+
+def test_a_candidate_draws_what_a_function_for_keras_tuner_asks_for():
+    def build(hp):
+        with hp.conditional_scope("kind", ["a"]):
+            kind = hp.Choice("kind", ["a", "b"], default="a")
+        return (
+            kind,
+            hp.Int("units", min_value=16, max_value=64, step=16),
+            hp.Int("any", 1, 3),
+            hp.Int("doubled", 2, 16, step=2, sampling="log"),
+            hp.Int("log", 1, 100, sampling="log"),
+            hp.Float("rate", 1e-3, 1.0, sampling="log"),
+            hp.Float("late", 1e-3, 1.0, sampling="reverse_log"),
+            hp.Float("part", 0.0, 0.5, step=0.25),
+            hp.Boolean("on", default=True),
+            hp.Fixed("set", 7),
+        )
+
+    runs = [(hp := tuning.Candidate(), build(hp)) for _ in range(400)]
+    kinds, units, some, doubled, log, rate, late, part, on, fixed = zip(
+        *(found for _, found in runs), strict=True
+    )
+    assert set(kinds) == {"a", "b"} and set(on) == {True, False} and set(fixed) == {7}
+    assert set(units) == {16, 32, 48, 64} and set(some) == {1, 2, 3}
+    assert set(doubled) == {2, 4, 8, 16} and set(part) == {0.0, 0.25, 0.5}
+    assert all(isinstance(v, int) for v in (*units, *some, *doubled, *log))
+    assert min(log) >= 1 and max(log) <= 100 and np.mean(np.array(log) <= 10) > 0.4
+    assert 0.4 < np.mean(np.array(rate) < np.sqrt(1e-3)) < 0.6
+    assert 0.4 < np.mean(np.array(late) > 1.001 - np.sqrt(1e-3)) < 0.6
+    hp, found = runs[0]
+    assert build(hp) == found and hp.get("units") == found[1] and len(hp.values) == 10
+    assert build(tuning.Candidate(hp.values)) == found
+    for wrong in (
+        lambda hp: hp.Float("a", 1, 0),
+        lambda hp: hp.Float("a", 0, 1, sampling="log"),
+        lambda hp: hp.Float("a", 0, 1, step=0),
+        lambda hp: hp.Float("a", 0, 1, sampling="any"),
+        lambda hp: hp.Float("a", 0, math.inf),
+        lambda hp: hp.Int("a", 0.5, 2),
+        lambda hp: hp.Choice("a", []),
+        lambda hp: hp.get("a"),
+    ):
+        with pytest.raises(ValueError, match="'a'"):
+            wrong(tuning.Candidate())
+
+
+def test_rule_16_the_choice_follows_the_weights_into_every_file_and_model(tmp_path):
+    selected = chosen()
+    wanted = selected.epsilon(1e-3)
+    model = selected.model
+    assert model.optimizer.get_epsilon(1e-3) == pytest.approx(wanted)
+    assert model.optimizer.get_epsilon(1e-3, "rdp", 2) == pytest.approx(selected.epsilon(1e-3, 2))
+    model.save(tmp_path / "m.keras")
+    model.save_weights(tmp_path / "m.weights.h5")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    other = trained()
+    alone = other.optimizer.get_epsilon(1e-3, "rdp")
+    other.load_weights(tmp_path / "m.weights.h5")
+    for found in (loaded, other):
+        assert tuning.procedure_of(found) == selected.procedure
+        report = keras_dp.privacy_report(found, delta=1e-3)
+        assert report.epsilon["pld"] == pytest.approx(found.optimizer.get_epsilon(1e-3))
+        assert report.selections[0]["distribution"] == "geometric"
+    assert loaded.optimizer.get_epsilon(1e-3) == pytest.approx(wanted)
+    assert other.optimizer.get_epsilon(1e-3) > max(wanted, alone)
+    assert loaded.optimizer.ledger.steps == 4  # a choice is no step
+    again = loaded.optimizer.ledger.merge(model.optimizer.ledger)  # one choice, not two
+    assert accounting.ledger_epsilon(again, 1e-3) == pytest.approx(wanted)
+
+
+def test_a_budget_knows_of_the_choice():
+    model = chosen().model
+    spent = model.optimizer.get_epsilon(1e-3)
+    with pytest.raises(keras_dp.PrivacyBudgetExceeded):
+        budget = keras_dp.PrivacyBudget(epsilon=spent * 0.99, delta=1e-3)
+        model.fit(X, Y, batch_size=16, verbose=0, callbacks=[budget])
+    budget = keras_dp.PrivacyBudget(epsilon=spent * 1.3, delta=1e-3)
+    model.fit(X, Y, batch_size=16, epochs=20, verbose=0, callbacks=[budget])
+    assert 4 < model.optimizer.ledger.steps < 80
+    assert spent * 1.1 < model.optimizer.get_epsilon(1e-3) <= spent * 1.3
+
+
+def test_a_result_that_is_asked_for_twice_is_paid_for_once():
+    best = tuning.BestOfRuns(DECLARED, mean_runs=1, distribution="geometric")
+    for _ in best:
+        best.offer(trained(), 1.0)
+    first = best.result().model.optimizer.get_epsilon(1e-3)
+    assert best.result().model.optimizer.get_epsilon(1e-3) == first
+
+
+def test_a_choice_is_read_back_from_json_as_it_was():
+    ledger = chosen().model.optimizer.ledger
+    assert PrivacyLedger.from_json(ledger.to_json()) == ledger
+    (choice,) = (r for r in ledger if r.choice is not None)
+    with pytest.raises(ValueError, match="`choice` is for the sampler 'choice'"):
+        dataclasses.replace(choice, sampler="unknown")
+    with pytest.raises(ValueError, match="`choice` is for the sampler 'choice'"):
+        choice.with_steps(2)
 
 
 def test_a_chosen_model_and_another_are_stated_together():

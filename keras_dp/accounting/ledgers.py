@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .. import losses
-from ..ledger import PrivacyLedger, Release
+from .. import losses, people
+from ..choices import Chosen, Repetition, WithChoices
+from ..ledger import Choice, PrivacyLedger, Release
 from . import persons
 from .accountants import check_accountant, epsilon_of
 from .arguments import check_delta, real, whole
-from .mechanisms import Counts, merged
+from .mechanisms import Counts, covered, merged
 from .samplers import SAMPLERS, sampler_of
 from .search import MOST_STEPS, least_noise, most_steps
 
@@ -45,7 +46,11 @@ def ledger_epsilon(
             examples. A Poisson-sampled step is a mixture of Gaussians over how
             many of the k it holds, which is exact (Ganesh 2024, arXiv
             2401.10294); everything else is a Gaussian of k times the
-            sensitivity, as all k may be in one batch.
+            sensitivity, as all k may be in one batch. Where the unit of all releases
+            is the person (`PoissonDataset(user_ids=...)`), it makes no difference.
+
+    A model that was chosen among several runs (`tuning`) is accounted with what the
+    choice cost: by Renyi differential privacy, whatever the accountant.
 
     Returns:
         Epsilon: 0.0 before any step; `inf` after a step without noise.
@@ -61,9 +66,11 @@ def ledger_epsilon(
     >>> round(accounting.ledger_epsilon(ledger, delta=1e-5), 3)
     4.377
     """
-    counts = _counts(_releases(ledger))
+    releases = _releases(ledger)
+    delta, accountant = check_delta(delta), check_accountant(accountant)
+    examples = people.check_examples_per_person(examples_per_person)
     return persons.epsilon(
-        counts, check_delta(delta), check_accountant(accountant), examples_per_person
+        _counts(releases), delta, accountant, 1 if _of_people(releases) else examples
     )
 
 
@@ -131,8 +138,10 @@ def privacy_loss(
     >>> round(loss.epsilon(1e-5), 3), round(loss.advantage, 3)
     (4.377, 0.383)
     """
-    counts = _counts(_releases(ledger))
-    return persons.loss(counts, examples_per_person, check_accountant(accountant))
+    releases = _releases(ledger)
+    accountant = check_accountant(accountant)
+    examples = people.check_examples_per_person(examples_per_person)
+    return persons.loss(_counts(releases), 1 if _of_people(releases) else examples, accountant)
 
 
 def remaining_steps(
@@ -203,7 +212,7 @@ def most_further_steps(
     delta, accountant = check_delta(delta), check_accountant(accountant)
     most = MOST_STEPS if at_most is None else whole("at_most", at_most, least=0)
 
-    def counts(steps: int) -> Counts:
+    def counts(steps: int) -> Counts | WithChoices:
         return _counts(after(steps))
 
     if at_most is not None and epsilon_of(counts(most), delta, accountant) <= target:
@@ -267,7 +276,7 @@ def calibrate_release(
             "training here."
         )
 
-    def counts(sigma: float) -> Counts:
+    def counts(sigma: float) -> Counts | WithChoices:
         more = dataclasses.replace(release, noise_multiplier=sigma, steps=total)
         return _counts((*made, more))
 
@@ -282,8 +291,52 @@ def _extend(made: tuple[Release, ...], release: Release, steps: int) -> tuple[Re
     return (*made, release.with_steps(steps))
 
 
-def _counts(releases: Iterable[Release]) -> Counts:
-    """How often each mechanism was used."""
+def _of_people(releases: Iterable[Release]) -> bool:
+    """Whether the unit of all of them is the person, who then has one of everything.
+
+    Where only that of some is, the others' k stands for all: it is never less.
+    """
+    return {r.unit for r in releases if r.choice is None} == {"user"}
+
+
+def _counts(releases: Iterable[Release]) -> Counts | WithChoices:
+    """How often each mechanism was used, and what was chosen among several runs."""
+    releases = list(releases)
+    chosen = [r.choice for r in releases if r.choice is not None and r.steps]
+    if not chosen:
+        return _counts_of_steps(releases)
+    further = _not_paid_for(releases, chosen)
+    return WithChoices(
+        covered(_counts_of_steps(further)),
+        _of_people(further),
+        tuple(
+            Chosen(
+                Repetition(c.distribution, c.mean_runs),
+                covered(_counts_of_steps(c.each_run)),
+                _of_people(c.each_run),
+            )
+            for c in chosen
+        ),
+    )
+
+
+def _not_paid_for(releases: Iterable[Release], chosen: Iterable[Choice]) -> list[Release]:
+    """What is left when the steps of chosen runs, which the choices pay for, are taken out."""
+    paid: dict[tuple[Any, ...], int] = {}
+    for release in (r for choice in chosen for r in choice.chosen):
+        key = (release.id, release.mechanism)
+        paid[key] = max(paid.get(key, 0), release.steps)
+    left = []
+    for release in releases:
+        steps = release.steps - paid.get((release.id, release.mechanism), 0)
+        if release.choice is None and steps > 0:
+            # What is left of an epoch is no epoch of its own.
+            rest = release if steps == release.steps else release.apart
+            left.append(rest.with_steps(steps))
+    return left
+
+
+def _counts_of_steps(releases: Iterable[Release]) -> Counts:
     return merged(
         pair
         for release in releases

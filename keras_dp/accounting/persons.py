@@ -6,29 +6,36 @@ import functools
 import math
 
 from .. import losses, people
+from ..choices import WithChoices
 from .accountants import epsilon_of, pld
 from .mechanisms import Counts, SampledGaussian, covered
 
 
-def epsilon(counts: Counts, delta: float, accountant: str, examples: int = 1) -> float:
+def epsilon(
+    counts: Counts | WithChoices, delta: float, accountant: str, examples: int = 1
+) -> float:
     """Returns the epsilon for people with up to so many examples.
 
     Raises:
         ValueError: If that number isn't from 1 to 1000.
     """
     most = people.check_examples_per_person(examples)
+    if isinstance(counts, WithChoices):
+        return counts.loss(most).epsilon(delta)
     if most > 1:
         return people.epsilon(covered(counts), most, delta, accountant)
     return epsilon_of(counts, delta, accountant)
 
 
-def loss(counts: Counts, examples: int, accountant: str) -> losses.Loss:
+def loss(counts: Counts | WithChoices, examples: int, accountant: str) -> losses.Loss:
     """Returns the privacy loss for people with up to so many examples, never less than it is.
 
     Raises:
         ValueError: If that number isn't from 1 to 1000.
     """
     most = people.check_examples_per_person(examples)
+    if isinstance(counts, WithChoices):
+        return counts.loss(most)
     if most > 1 or accountant == "rdp":
         return people.loss(covered(counts), most, accountant)
     return _of_one(counts)

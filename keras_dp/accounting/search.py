@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 
+from ..choices import WithChoices
 from .accountants import bounds_of
 from .mechanisms import Counts
 
@@ -14,7 +15,11 @@ _LEAST_NOISE, _MOST_NOISE = 2.0**-10, 2.0**20
 
 
 def most_steps(
-    counts: Callable[[int], Counts], target: float, delta: float, accountant: str, most: int
+    counts: Callable[[int], Counts | WithChoices],
+    target: float,
+    delta: float,
+    accountant: str,
+    most: int,
 ) -> int:
     """The largest number of steps, up to `most`, with epsilon <= target."""
     reported, *rough = excesses(lambda k: counts(int(k)), target, delta, accountant)
@@ -27,7 +32,7 @@ def most_steps(
 
 
 def least_noise(
-    counts: Callable[[float], Counts], target: float, delta: float, accountant: str
+    counts: Callable[[float], Counts | WithChoices], target: float, delta: float, accountant: str
 ) -> float:
     """A sigma with which epsilon is the target, or up to 0.05 % less."""
     reported, *rough = excesses(counts, target, delta, accountant)
@@ -45,11 +50,11 @@ def least_noise(
 
 
 def excesses(
-    counts: Callable[[float], Counts], target: float, delta: float, accountant: str
+    counts: Callable[[float], Counts | WithChoices], target: float, delta: float, accountant: str
 ) -> list[Callable[[float], float]]:
     """log(epsilon / target): as reported, then cheaper ones to start a search with."""
 
-    def excess(bound: Callable[[Counts, float], float], x: float) -> float:
+    def excess(bound: Callable[[Counts | WithChoices, float], float], x: float) -> float:
         epsilon = bound(counts(x), delta)
         # Not the logarithm of a ratio, which can underflow to 0.
         return min(max(math.log(max(epsilon, 1e-300)) - math.log(target), -50.0), 50.0)

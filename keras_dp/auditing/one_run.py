@@ -11,7 +11,7 @@ from keras import ops, tree
 
 from .. import accounting, arguments, keras_private
 from ..optimizers import DPOptimizer
-from ..sampling import as_arrays, common_length
+from ..sampling import PoissonDataset, as_arrays, codes_of, common_length
 from .arguments import check_confidence, whole
 from .bounds import best_guesses
 from .result import AuditResult
@@ -106,6 +106,9 @@ def audit(
     score: Callable[[keras.Model, Any, Any], Any] | None = None,
     seed: int | None = None,
     verbose: Any = 1,
+    user_ids: Any = None,
+    canary_ids: Any = None,
+    max_examples_per_user: int | None = None,
     **fit_arguments: Any,
 ) -> AuditResult:
     """Audits private training of a model and data of your own, in one run.
@@ -142,6 +145,12 @@ def audit(
             compiled loss of each.
         seed: Makes the coins repeatable (and nothing else).
         verbose: As for `fit`.
+        user_ids: Whose each row of `x` is, to audit the training of people: a canary is then
+            a person, all of whose rows are in or out, and `batch_size` counts people. A
+            canary's score is the mean of its rows'.
+        canary_ids: Whose each row of the canaries is; people other than those of `x`,
+            whatever the ids. Needed with `user_ids`.
+        max_examples_per_user: As for `PoissonDataset`; needed with `user_ids`.
         **fit_arguments: More arguments of `fit`, such as `callbacks`.
 
     Returns:
@@ -178,24 +187,33 @@ def audit(
     parts = {"x": as_arrays(x, "x"), "y": as_arrays(y, "y")}
     common_length(parts["x"], parts["y"])
     x_canaries, y_canaries = _canaries_like(parts, canaries)
-    count = common_length(x_canaries, y_canaries)
+    rows = common_length(x_canaries, y_canaries)
+    whose, others = _whose(user_ids, canary_ids, common_length(parts["x"]), rows)
+    count = int(whose.max()) + 1
     model = make_model()
     _require_new_private(model)
 
     coins = np.random.default_rng(seed).integers(0, 2, count).astype(bool)
+    taken = coins[whose]
     joined = {
         name: tree.map_structure(
-            lambda a, b: None if a is None else np.concatenate([a, b[coins]]), parts[name], planted
+            lambda a, b: None if a is None else np.concatenate([a, b[taken]]), parts[name], planted
         )
         for name, planted in (("x", x_canaries), ("y", y_canaries))
     }
+    source: dict[str, Any] = {**joined, "batch_size": batch_size}
+    if others is not None:
+        ids = np.concatenate([others, others.max() + 1 + whose[taken]])
+        people: dict[str, Any] = {"user_ids": ids, "max_examples_per_user": max_examples_per_user}
+        source = {"x": PoissonDataset(**joined, batch_size=batch_size, **people)}
     score = score or _minus_loss
     keras_private.build_from_batch(model, x_canaries, y_canaries, None)
-    before = _scores_of(score, model, x_canaries, y_canaries, count)
-    model.fit(**joined, batch_size=batch_size, epochs=epochs, verbose=verbose, **fit_arguments)
-    after = _scores_of(score, model, x_canaries, y_canaries, count)
+    before = _scores_of(score, model, x_canaries, y_canaries, rows)
+    model.fit(**source, epochs=epochs, verbose=verbose, **fit_arguments)
+    after = _scores_of(score, model, x_canaries, y_canaries, rows)
     # Where a loss is infinite nothing is known: in the middle, neither in nor out.
     gain = np.nan_to_num(after - before, nan=0.0, posinf=0.0, neginf=0.0)
+    gain = np.bincount(whose, gain) / np.bincount(whose)
 
     right, guesses, bound = best_guesses(gain, coins, delta, confidence)
     return AuditResult(
@@ -208,6 +226,20 @@ def audit(
         correct=right,
         method="one training run, black-box, Steinke et al. 2023",
     )
+
+
+def _whose(
+    user_ids: Any, canary_ids: Any, rows: int, canary_rows: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The number of each canary row's person, and of each other row's, where it was said."""
+    if (user_ids is None) != (canary_ids is None):
+        raise ValueError(
+            "`user_ids` and `canary_ids` belong together: the one says whose each row of `x` is, "
+            "the other whose each row of the canaries is. Give both or neither."
+        )
+    if user_ids is None:
+        return np.arange(canary_rows), None
+    return codes_of(canary_ids, canary_rows, "canary_ids"), codes_of(user_ids, rows)
 
 
 def _minus_loss(model: keras.Model, x: Any, y: Any) -> np.ndarray:

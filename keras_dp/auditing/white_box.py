@@ -13,6 +13,7 @@ from keras import ops
 
 from .. import accounting
 from ..optimizers import DPSGD
+from ..sampling import PoissonDataset
 from .arguments import check_confidence, whole
 from .bounds import scores_lower_bound
 from .result import AuditResult
@@ -32,6 +33,7 @@ def white_box_audit(
     compile_arguments: Mapping[str, Any] | None = None,
     seed: int | None = None,
     verbose: int = 1,
+    max_examples_per_user: int | None = None,
     **optimizer_arguments: Any,
 ) -> AuditResult:
     """Audits the training step with your settings, by an attacker who sees the weights.
@@ -63,6 +65,8 @@ def white_box_audit(
         compile_arguments: More for `compile`, such as `{"jit_compile": True}`.
         seed: For tests only: makes noise and canaries repeatable.
         verbose: 1 shows a progress bar; 0 keeps silent.
+        max_examples_per_user: Audits the training of people, each with 1 to so many
+            examples (`PoissonDataset(user_ids=...)`): a canary is then a person.
         **optimizer_arguments: More arguments of `DPSGD`, such as `gradients`,
             `clipping` or `microbatch_size`.
 
@@ -92,6 +96,7 @@ def white_box_audit(
     if steps is None:
         steps = min(max(1, round(float(sigma) ** 2)), _MOST_STEPS)
     steps = whole("steps", steps)
+    most = whole("max_examples_per_user", max_examples_per_user or 1)
 
     model = keras.Sequential(
         [
@@ -112,14 +117,21 @@ def white_box_audit(
     inside, outside, claimed = [], [], math.inf
     for run in range(runs):
         members = random.permutation(canaries)[: canaries // 2]
-        x = np.zeros((len(members), canaries), "float32")
-        x[np.arange(len(members)), members] = 7 * max_grad_norm
+        whose = np.repeat(members, random.integers(1, most, len(members), endpoint=True))
+        x = np.zeros((len(whose), canaries), "float32")
+        x[np.arange(len(whose)), whose] = 7 * max_grad_norm
+        y = np.zeros(len(x))
+        people: dict[str, Any] = {}
+        if max_examples_per_user is not None:
+            people = {"user_ids": whose, "max_examples_per_user": most}
         model.set_weights([np.zeros((canaries, 1))])
-        model.fit(x, np.zeros(len(x)), batch_size=len(x), epochs=steps, verbose=0)
+        data = PoissonDataset(x, y, batch_size=len(members), seed=seed, **people)
+        model.fit(data, epochs=steps, verbose=0)
         if run == 0:  # later runs start anew, from data of their own
             claimed = optimizer.get_epsilon(delta)
         # How often each example seems to have taken part in a step.
-        scores = -np.ravel(model.get_weights()[0]).astype("float64") * len(x) / max_grad_norm
+        moved = -np.ravel(model.get_weights()[0]).astype("float64")
+        scores = moved * len(members) / max_grad_norm
         taken = np.isin(np.arange(canaries), members)
         inside.append(scores[taken])
         outside.append(scores[~taken])

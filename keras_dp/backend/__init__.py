@@ -6,7 +6,7 @@ the same functions. The rest of the package imports them from here.
 """
 
 _SUPPORTED = ("tensorflow",)
-_MEND = (
+_FIX = (
     "keras_dp runs on the TensorFlow backend of Keras. Set the environment variable "
     'KERAS_BACKEND=tensorflow before Keras is imported (or "backend": "tensorflow" in '
     "keras.json)."
@@ -15,13 +15,20 @@ _MEND = (
 try:
     import keras
 except ImportError as error:
-    raise ImportError(f"Keras can't be imported: {error}. {_MEND}") from error
+    raise ImportError(f"Keras can't be imported: {error}. {_FIX}") from error
 
 if keras.backend.backend() not in _SUPPORTED:
-    raise ImportError(f"Keras is using its {keras.backend.backend()!r} backend. {_MEND}")
+    raise ImportError(f"Keras is using its {keras.backend.backend()!r} backend. {_FIX}")
 
 from .batch_axis import BatchAxis, Mixed, Rows, Shared, Unknown  # noqa: E402
-from .feeding import elements, gathering, is_infinite, makes_batches, reading  # noqa: E402
+from .feeding import (  # noqa: E402
+    elements,
+    gathering,
+    is_infinite,
+    makes_batches,
+    one_by_one,
+    reading,
+)
 from .operations import (  # noqa: E402
     AsGraph,
     assertions_without_values,
@@ -107,6 +114,7 @@ from .tensorflow import (  # noqa: E402
     with_row_of,
     without_autograph,
 )
+from .users import chunked_sum_of_users, loop_engine_of_users  # noqa: E402
 
 __all__ = [
     "AsGraph",
@@ -131,6 +139,7 @@ __all__ = [
     "branch",
     "call_numpy",
     "chunked_sum",
+    "chunked_sum_of_users",
     "column",
     "compiled_candidate",
     "copy_of",
@@ -153,6 +162,7 @@ __all__ = [
     "keep_until_owner_goes",
     "least_square",
     "loop_engine",
+    "loop_engine_of_users",
     "loop_gradients",
     "loss_scales",
     "made_up_gradient",
@@ -171,6 +181,7 @@ __all__ = [
     "of_known_sizes",
     "of_open_length",
     "once_traced",
+    "one_by_one",
     "one_of",
     "operation_count",
     "outside_graph",

@@ -103,9 +103,11 @@ class Unknown:
 
     Attributes:
         why: The operation, and what isn't known of it.
+        way_back: Whether it is the gradient that isn't known.
     """
 
     why: str
+    way_back: bool = False
 
 
 State = Shared | Rows | Count | Counts | Stack | Blocks | Mixed | Unknown
@@ -330,7 +332,11 @@ def _each_its_own(axis: BatchAxis, op: Any, states: list[State]) -> list[State]:
         whose = _own_gradient(op)
         if whose is not None:
             return [
-                s if isinstance(s, _OF_ALL) else _unknown(op, f"has a gradient of its own {whose}")
+                s
+                if isinstance(s, _OF_ALL)
+                else Unknown(
+                    f"the operation '{op.name}' has a gradient of its own {whose}", way_back=True
+                )
                 for s in states
             ]
     return list(states)

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-__all__ = ["elements", "gathering", "is_infinite", "makes_batches", "reading"]
+__all__ = ["elements", "gathering", "is_infinite", "makes_batches", "one_by_one", "reading"]
 
 _STEPS = 64  # whose indices are drawn together: calls from TensorFlow into Python are dear
 _INDICES = 1 << 17
@@ -79,6 +79,31 @@ def reading(
         return _split(splits, lambda a, b: _packed(specs, [c[a:b] for c in columns]))
 
     return _of_length(read.flat_map(split).prefetch(_AHEAD), steps)
+
+
+def one_by_one(
+    batch_of: Callable[[np.ndarray], Any], specs: Any, epoch: Epoch, steps: int
+) -> tf.data.Dataset:
+    """Batches that Python reads whole, whose parts need not have as many rows as each other.
+
+    Args:
+        batch_of: Makes a batch, as `specs` describes it, of what was drawn for it.
+        specs: A structure of what rows look like; `None` where there is nothing.
+        epoch: Begins an epoch: what was drawn for each of its batches.
+        steps: How many batches an epoch has.
+
+    Returns:
+        Structures like `specs`, of which each iteration is an epoch.
+    """
+    signature = tuple(tf.TensorSpec([None, *s.shape], s.dtype) for s in _leaves(specs))
+
+    def batches() -> Iterator[Any]:
+        for drawn in epoch():
+            yield tuple(_leaves(batch_of(drawn)))
+
+    read = tf.data.Dataset.from_generator(batches, output_signature=signature)
+    packed = read.map(lambda *leaves: _packed(specs, list(leaves)))
+    return _of_length(packed.prefetch(_AHEAD), steps)
 
 
 def _leaves(structure: Any) -> list[Any]:

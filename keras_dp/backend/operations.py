@@ -230,13 +230,14 @@ def operation_count() -> int:
     return 0 if graph is None else len(graph.get_operations())
 
 
-def traced(function: Callable[[], Any]) -> Any:
-    """The graph of what a function of no arguments does, which doesn't run.
+def traced(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The graph of what a function does with tensors like these, and it doesn't run.
 
     Raises:
         Exception: Whatever keeps it from being traced.
     """
-    return concrete_of(tf.function(function, autograph=False)).graph
+    like = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), arguments)
+    return concrete_of(tf.function(function, autograph=False), *like).graph
 
 
 _kept = threading.local()  # `graphs`: what was traced inside of what is being traced

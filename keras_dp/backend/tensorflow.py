@@ -549,7 +549,7 @@ def norms_in(squares: Tensor, dtype: str) -> Tensor:
 
 
 def gradient_tape(*, persistent: bool = False) -> Any:
-    """A tape that records only what follows from tensors that it is told to watch."""
+    """A tape that records only what follows from tensors that it watches."""
     return tf.GradientTape(persistent=persistent, watch_accessed_variables=False)
 
 
@@ -641,7 +641,7 @@ def of_open_length(tensor: Tensor) -> Tensor:
 
 
 def of_known_sizes(tensor: Tensor, sizes: Sequence[int | None]) -> Tensor:
-    """The tensor, told those of its sizes that are known."""
+    """The tensor, with those of its sizes that are known."""
     tensor.set_shape(sizes)
     return tensor
 
@@ -692,6 +692,7 @@ def _map(function: Callable[[Any], Any], mapped: Any) -> Any:
         graph = tf.compat.v1.get_default_graph()
         before = len(graph.get_operations())
         result = function(args)
+        require_nothing_kept(graph, before)  # now: the vectorizer drops what only writes
         _require_fixed_sizes(graph, before)
         return result
 

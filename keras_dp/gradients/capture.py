@@ -142,6 +142,7 @@ class Capture:
         self.calls: dict[int, Arguments] = {}
         self.kinds: list[Any] = []
         self.mapped = False
+        self._drew_alone = False
         self._loss = loss
         self._plan = plan
         self._unit_variables = unit_variables
@@ -241,6 +242,8 @@ class Capture:
         layer = unit.layer
         if id(layer) in self._plan.alone:
             self.mapped = True
+            states = keras_private.seed_states_of(layer)
+            self._drew_alone = self._drew_alone or any(id(v) in self._seeds for v in states)
             outputs, penalties, gradients = alone(unit, self._seeds, mapped, args, kwargs)
             if penalties is not None:
                 self.penalties.append(penalties)
@@ -304,6 +307,8 @@ class Capture:
             state = self._axis.of(tensor)
             if isinstance(state, backend.Unknown | backend.Mixed) and keeps_apart(layer):
                 self._axis.declare(tensor, backend.Rows())
+            elif isinstance(state, backend.Mixed) and keras_private.is_keras_layer(layer):
+                self._hand_over(layer, state.why)  # it is known to mean each example by itself
             elif isinstance(state, backend.Mixed):
                 self._fail(
                     PrivacyError(
@@ -313,6 +318,9 @@ class Capture:
                         "gradients='vectorized', which runs the model on one example at a time."
                     )
                 )
+            elif isinstance(state, backend.Unknown) and state.way_back:
+                # The vectorizer would drop it from a layer that is run by itself.
+                self._fail(NotPossible(f"{named(layer)}: {state.why}"))
             elif isinstance(state, backend.Unknown):
                 self._hand_over(layer, state.why)
         if self._axis.drawn_together:
@@ -366,7 +374,7 @@ class Capture:
     def draws_random(self) -> bool:
         """Whether anything was drawn from a seed generator."""
         before = zip(self._initial_seeds, self._seeds_now(), strict=True)
-        return bool(self._plan.alone) or any(a is not b for a, b in before)
+        return self._drew_alone or any(a is not b for a, b in before)
 
     # -- the rest ---------------------------------------------------------------------------------
 

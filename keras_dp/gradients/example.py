@@ -230,7 +230,7 @@ class ExampleLoss:
             )
 
     def outcome(self, result: tuple[list[Any], Any, Any, list[Any]]) -> Outcome:
-        """An engine's result with outputs, masks and metric updates told apart."""
+        """An engine's result with outputs, masks and metric updates taken apart."""
         sums, norms, losses, extra = result
         count = len(self._masked) + sum(self._masked) + sum(self._with_logits)
         outputs = self._with_masks(extra[:count])

@@ -26,6 +26,7 @@ from .capture import Apart, Capture, NotPossible, Plan, named, patching
 from .example import ExampleLoss
 from .per_example import Instantiated, PerExample, Scaled, clipped_sums, combined
 from .rules import Unit, overridden, rule_for
+from .users import Users
 
 __all__ = ["GhostEngine", "NotPossible", "Plan", "Replanned", "named"]
 
@@ -59,7 +60,9 @@ class GhostEngine:
         self.used_outside: list[int] = []  # indices of weights
         self.owners = keras_private.owners_of(example_loss.model, example_loss.variables)
 
-    def __call__(self, leaves: list[Any], real: Any, clip: Callable[[Any], Any]) -> Any:
+    def __call__(
+        self, leaves: list[Any], real: Any, clip: Callable[[Any], Any], users: Users | None = None
+    ) -> Any:
         """Clipped sums, norms, losses and extras, as `backend.vectorized_engine` returns them.
 
         Args:
@@ -67,15 +70,21 @@ class GhostEngine:
                 (rows, views, 2).
             real: Mask, (rows,); rows where it is false add nothing.
             clip: Clip weights from norms.
+            users: Whose the examples are, if the mean over somebody's is what is clipped;
+                `real` and the norms are then those of people.
 
         Raises:
             NotPossible: If the model can't be served; says which layer and why.
         """
         views = self.views
-        gradients, losses, extra = self.per_example(self._all_views(leaves), views=views)
+        gradients, losses, extra = self.per_example(
+            self._all_views(leaves), views=views, users=users
+        )
         if views > 1:
             losses = ops.mean(ops.reshape(losses, (-1, views)), axis=1)
             extra = [t[::views] for t in extra]
+        if users is not None:
+            gradients = users.means(gradients)
         variables = self.example_loss.variables
         sums, norms = clipped_sums(gradients, variables, clip, real, views=views)
         return sums, norms, losses, extra
@@ -94,6 +103,7 @@ class GhostEngine:
         leaves: list[Any],
         weights: list[Any] | None = None,
         views: int = 1,
+        users: Users | None = None,
     ) -> tuple[list[PerExample | None], Any, list[Any]]:
         """The per-example gradients of each weight (`None` where no loss reaches it).
 
@@ -102,6 +112,8 @@ class GhostEngine:
             weights: Other values for the weights than their own.
             views: How many consecutive rows are one example; their gradients are
                 added up.
+            users: Whose the examples are, if those of one person are to share what their
+                losses are scaled by.
 
         Returns:
             The gradients, the losses, (rows,), and what else comes back for each example.
@@ -111,7 +123,7 @@ class GhostEngine:
         """
         if weights is None:
             weights = [ops.convert_to_tensor(v.value) for v in self.example_loss.variables]
-        return self._with_plan(lambda: self._attempt(leaves, weights, views))
+        return self._with_plan(lambda: self._attempt(leaves, weights, views, users))
 
     def _with_plan(self, attempt: Callable[[], Any]) -> Any:
         """Tries again whenever a layer is found that must be handled apart."""
@@ -128,7 +140,7 @@ class GhostEngine:
                     raise Replanned(found.reason) from None
 
     def _attempt(
-        self, leaves: list[Any], weights: list[Any], views: int
+        self, leaves: list[Any], weights: list[Any], views: int, users: Users | None
     ) -> tuple[list[PerExample | None], Any, list[Any]]:
         leaves = [backend.of_open_length(t) for t in leaves]
         # Weights that are used outside of their own layer's call show up in these.
@@ -140,7 +152,7 @@ class GhostEngine:
         if backend.current_graph() is not None:
             self.plan.calls, self.plan.kinds = capture.calls, capture.kinds
             self.plan.mapped = capture.mapped
-        passed = self._backward(leaves, weights, forward, views)
+        passed = self._backward(leaves, weights, forward, views, users)
         reached = [k for k, g in enumerate(passed.upstream) if g is not None]
         watched = [t for r in capture.records for t in r.unit.watched]
         found = tape.gradient(
@@ -197,7 +209,12 @@ class GhostEngine:
         return _Forward(capture, flat)
 
     def _backward(
-        self, leaves: list[Any], weights: list[Any], forward: _Forward, views: int = 1
+        self,
+        leaves: list[Any],
+        weights: list[Any],
+        forward: _Forward,
+        views: int = 1,
+        users: Users | None = None,
     ) -> _Backward:
         """Losses, and the gradient of each example's own at the outputs."""
         loss, penalties = self.example_loss, forward.capture.penalties
@@ -207,7 +224,8 @@ class GhostEngine:
         of_penalties = [ops.ones_like(p) for p in penalties]
         scales = None
         if loss.scaled:
-            scales = backend.loss_scales(upstream, backend.row_count(leaves[0]), views)
+            sizes = upstream if users is None else users.in_common(upstream, views)
+            scales = backend.loss_scales(sizes, backend.row_count(leaves[0]), views)
             upstream = [None if g is None else backend.scaled_rows(g, scales) for g in upstream]
             of_penalties = [ops.cast(scales, p.dtype) for p in penalties]
         for p in penalties:
@@ -219,7 +237,9 @@ class GhostEngine:
     def errors(
         self, leaves: list[Any], weights: list[Any], *, local: bool
     ) -> list[tuple[float, float]]:
-        """How far the gradients of each weight are off, relative to it: its norms, its sums.
+        """How far the gradients of each weight are off, its norms and its sums.
+
+        Relative to it, or, of all together, to the gradient of all weights.
 
         Compared are, of some made-up examples (not traced), a sum with uneven weights
         with the same sum by plain back-propagation, in one pass and from the same
@@ -273,7 +293,14 @@ class GhostEngine:
                 np.zeros(weight.shape),
             )
             found.append(_off(combined(used) if used else None, wanted, rows))
-        return found
+        sizes = [size for _, _, size in found]
+        if not local:
+            # Some have no gradient but for rounding, as a bias that a softmax takes out again.
+            sizes = [max(size, float(np.linalg.norm(sizes))) for size in sizes]
+        return [
+            (norms / max(size, 1e-30), sums / max(size, 1e-30))
+            for (norms, sums, _), size in zip(found, sizes, strict=True)
+        ]
 
     def _outside_gradients(self, weights: list[Any], leaves: list[Any]) -> dict[int, Any]:
         """Per-example gradients, (rows, ...), of weights used outside of their layers' calls.
@@ -381,16 +408,20 @@ class _Backward:
     scales: Any
 
 
-def _off(gradients: PerExample | None, wanted: np.ndarray, rows: int) -> tuple[float, float]:
-    """How far norms are off what is written out, and its uneven sum off what is wanted."""
+def _off(gradients: PerExample | None, wanted: np.ndarray, rows: int) -> tuple[float, float, float]:
+    """How far norms are off what is written out, and its uneven sum off what is wanted.
+
+    Returns:
+        Both, and the size of it all.
+    """
     if gradients is None:
         size = float(np.linalg.norm(wanted))
-        return 0.0, size if size == 0 or np.isnan(size) else 1.0
+        return 0.0, size, size
     each = [backend.in_numpy(gradients.weighted_sum(backend.one_of(rows, k))) for k in range(rows)]
     sizes = np.array([np.linalg.norm(g) for g in each])
     norms = np.sqrt(backend.in_numpy(gradients.squared_norms()))
-    total = max(float(np.linalg.norm(sizes)), 1e-30)
+    total = float(np.linalg.norm(sizes))
     uneven = 0.5 ** np.arange(rows)
     found = sum((w * g for w, g in zip(uneven, each, strict=True)), np.zeros(wanted.shape))
     off = float(np.linalg.norm(norms - sizes)), float(np.linalg.norm(found - wanted))
-    return off[0] / total, off[1] / total
+    return *off, total

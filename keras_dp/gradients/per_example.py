@@ -121,7 +121,11 @@ class Squares:
         return value, ops.square(most + gathered([s.linear for s in every]))
 
 
-class PerExample(abc.ABC):
+class TakenApart:
+    """What `taken_apart` looks into: its tensors are attributes, or those of one among them."""
+
+
+class PerExample(TakenApart, abc.ABC):
     """Each example's gradient of one weight, B of them."""
 
     @abc.abstractmethod
@@ -573,7 +577,7 @@ def _with_rows_as_positions(tensor: Any, rows_each: int) -> Any:
 def _slots(ids: Any) -> Any:
     """For each position a slot, (B, T), that it shares with those of its example with equal ids.
 
-    Equal ids are told apart by sorting each example's: the k-th different one
+    Equal ids are found by sorting each example's: the k-th different one
     gets slot k of its example.
     """
     batch, length = ops.shape(ids)
@@ -837,11 +841,11 @@ def _like(tensors: Sequence[Any]) -> tuple[Any, ...]:
     return tuple((tuple(t.shape), t.dtype) for t in tensors)
 
 
-def taken_apart(form: PerExample) -> tuple[Any, list[Any]]:
+def taken_apart(form: TakenApart) -> tuple[Any, list[Any]]:
     """What a form is but for its tensors, and these."""
     fields, tensors = [], []
     for name, value in vars(form).items():
-        if isinstance(value, PerExample):
+        if isinstance(value, TakenApart):
             kind, inside = taken_apart(value)
             fields.append((name, "form", kind))
             tensors += inside
@@ -869,13 +873,13 @@ def _put_together(kind: Any, tensors: Any) -> Any:
     return form
 
 
-def keep(form: PerExample, double: PerExample) -> None:
+def keep(form: TakenApart, double: TakenApart) -> None:
     """Gives a form what its double has computed."""
     for name, value in vars(double).items():
-        if isinstance(value, PerExample):
-            keep(vars(form)[name], value)
-        elif name not in vars(form):
+        if name not in vars(form):
             form.__dict__[name] = value
+        elif isinstance(value, TakenApart):
+            keep(vars(form)[name], value)
 
 
 def _flat(tensor: Any) -> Any:

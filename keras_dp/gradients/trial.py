@@ -97,7 +97,13 @@ def require_right_gradients(ghost: GhostEngine, leaves: list[Any]) -> None:
     foreign = keras_private.has_layers_from_outside(loss.model)
     kinds = ghost.plan.kinds
     if foreign or not _right.issuperset(kinds):
-        backend.apart(lambda: _try(ghost, leaves, together=foreign))
+        draw_as_here = keras_private.drawing_as_here()
+
+        def in_a_thread() -> None:
+            draw_as_here()
+            _try(ghost, leaves, together=foreign)
+
+        backend.apart(in_a_thread)
         _right.update(k for k in kinds if k is not None)
     _passed[loss.model] = (_key(loss, leaves), ghost.plan)
 

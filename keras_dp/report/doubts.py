@@ -42,6 +42,12 @@ def doubts_of(ledger: PrivacyLedger, epsilon: dict[str, float], delta: float) ->
         doubts.append("n is unknown, so nobody checked that delta is below 1/n.")
     if any(statements.NO_NOISE < r.noise_multiplier < statements.LITTLE_NOISE for r in ledger):
         doubts.append(statements.GIVES_MUCH_AWAY)
+    if len({r.unit for r in ledger}) > 1:
+        doubts.append(
+            "In some steps a person took the place of an example, and in others not: the figures "
+            "hold for people with no more examples than are stated, and count the former as "
+            "dear as the latter."
+        )
     asserted = sum(r.steps for r in ledger if r.asserted)
     if asserted:
         were = f"{count(asserted, 'step')} {'was' if asserted == 1 else 'were'}"

@@ -7,23 +7,28 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .. import accounting, risk, tuning
-from ..ledger import SAMPLERS, PrivacyLedger, Release
+from .. import accounting, risk
+from ..ledger import SAMPLERS, Choice, PrivacyLedger, Release
 from ..losses import Loss, Renyi
 from ..repetition import Repetition, selection_loss
 from ..risk import AttackRisk
 
 
-def selection_of(name: str, procedure: tuning.Procedure) -> dict[str, Any]:
+def selection_of(name: str, choice: Choice) -> dict[str, Any]:
     """Returns what a report keeps of a choice among runs."""
     return {
         "model": name,
-        "distribution": procedure.repetition.distribution,
-        "mean_runs": procedure.repetition.mean_runs,
-        "score_noise_multiplier": procedure.score_noise_multiplier,
-        "declared": tuple(map(Release.to_dict, procedure.declared)),
-        "chosen": tuple(map(Release.to_dict, procedure.chosen)),
+        "distribution": choice.distribution,
+        "mean_runs": choice.mean_runs,
+        "score_noise_multiplier": choice.score_noise_multiplier,
+        "declared": tuple(map(as_dict, choice.declared)),
+        "chosen": tuple(map(as_dict, choice.chosen)),
     }
+
+
+def as_dict(release: Release) -> dict[str, Any]:
+    """Returns a report's entry for a release, the unit said always."""
+    return {**release.to_dict(), "unit": release.unit}
 
 
 def loss_of(
@@ -46,11 +51,13 @@ def loss_of(
     if not selections:
         return accounting.privacy_loss(further, examples)
     divergences = selection_loss((), None, further, examples_per_person=examples).divergences
-    for selection in selections:
-        each_run = (
-            *(Release(**r) for r in selection["declared"]),
-            *tuning.score_releases(selection["score_noise_multiplier"]),
-        )
+    # A choice that is behind several models is one.
+    different = {
+        tuple((r["id"], r["steps"]) for r in selection["chosen"]): selection
+        for selection in selections
+    }
+    for selection in different.values():
+        each_run = Choice(**{k: v for k, v in selection.items() if k != "model"}).each_run
         repetition = Repetition(selection["distribution"], selection["mean_runs"])
         loss = selection_loss(each_run, repetition, examples_per_person=examples)
         divergences = divergences + loss.divergences
@@ -98,7 +105,7 @@ def epsilon_of(
     """Returns epsilon, by every accountant, of releases and choices."""
     releases = PrivacyLedger(tuple(ledger))
     if selections:
-        loss = loss_of(map(Release.to_dict, releases), selections, examples)
+        loss = loss_of(map(as_dict, releases), selections, examples)
         return dict.fromkeys(accounting.ACCOUNTANTS, loss.epsilon(delta))
     return {
         a: accounting.ledger_epsilon(releases, delta, a, examples) for a in accounting.ACCOUNTANTS
@@ -125,7 +132,7 @@ def shuffled(release: Release) -> Release:
 def all_shuffled(selection: Mapping[str, Any]) -> dict[str, Any]:
     """How a model was chosen, had all runs passed over shuffled data."""
     parts = {
-        part: tuple(shuffled(Release(**r)).to_dict() for r in selection[part])
+        part: tuple(as_dict(shuffled(Release(**r))) for r in selection[part])
         for part in ("declared", "chosen")
     }
     return {**selection, **parts}

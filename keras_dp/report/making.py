@@ -16,7 +16,7 @@ from ..binding import ledger_of
 from ..ledger import PrivacyLedger
 from ..optimizers import DPOptimizer
 from .doubts import doubts_of
-from .figures import all_shuffled, basis_of, epsilon_of, risk_of, selection_of, shuffled
+from .figures import all_shuffled, as_dict, basis_of, epsilon_of, risk_of, selection_of, shuffled
 from .statement import PrivacyReport
 
 _PACKAGES = ("keras-dp", "keras", "tensorflow", "dp-accounting", "numpy")
@@ -67,10 +67,9 @@ def privacy_report(
     optimizers = [_optimizer_of(m) for m in models]
     ledger, chosen = PrivacyLedger(), []
     for m in models:
-        ledger = ledger.merge(r for r in _ledger_to_state(m) if r.steps)
-        procedure = tuning.procedure_of(m)
-        if procedure is not None:
-            chosen.append(selection_of(m.name, procedure))
+        known = _ledger_to_state(m)
+        ledger = ledger.merge(r for r in known if r.steps and r.choice is None)
+        chosen += [selection_of(m.name, r.choice) for r in known if r.choice is not None]
     sizes = [r.num_examples for r in ledger if r.num_examples]
     if delta is None:
         deltas = [o.session.notes.delta or o.target_delta for o in optimizers if o is not None]
@@ -81,7 +80,8 @@ def privacy_report(
     selections = tuple(chosen)
     epsilon = epsilon_of(ledger, selections, delta, examples)
     seeded = any(r.seeded for r in ledger)
-    releases = tuple({**r.to_dict(), "sampler_basis": basis_of(r)} for r in ledger)
+    releases = tuple({**as_dict(r), "sampler_basis": basis_of(r)} for r in ledger)
+    of_people = bool(releases) and all(r.unit == "user" for r in ledger)
     private = not seeded and all(map(math.isfinite, epsilon.values()))
     return PrivacyReport(
         model=", ".join(m.name for m in models),
@@ -91,7 +91,7 @@ def privacy_report(
         epsilon=epsilon,
         attack_risk=tuple(
             risk_of(releases, selections, delta, k) if private else risk.unlimited(delta, k)
-            for k in sorted({*risk.EXAMPLES_PER_PERSON, examples})
+            for k in sorted({examples, *([] if of_people else risk.EXAMPLES_PER_PERSON)})
         ),
         selections=selections,
         epsilon_if_shuffled=epsilon_of(

@@ -18,13 +18,14 @@ from .words import (
     chosen_in_words,
     count,
     listed,
+    of_people,
     section,
     strict,
     table_of,
     table_of_risks,
 )
 
-SCHEMA = 4
+SCHEMA = 5
 SETTING = "central"
 UNIT = "example"
 DATA_ACCESSES = (
@@ -40,6 +41,8 @@ _OPEN = "keras_dp: open source, Apache-2.0"
 SOFTWARE = f"{_OPEN}; every epsilon is computed by dp-accounting."
 _SOFTWARE_BUT = f"{_OPEN}; epsilon is computed by dp-accounting, but for what it has no event for."
 _TUNING = "The choice of hyper-parameters by several runs on the same data."
+_MORE = "Somebody who has more examples in the data than is stated: the promise to them is weaker."
+_SEVERAL_IDS = "Somebody whose examples are under several user ids: the promise to them is weaker."
 NOT_COVERED = (
     "Metrics and losses that training reported, and whatever was decided by looking at them (by "
     "you, or by a callback that stops training, moves the learning rate or chooses a checkpoint): "
@@ -48,7 +51,7 @@ NOT_COVERED = (
     _TUNING,
     "The number of examples n, which is treated as public.",
     "Data that the weights, or layers adapted to data, had seen before private training.",
-    "Somebody who has more examples in the data than is stated: the promise to them is weaker.",
+    _MORE,
 )
 _BOTH = "privacy loss distributions; {} by Renyi differential privacy"
 _THEM = {"it": "it", "they": "them"}
@@ -82,7 +85,7 @@ class PrivacyReport:
             where training had no protection.
         attack_risk: How well any attack can tell whether a person was in the
             data, at most: for people with 1, 2, 4, 8 and `examples_per_person`
-            examples.
+            examples. Once for everybody where people took the place of examples.
         selections: Where a model was chosen as the best of several runs: how,
             as a dictionary.
         epsilon_if_shuffled: What epsilon would be, had each example been in
@@ -139,22 +142,28 @@ class PrivacyReport:
     def tuning_covered(self) -> bool:
         """Whether the guarantee covers that the model was chosen among several runs."""
         chosen = [selection["model"] for selection in self.selections]
-        return sorted(chosen) == sorted(self.models)
+        return set(chosen) == set(self.models)
 
     @property
     def not_covered(self) -> tuple[str, ...]:
         """What the guarantee doesn't cover."""
-        return tuple(t for t in NOT_COVERED if not (self.tuning_covered and t == _TUNING))
+        found = tuple(t for t in NOT_COVERED if not (self.tuning_covered and t == _TUNING))
+        return tuple(_SEVERAL_IDS if self._of_people and t == _MORE else t for t in found)
+
+    @property
+    def _of_people(self) -> bool:
+        """Whether people took the place of examples in all that was released."""
+        return bool(self.releases) and all(r["unit"] == "user" for r in self.releases)
 
     @property
     def unit_of_privacy(self) -> str:
         """What one person's data is taken to be."""
-        return UNIT if self.examples_per_person == 1 else "person"
+        return UNIT if self.examples_per_person == 1 and not self._of_people else "person"
 
     @property
     def adjacency(self) -> str:
         """How two neighbouring data sets differ."""
-        return statements.adjacency(self.examples_per_person)
+        return statements.adjacency(self.examples_per_person, of_people=self._of_people)
 
     @property
     def accounting(self) -> dict[str, str]:
@@ -202,6 +211,8 @@ class PrivacyReport:
             can = "can often tell"
         k = self.examples_per_person
         whom = "one row" if k == 1 else f"up to {k} rows"
+        if self._of_people:
+            whom = "any number of rows"
         more = [r for r in self.attack_risk if r.examples_per_person > k]
         weaker = ""
         if more:
@@ -230,7 +241,7 @@ class PrivacyReport:
         if not self.private:
             return f"No guarantee holds: {self._void}."
         bound = math.ceil(self.epsilon["pld"] * 1e6) / 1e6
-        differ = statements.whose(self.examples_per_person)
+        differ = statements.whose(self.examples_per_person, of_people=self._of_people)
         return (
             f"For any two data sets that differ in {differ}, which one has and the other has "
             "not (or has zeroed out), n being public, and for any set S of outputs: "
@@ -255,7 +266,8 @@ class PrivacyReport:
             loss: Loss = loss_of(self.releases, self.selections, k)
             if not self.private:
                 loss = risk.NO_PROMISE
-            curves.append((f"{count(k, 'example')} a person", loss))
+            label = "any person" if self._of_people else f"{count(k, 'example')} a person"
+            curves.append((label, loss))
         risk.draw(curves, figure, f"Attacks on '{self.model}': who was in the data?")
         figure.savefig(path, dpi=150)
 
@@ -265,7 +277,13 @@ class PrivacyReport:
         samplers = {r["sampler"] for r in self.releases}
         protected = "unprotected" not in samplers
         stated = [
-            ("In every step each example's gradient was clipped to C by itself.", protected),
+            (
+                "In every step each person's gradient, the mean over that person's examples in "
+                "the batch, was clipped to C by itself."
+                if self._of_people
+                else "In every step each example's gradient was clipped to C by itself.",
+                protected,
+            ),
             (
                 "In every step the sum of them got fresh Gaussian noise of standard deviation "
                 "sigma * C.",
@@ -278,10 +296,15 @@ class PrivacyReport:
             sampler = accounting.sampler_of(release)
             chosen = sampler.drawn_by_chance and self.seeded
             seen_to = sampler.known and not release.asserted and not chosen
-            if sampler.assumption:
-                drawn[sampler.assumption] = drawn.get(sampler.assumption, True) and seen_to
+            assumed = sampler.assumption
+            if release.unit == "user":
+                assumed = of_people(assumed)
+            if assumed:
+                drawn[assumed] = drawn.get(assumed, True) and seen_to
         stated += drawn.items()
-        if self.examples_per_person > 1:
+        if any(r["unit"] == "user" for r in self.releases):
+            stated.append(("The user ids say of every example whose it is.", False))
+        if self.examples_per_person > 1 and not self._of_people:
             most = f"Nobody has more than {self.examples_per_person} examples in the data."
             stated.append((most, False))
         if self.selections:
@@ -364,13 +387,15 @@ class PrivacyReport:
         pld, rdp = (as_text(self.epsilon[name]) for name in ("pld", "rdp"))
         several = len(self.models) > 1
         whose = "Their" if several else "Its"
-        differ = statements.whose(self.examples_per_person)
+        differ = statements.whose(self.examples_per_person, of_people=self._of_people)
         promise = (
             f"{whose} training is ({pld}, {self.delta:g})-differentially private (epsilon by "
             f"{'Renyi differential privacy' if self.selections else _BOTH.format(rdp)}). "
             f"{self.statement}"
         )
-        if self.examples_per_person > 1:
+        if self._of_people:
+            promise = f"For people, with however many examples: {promise}"
+        elif self.examples_per_person > 1:
             promise = f"For people with up to {self.examples_per_person} examples: {promise}"
         if not self.private:
             promise = f"{whose} training is NOT private: see the doubts below."
@@ -400,15 +425,17 @@ class PrivacyReport:
             ]
         if self.warnings:
             lines += section("Doubts", self.warnings)
-        lines += table_of_risks(self.attack_risk, self.private)
+        lines += table_of_risks(self.attack_risk, self.private, self._of_people)
         lines += section(
             "What is promised",
             [
                 "Setting: central; whoever trains sees the data and is trusted.",
                 f"Data accesses covered: {DATA_ACCESSES}",
                 f"Output covered: {OUTPUT}",
-                f"Unit of privacy: {statements.unit(self.examples_per_person)}.",
-                f"Adjacency: add or remove (zero out) {differ}; the number of examples is public.",
+                "Unit of privacy: "
+                f"{statements.unit(self.examples_per_person, of_people=self._of_people)}.",
+                f"Adjacency: add or remove (zero out) {differ}; the number of "
+                f"{'people' if self._of_people else 'examples'} is public.",
             ],
         )
         if self.selections:

@@ -17,7 +17,7 @@ def section(title: str, items: Iterable[str]) -> list[str]:
     return ["", f"## {title}", "", *(f"- {item}" for item in items)]
 
 
-def table_of_risks(risks: Sequence[AttackRisk], private: bool) -> list[str]:
+def table_of_risks(risks: Sequence[AttackRisk], private: bool, of_people: bool) -> list[str]:
     """Attacks, for people with one example and with several."""
     rates = [f"{100 * rate:g} %" for rate in risks[0].false_positive_rates]
     lines = [
@@ -33,7 +33,8 @@ def table_of_risks(risks: Sequence[AttackRisk], private: bool) -> list[str]:
         "|---|---|" + "---|" * len(rates) + "---|",
     ]
     for found in risks:
-        cells = [str(found.examples_per_person), as_text(found.epsilon)]
+        many = "any number" if of_people else str(found.examples_per_person)
+        cells = [many, as_text(found.epsilon)]
         cells += [percent(rate) for rate in (*found.true_positive_rates, found.advantage)]
         lines.append(f"| {' | '.join(cells)} |")
     if private:
@@ -58,6 +59,17 @@ def chosen_in_words(selection: Mapping[str, Any]) -> str:
     )
 
 
+def of_people(text: str) -> str:
+    """Returns what is said of examples, said of the people who took their place."""
+    for example, person in (
+        ("examples", "people"),
+        ("an example", "a person"),
+        ("example", "person"),
+    ):
+        text = text.replace(example, person)
+    return text
+
+
 def listed(words: Sequence[str]) -> str:
     """Returns words as a list with commas, and an 'or' before the last."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
@@ -73,12 +85,13 @@ def table_of(releases: tuple[dict[str, Any], ...]) -> list[str]:
     ]
     for release in releases:
         sampler = accounting.sampler_of(release_of(release))
+        described = sampler.description
         norm = number(release["max_grad_norm"])
         if release["max_grad_norm"] is not None:
             norm += f" ({release['clipping']})"
         cells = [
             count(release["steps"], "step"),
-            sampler.description,
+            f"people: {of_people(described)}" if release["unit"] == "user" else described,
             release["sampler_basis"],
             sampler.rate or number(None),
             number(release["num_examples"]),

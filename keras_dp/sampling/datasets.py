@@ -2,210 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import keras
 import numpy as np
-from keras import tree
 
-from .. import arguments, backend
+from .. import arguments
 from . import draws
-from .arrays import common_length
+from .dataset import Dataset
 from .declaration import Sampling
-from .draws import Draws
 from .handed_out import HandedOut
-from .reading import Reader, RowError
-from .sources import Rows, as_rows
 
-__all__ = ["OWN", "BallsInBinsDataset", "PoissonDataset", "ShuffledDataset", "as_leaves"]
-
-_CHUNK_BYTES = 1 << 24  # rows that are read at once
-_CHUNK_STEPS = 64
-_IN_MEMORY_BYTES = 1 << 31  # more than this isn't copied into TensorFlow's memory
+__all__ = ["OWN", "BallsInBinsDataset", "PoissonDataset", "ShuffledDataset"]
 
 
-def as_leaves(structure: Any, name: str, *, one_example_each: bool = False) -> Any:
-    """Every leaf of a structure as an array in memory or as `Rows`; lists become tuples.
-
-    Raises:
-        ValueError: If one can't be indexed by row.
-    """
-    structure = tree.lists_to_tuples(structure) if structure is not None else None
-    return tree.map_structure(
-        lambda leaf: (
-            None if leaf is None else as_rows(leaf, name, one_example_each=one_example_each)
-        ),
-        structure,
-    )
-
-
-class _Dataset(keras.utils.PyDataset):
-    """Batches of rows, drawn by a plan that can't be changed."""
-
-    _sealed = False
-
-    def __init__(
-        self,
-        x: Any,
-        y: Any = None,
-        sample_weight: Any = None,
-        *,
-        batch_size: int,
-        seed: int | None = None,
-        secure_mode: bool = False,
-        map: Callable[..., Any] | None = None,
-        workers: int | None = None,
-        one_example_each: bool = False,
-    ) -> None:
-        # One worker: a copy of this object in another process would draw the same batches.
-        super().__init__(workers=1, use_multiprocessing=False)
-        arguments.boolean("one_example_each", one_example_each)
-        self.x = as_leaves(x, "x", one_example_each=one_example_each)
-        self.y = as_leaves(y, "y", one_example_each=one_example_each)
-        self.sample_weight = as_leaves(sample_weight, "sample_weight")
-        self.num_examples = common_length(self.x, self.y, self.sample_weight)
-        self.batch_size = arguments.positive_integer(
-            "batch_size", batch_size, "the expected number of examples in a batch"
-        )
-        if self.batch_size > self.num_examples:
-            raise ValueError(
-                f"`batch_size` ({self.batch_size}) is larger than the number of examples "
-                f"({self.num_examples}). Choose a batch size of at most {self.num_examples}."
-            )
-        self.seed = arguments.seed(seed)
-        self._draws = Draws(self.seed)
-        self.secure_mode = bool(secure_mode)
-        if secure_mode and seed is not None:
-            raise ValueError(
-                "A seed makes batches repeatable, which secure_mode is there to prevent: give one "
-                f"or the other. Received: secure_mode={secure_mode!r}, seed={seed!r}"
-            )
-        if map is not None and not callable(map):
-            raise ValueError(
-                "`map` must be a function from an example's parts (x, y, sample_weight, as far as "
-                f"there are) to what the model is given. Received a {type(map).__name__}."
-            )
-        if workers is not None:
-            workers = arguments.positive_integer("workers", workers, "how many threads read rows")
-        self._reader = Reader(map, workers)
-        self._failed: list[RowError] = []
-        self._examine()
-
-    def _examine(self) -> None:
-        try:
-            self._reader.examine(self._parts, self.num_examples)
-        except RowError as error:
-            problem = str(error)
-        else:
-            return
-        raise ValueError(problem)  # outside of `except`, where data might be shown
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if self._sealed and not name.startswith("_"):
-            raise AttributeError(
-                f"{type(self).__name__}.{name} can't be changed: accounting rests on what the "
-                "dataset was made with. Make a new one instead."
-            )
-        super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
-        if not name.startswith("_"):
-            raise AttributeError(f"{type(self).__name__}.{name} can't be deleted.")
-        super().__delattr__(name)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """`ceil(n / batch_size)`."""
-        return -(-self.num_examples // self.batch_size)
-
-    @property
-    def num_batches(self) -> int:
-        return self.steps_per_epoch
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    @property
-    def _parts(self) -> tuple[Any, ...]:
-        if self.y is None:
-            return (self.x,)
-        if self.sample_weight is None:
-            return self.x, self.y
-        return self.x, self.y, self.sample_weight
-
-    def _batch(self, indices: np.ndarray) -> tuple[Any, ...]:
-        """The rows at some indices; text as a tensor."""
-        batch = self._reader.read(self._parts, indices)
-        return tree.map_structure(
-            lambda c: (
-                keras.ops.convert_to_tensor(c, dtype="string")
-                if c is not None and c.dtype.kind == "O"
-                else c
-            ),
-            batch,
-        )
-
-    def mapped(self, function: Callable[..., Any]) -> Any:
-        """Returns a copy of which a function is given each example last, after the draw."""
-        own = copy.copy(self)
-        own._reader = self._reader.then(function)
-        own._examine()
-        return own
-
-    def _copied(self, secure_mode: bool) -> Any:
-        own = copy.copy(self)
-        own._failed = []
-        secure = self.secure_mode or (secure_mode and self.seed is None)
-        object.__setattr__(own, "secure_mode", secure)
-        return own
-
-    # -- what `fit` is fed ---------------------------------------------------------------------
-
-    @property
-    def failure(self) -> RowError | None:
-        """Why reading ended, if it did."""
-        return self._failed[0] if self._failed else None
-
-    def _epoch(self) -> Iterator[np.ndarray]:
-        """The indices of each batch of an epoch, drawn when they are asked for."""
-        raise NotImplementedError
-
-    def feed(self) -> Any:
-        """A pipeline of TensorFlow that draws and reads the batches of an epoch, ahead of the step.
-
-        Each iteration over it is an epoch of its own. Arrays in memory stand in TensorFlow's
-        memory, as in Keras' own `fit`, and rows are gathered there; all else is read here,
-        several batches at a time.
-        """
-        specs = self._reader.specs
-        leaves = [leaf for leaf in tree.flatten(self._parts) if leaf is not None]
-        if self._reader.takes_rows_as_they_are and all(_lies_in_memory(leaf) for leaf in leaves):
-            return backend.gathering(self._parts, specs, self._epoch, self.num_batches)
-        row_bytes = sum(s.row_bytes for s in tree.flatten(specs) if s is not None)
-        steps = max(int(_CHUNK_BYTES / max(row_bytes * self.batch_size, 1)), 1)
-        chunk = min(steps, _CHUNK_STEPS)
-        return backend.reading(self._rows_of, specs, self._epoch, self.num_batches, chunk=chunk)
-
-    def _rows_of(self, indices: np.ndarray) -> Any:
-        try:
-            return self._reader.read(self._parts, indices)
-        except RowError as error:
-            self._failed.append(error)
-        raise RuntimeError("keras_dp: a row can't be read.")
-
-
-def _lies_in_memory(leaf: Any) -> bool:
-    """Whether an array is held in memory, as it is, and not too large to be copied."""
-    if isinstance(leaf, Rows):
-        return False
-    return leaf.nbytes <= _IN_MEMORY_BYTES
-
-
-class PoissonDataset(_Dataset):
+class PoissonDataset(Dataset):
     """Batches that every example joins independently: what `fit` makes of plain arrays.
 
     Each example is in each batch with probability `q = 1 / steps_per_epoch`,
@@ -222,6 +35,12 @@ class PoissonDataset(_Dataset):
     `batch_capacity` the examples of a larger batch that are dropped are chosen
     uniformly, and the ledger has it as truncated Poisson sampling. It holds for a
     source as for an array: as long as a row depends on its index alone.
+
+    With `user_ids` a person takes the place of an example, in everything: people
+    are drawn, `batch_size`, `batch_capacity` and n count people, and what `fit` clips is
+    the mean of the gradients of one person's examples. So epsilon is that of adding,
+    removing or zeroing out all the examples of one person, however many there are. Draws
+    are batches of rows, each person's next to each other.
 
     Args:
         x: Inputs: an array, tensor, data frame or source, or a list, tuple or dict of
@@ -249,11 +68,19 @@ class PoissonDataset(_Dataset):
         one_example_each: Says of a `keras.utils.PyDataset` that each index holds one
             example, not a batch.
 
+        user_ids: Whose each row is: numbers or text, one for each row. Makes people the
+            unit of privacy.
+        max_examples_per_user: The most examples of one person that a batch holds: of those
+            who have more, so many are chosen at random, anew each time. Needed with
+            `user_ids`.
+
     Raises:
         ValueError: For data without rows, of different lengths, or that
             can't be indexed by row, whose first or last row can't be read, for a
             `batch_size` that is no integer from 1 to n, a `batch_capacity` below it,
-            and for both a `seed` and `secure_mode`.
+            and for both a `seed` and `secure_mode`; for `user_ids` that aren't one for
+            each row, of which some are missing or can't be distinguished, or that are all the
+            same; and for a maximum that is no positive integer.
 
     Example:
 
@@ -280,6 +107,8 @@ class PoissonDataset(_Dataset):
         map: Callable[..., Any] | None = None,
         workers: int | None = None,
         one_example_each: bool = False,
+        user_ids: Any = None,
+        max_examples_per_user: int | None = None,
     ) -> None:
         super().__init__(
             x,
@@ -291,6 +120,8 @@ class PoissonDataset(_Dataset):
             map=map,
             workers=workers,
             one_example_each=one_example_each,
+            user_ids=user_ids,
+            max_examples_per_user=max_examples_per_user,
         )
         if batch_capacity is not None:
             batch_capacity = arguments.positive_integer(
@@ -309,7 +140,7 @@ class PoissonDataset(_Dataset):
 
     @property
     def sampling_rate(self) -> float:
-        """q, the probability with which an example joins a batch."""
+        """q, the probability with which an example (or a person) joins a batch."""
         return 1.0 / self.steps_per_epoch
 
     @property
@@ -317,12 +148,13 @@ class PoissonDataset(_Dataset):
         """How the batches are drawn, for the ledger."""
         return Sampling(
             "poisson" if self.batch_capacity is None else "truncated_poisson",
-            batch_size=self.num_examples * self.sampling_rate,
-            num_examples=self.num_examples,
+            batch_size=self.num_units * self.sampling_rate,
+            num_examples=self.num_units,
             sampling_rate=self.sampling_rate,
             steps_per_epoch=self.steps_per_epoch,
             seeded=self.seed is not None,
             capacity=self.batch_capacity,
+            unit=self.unit,
         )
 
     @property
@@ -356,17 +188,17 @@ class PoissonDataset(_Dataset):
             yield self._draw()
 
     def _draw(self) -> np.ndarray:
-        most = self.batch_capacity or self.num_examples
+        most = self.batch_capacity or self.num_units
         if self.secure_mode:
-            indices = draws.secure_sample(self.num_examples, self.sampling_rate)
+            indices = draws.secure_sample(self.num_units, self.sampling_rate)
             size = len(indices)
             if size > most:
                 indices = draws.secure_subset(indices, most)
         else:
             with self._draws.lock:
-                size = self._draws.random.binomial(self.num_examples, self.sampling_rate)
+                size = self._draws.random.binomial(self.num_units, self.sampling_rate)
                 # A uniform choice of those drawn is a uniform choice of all.
-                indices = self._draws.subset(self.num_examples, min(size, most))
+                indices = self._draws.subset(self.num_units, min(size, most))
         self._cut_off.add(max(size - most, 0))
         return indices
 
@@ -375,7 +207,7 @@ class PoissonDataset(_Dataset):
         return self._batch(self._draw())
 
 
-class _InPasses(_Dataset):
+class _InPasses(Dataset):
     """Batches in passes, in each of which every example comes exactly once."""
 
     _order: np.ndarray
@@ -469,6 +301,8 @@ class BallsInBinsDataset(_InPasses):
     starts from the operating system's entropy. With `secure_mode` each choice is made
     by 64 bits of the operating system's cryptographic generator.
 
+    With `user_ids` a person takes the place of an example, as in `PoissonDataset`.
+
     Args:
         x: Inputs: an array, tensor, data frame or source, or a list, tuple or dict of
             them; one row per example. A source is anything with a length and rows by
@@ -489,6 +323,8 @@ class BallsInBinsDataset(_InPasses):
             all for a map-style data set, which need not bear several.
         one_example_each: Says of a `keras.utils.PyDataset` that each index holds one
             example, not a batch.
+        user_ids: Whose each row is, as for `PoissonDataset`.
+        max_examples_per_user: As for `PoissonDataset`; needed with `user_ids`.
 
     Raises:
         ValueError: As `PoissonDataset`.
@@ -514,6 +350,8 @@ class BallsInBinsDataset(_InPasses):
         map: Callable[..., Any] | None = None,
         workers: int | None = None,
         one_example_each: bool = False,
+        user_ids: Any = None,
+        max_examples_per_user: int | None = None,
     ) -> None:
         super().__init__(
             x,
@@ -525,6 +363,8 @@ class BallsInBinsDataset(_InPasses):
             map=map,
             workers=workers,
             one_example_each=one_example_each,
+            user_ids=user_ids,
+            max_examples_per_user=max_examples_per_user,
         )
 
     @property
@@ -532,18 +372,19 @@ class BallsInBinsDataset(_InPasses):
         """How the batches are drawn, for the ledger."""
         return Sampling(
             "balls_in_bins",
-            batch_size=self.num_examples / self.steps_per_epoch,
-            num_examples=self.num_examples,
+            batch_size=self.num_units / self.steps_per_epoch,
+            num_examples=self.num_units,
             steps_per_epoch=self.steps_per_epoch,
             seeded=self.seed is not None,
+            unit=self.unit,
         )
 
     def _plan(self) -> tuple[np.ndarray, np.ndarray]:
         bins = self.steps_per_epoch
         if self.secure_mode:
-            chosen = draws.secure_bins(self.num_examples, bins)
+            chosen = draws.secure_bins(self.num_units, bins)
         else:
-            chosen = self._draws.random.integers(bins, size=self.num_examples)
+            chosen = self._draws.random.integers(bins, size=self.num_units)
         small = chosen.astype(np.uint16) if bins <= 1 << 16 else chosen  # sorted by radix
         edges = np.concatenate([[0], np.cumsum(np.bincount(chosen, minlength=bins))])
         return np.argsort(small, kind="stable"), edges

@@ -22,6 +22,8 @@ class Sampling:
         asserted: Whether it is your word alone that they were drawn so.
         capacity: The public size that larger batches are cut to, for truncated
             Poisson sampling.
+        unit: `"example"`, or `"user"` where people were drawn, who are then what is
+            counted in the place of examples.
     """
 
     sampler: str
@@ -32,6 +34,7 @@ class Sampling:
     seeded: bool = False
     asserted: bool = False
     capacity: int | None = None
+    unit: str = "example"
 
     @property
     def in_passes(self) -> bool:
@@ -54,6 +57,7 @@ class Sampling:
             seeded=seeded or self.seeded,
             asserted=self.asserted,
             capacity=self.capacity,
+            unit=self.unit,
         )
 
 

@@ -150,6 +150,12 @@ def sampling_of(source: Any) -> Sampling:
             "batches are drawn from, or None if they are drawn in any other way. Received: "
             f"sampling={source!r}"
         )
+    if source.users is not None:
+        raise ValueError(
+            "`sampling` is a dataset with `user_ids`, and private_gradients clips the gradient of "
+            "each row, not of each person. Train with model.fit(dataset), which knows whose the "
+            "rows are."
+        )
     return dataclasses.replace(source.sampling, asserted=True)
 
 

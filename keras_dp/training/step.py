@@ -14,8 +14,8 @@ from keras import ops, tree
 from .. import backend, keras_private
 from ..compatibility import require_trainable_privately
 from ..errors import PrivacyError
-from ..gradients import Batch, Engine, EngineOptions, ExampleLoss, Outcome
-from ..sampling import Sampling
+from ..gradients import Batch, Engine, EngineOptions, ExampleLoss, Outcome, UserEngine, Users
+from ..sampling import RowsOfUsers, Sampling
 from .mechanism import Clipped, Mechanism, StepValues
 from .meter import Meter
 
@@ -51,7 +51,8 @@ def private_train_step(
     """One step of DP-SGD (Abadi et al. 2016, arXiv 1607.00133, algorithm 1).
 
     Formal guarantee: the weights learn about the examples only through
-    `sum_i c_i g_i + N(0, (sigma C)^2)`, whose sensitivity to one example is C;
+    `sum_i c_i g_i + N(0, (sigma C)^2)`, whose sensitivity to one example is C (or to
+    one person, where batches say whose the rows are: `g_i` is then a person's mean);
     the ledger counts it in the same step; and once the step limit is reached
     nothing more is released.
 
@@ -67,7 +68,8 @@ def private_train_step(
     """
     backend.keep_until_owner_goes(backend.current_graph())
     mechanism, meter = parts.mechanism, parts.meter
-    batch = Batch(*keras.utils.unpack_x_y_sample_weight(data))
+    batch, present = _whose(Batch(*keras.utils.unpack_x_y_sample_weight(data)))
+    _require_same_unit(meter, present)
     batch = batch.with_leaves(backend.as_tensors(batch.leaves()))
     rows = backend.row_count(batch.leaves()[0])
     example_loss = _prepare(parts, model, batch)
@@ -80,10 +82,19 @@ def private_train_step(
         eagerly=model.run_eagerly,
         batch_capacity=meter.phase.sampling.capacity,
     )
-    engine = Engine(example_loss, mechanism.clip(meter.max_grad_norm), options)
-    padded, real, seeds = _padded(example_loss, batch, engine.padding, options.views)
-    outcome = engine(padded, real, seeds)
-    found = Clipped(variables, outcome.sums, outcome.norms, real, rows, outcome.norms_by_variable)
+    clip = mechanism.clip(meter.max_grad_norm)
+    if present is None:
+        engine = Engine(example_loss, clip, options)
+        padded, real, seeds = _padded(example_loss, batch, engine.padding, options.views)
+        outcome, units, number = engine(padded, real, seeds), real, rows
+    else:
+        engine = UserEngine(example_loss, clip, options, most=present.shape[1])
+        padded, real, seeds = _padded(example_loss, batch, engine.padding, options.views)
+        users, units = Users.padded(present, backend.row_count(seeds[0]), engine.padding)
+        outcome, number = engine.of_users(padded, users, units, seeds), backend.row_count(present)
+    found = Clipped(
+        variables, outcome.sums, outcome.norms, units, number, outcome.norms_by_variable
+    )
     penalty = _regularization(variables)  # of the weights that made the losses
     if model.run_eagerly:
         seen = _look_through_metrics(model, batch, rows, real, outcome, penalty)
@@ -97,6 +108,28 @@ def private_train_step(
     after = [*found.evidence, *batch.leaves()]  # what was found alone may be constants
     meter.spend(step, lambda: ops.zeros(()), after=after, sampling=sampling)
     return _metrics(model, batch, rows, real, outcome, penalty), engine.name
+
+
+def _whose(batch: Batch) -> tuple[Batch, Any]:
+    """The batch, and how many rows each person has, as `RowsOfUsers` says it; else `None`."""
+    if not isinstance(batch.x, RowsOfUsers):
+        return batch, None
+    present = ops.convert_to_tensor(batch.x.present)
+    return Batch(batch.x.x, batch.y, batch.sample_weight), present
+
+
+def _require_same_unit(meter: Meter, present: Any) -> None:
+    """Refuses a step that clips people and counts rows, or the other way about.
+
+    Raises:
+        PrivacyError: If it would.
+    """
+    if (meter.phase.sampling.unit == "user") != (present is not None):
+        raise PrivacyError(
+            "What this step would clip is not what its accounting counts: rows in the place of "
+            "people, or people in the place of rows. Give model.fit the PoissonDataset with "
+            "`user_ids` itself."
+        )
 
 
 def _padded(
@@ -321,13 +354,29 @@ def _look_through_metrics(
     if _closed_metrics.get(model) == known or rows == 0:
         return True
 
-    def look() -> Any:
-        logs, written = _updated(model, batch, rows, real, outcome, penalty)
+    # As arguments: with constants, TensorFlow would trace the branch alone that these take.
+    flat = [batch.leaves(), real, outcome.losses, tree.flatten(outcome.outputs)]
+    masks = [keras_private.mask_of(t) for t in flat[-1]]
+    given = [*flat, [m for m in masks if m is not None], [u for _, u in outcome.metric_updates]]
+
+    def look(leaves: Any, real: Any, losses: Any, outputs: Any, masks_: Any, updates: Any) -> Any:
+        remaining = iter(masks_)
+        for tensor, mask in zip(outputs, masks, strict=True):
+            keras_private.set_mask(tensor, None if mask is None else next(remaining))
+        seen = dataclasses.replace(
+            outcome,
+            losses=losses,
+            outputs=tree.pack_sequence_as(outcome.outputs, list(outputs)),
+            metric_updates=[
+                (v, t) for (v, _), t in zip(outcome.metric_updates, updates, strict=True)
+            ],
+        )
+        logs, written = _updated(model, batch.with_leaves(leaves), rows, real, seen, penalty)
         return [ops.convert_to_tensor(v) for v in (*logs.values(), *(v for _, v in written))]
 
     with backend.graphs_of([]):
         try:
-            graph = backend.traced(look)
+            graph = backend.traced(look, *given)
         except PrivacyError:
             raise
         except Exception:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from ...choices import WithChoices
 from ..mechanisms import Counts
 from .accountant import Accountant
 from .pld import Pld
@@ -23,15 +24,19 @@ _NO_NOISE = 1e-9  # less is accounted as none
 
 
 @functools.lru_cache(maxsize=4096)
-def epsilon_of(counts: Counts, delta: float, accountant: str, rough: int | None = None) -> float:
+def epsilon_of(
+    counts: Counts | WithChoices, delta: float, accountant: str, rough: int | None = None
+) -> float:
     """Returns the epsilon of mechanisms that were used so many times.
 
     Args:
-        counts: The mechanisms.
+        counts: The mechanisms; with choices among several runs one figure stands for all.
         delta: The delta of the guarantee.
         accountant: The name of an accountant.
         rough: Which of its rough bounds; `None` for the figure to report.
     """
+    if isinstance(counts, WithChoices):
+        return counts.loss().epsilon(delta)
     if not counts:
         return 0.0
     precision = math.fsum(
@@ -43,7 +48,7 @@ def epsilon_of(counts: Counts, delta: float, accountant: str, rough: int | None 
     return (one.epsilon if rough is None else one.rough()[rough])(counts, delta)
 
 
-def bounds_of(accountant: str) -> list[Callable[[Counts, float], float]]:
+def bounds_of(accountant: str) -> list[Callable[[Counts | WithChoices, float], float]]:
     """Returns the epsilon to report, then cheaper bounds to start a search with."""
     reported = functools.partial(epsilon_of, accountant=accountant)
     roughs = range(len(_ACCOUNTANTS[accountant].rough()))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from ...ledger import Release
 from .balls_in_bins import BallsInBins
+from .choice import BestOfRuns
 from .passes import Shuffled
 from .poisson import Poisson, TruncatedPoisson
 from .sampler import Sampler
@@ -24,6 +25,7 @@ SAMPLERS: Mapping[str, type[Sampler]] = {
     "shuffled": Shuffled,
     "unknown": Unknown,
     "unprotected": Unprotected,
+    "choice": BestOfRuns,
 }
 
 

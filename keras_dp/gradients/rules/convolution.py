@@ -296,6 +296,24 @@ class Filters(PerExample):
         found = squares_of_pairs(of_patches, of_upstream, left_off, right_off)
         return found if groups == 1 else added_up(found, groups)
 
+    def unfolded(self) -> OuterProducts | None:
+        """The same gradients from patches, where these are smaller than what is written out."""
+        strides, padding, dilation, groups = self.settings
+        if groups > 1 or not self._gram_is_smaller():
+            return None
+        x, g = self._exact()
+        kernel = self.shape[:-2]
+        padded = _padded(x, kernel, strides, padding, dilation)
+        parts = _under_kernel(padded, g.shape[1:-1], kernel, strides, dilation)
+        patches = ops.stack(list(parts), -2)
+        numbers, positions = math.prod(self.shape[:-1]), math.prod(g.shape[1:-1])
+        return OuterProducts(
+            ops.reshape(patches, (-1, positions, numbers)),
+            ops.reshape(g, (-1, positions, g.shape[-1])),
+            shape=self.shape,
+            order=range(len(self.shape)),
+        )
+
     def weighted_sum(self, clip_weights: Any) -> Any:
         if "_written_out" in self.__dict__ or not self._gram_is_smaller():
             numbers = math.prod(self.shape[:-1])

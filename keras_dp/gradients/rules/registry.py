@@ -33,7 +33,7 @@ class Unit:
         variables: Its trainable weights: those that the rule must answer for.
         call: The layer's own `call`.
         scope: The stateless scope that the model is running in.
-        on_watch: Told of every tensor that is watched.
+        on_watch: Called with every tensor that is watched.
     """
 
     def __init__(
