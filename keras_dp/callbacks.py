@@ -312,5 +312,6 @@ class _Reservations:
 
 def _steps_of(release: Release, ledger: PrivacyLedger) -> int | None:
     """How many steps of a release's run a ledger knows; `None` if it knows nothing of it."""
-    run = (release.id, release.mechanism)
-    return next((r.steps for r in ledger if (r.id, r.mechanism) == run), None)
+    return next(
+        (r.steps for r in ledger if r.id == release.id and r.mechanism == release.mechanism), None
+    )

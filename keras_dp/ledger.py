@@ -8,11 +8,12 @@ twice: the union of their releases, each with the larger of its step counts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 # How batches may be drawn, and what a release must say of it.
 SAMPLERS: dict[str, tuple[str, ...]] = {
@@ -142,10 +143,11 @@ class Release:
         """Whether every start begins a new pass, which no earlier run can go on with."""
         return self.sampler in IN_PASSES
 
-    @property
+    @functools.cached_property
     def mechanism(self) -> tuple[Any, ...]:
         """What two releases must share to be steps of one and the same run."""
-        return dataclasses.astuple(dataclasses.replace(self, steps=0, id=""))
+        names = (f.name for f in dataclasses.fields(self) if f.name not in ("steps", "id"))
+        return tuple(getattr(self, name) for name in names)
 
     @property
     def apart(self) -> Release:
@@ -281,14 +283,33 @@ class PrivacyLedger:
             raise ValueError(f"A release of the privacy ledger can't be read: {error}") from error
 
 
-Kinds = Release | Callable[[int], Release]
+class Changing(Protocol):
+    """What steps are like that need not be alike."""
+
+    def runs(self, first: int, last: int) -> Iterable[tuple[Release, int]]:
+        """What the steps from a number on up to another are like, and how many are in a row."""
+
+
+Kinds = Release | Changing
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apart:
+    """The steps of something from a number on, apart from others that go on with it."""
+
+    kinds: Changing
+    made: int
+
+    def runs(self, first: int, last: int) -> Iterator[tuple[Release, int]]:
+        for kind, steps in self.kinds.runs(self.made + first, self.made + last):
+            yield kind.apart, steps
 
 
 class _Run:
     """The steps since a moment, which may be of several kinds.
 
     Args:
-        kinds: What all steps are like, or what the step of a number, from 0 on, is.
+        kinds: What all steps are like, or what each is, numbered from 0 on.
         begun: From a kind to the run that its steps belong to, with what that
             run had before.
     """
@@ -313,8 +334,8 @@ class _Run:
             if steps:
                 self._add(counts, self.kinds, len(steps))
             return
-        for k in steps:
-            self._add(counts, self.kinds(k), 1)
+        for kind, times in self.kinds.runs(steps.start, steps.stop):
+            self._add(counts, kind, times)
 
     def _add(self, counts: dict[tuple[Any, ...], int], kind: Release, steps: int) -> None:
         key = kind.mechanism
@@ -401,8 +422,8 @@ class LedgerBook:
         for batches of a pass over the data, of which every start is a new pass.
 
         Args:
-            kinds: What all steps are like, or what the step of a number, from
-                0 on, is. Its `steps` don't matter.
+            kinds: What all steps are like, or what each is, numbered from 0 on.
+                Its `steps` don't matter.
         """
         past = self._past = self._recorded
 
@@ -437,7 +458,7 @@ class LedgerBook:
         if isinstance(kinds, Release):
             self.open(kinds.apart)
         else:
-            self.open(lambda number: kinds(made + number).apart)
+            self.open(_Apart(kinds, made))
 
     def absorb(self, ledger: PrivacyLedger) -> None:
         """Adds what another ledger knows."""

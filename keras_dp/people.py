@@ -44,7 +44,6 @@ _MOST_STEP_POINTS = 2**18
 _MOST_TERMS = 2**22  # points times examples, while a step's loss is discretised
 _MOST_POINTS = 2**21
 _MOST_QUADRATURE = 4 * 10**6  # points times numbers of examples
-_ROUNDING = 1e-17  # of delta, for each step: ten times what a Fourier transform shows
 _NO_NOISE, _ENDLESS_NOISE = 1e-9, 1e6
 _Adjacency = privacy_loss_mechanism.AdjacencyType
 
@@ -90,19 +89,25 @@ def loss(counts: Counts, examples: int, accountant: str = "pld") -> Loss:
             first, *others = (_composed(*count, examples, interval) for count in counts)
             for other in others:
                 first = first.compose(other)
-            return Distribution(first, slack=100 * _ROUNDING * sum(t for _, _, t in counts))
+            return Distribution(first, slack=_rounding(sum(t for _, _, t in counts)))
     return _renyi(counts, examples)
 
 
 def epsilon(counts: Counts, examples: int, delta: float, accountant: str = "pld") -> float:
     """Epsilon for people with up to so many examples; as `loss`."""
     found = loss(counts, examples, accountant)
-    # A distribution can't resolve a delta below its own rounding.
-    if not isinstance(found, Distribution) or delta >= max(1e-13, found.slack):
-        value = found.epsilon(delta)
-        if value < math.inf or not isinstance(found, Distribution):
-            return value
-    return _renyi(counts, examples).epsilon(delta)
+    if not isinstance(found, Distribution):
+        return found.epsilon(delta)
+    # Of two upper bounds the smaller one. What rounding may have taken from delta comes off, so
+    # that a distribution ends without a jump.
+    left = delta - found.slack
+    value = found.epsilon(left) if left > 0 else math.inf
+    return min(value, _renyi(counts, examples).epsilon(delta))
+
+
+def _rounding(steps: int) -> float:
+    """What the rounding of Fourier transforms may take from a delta, as in accounting."""
+    return 1e-14 + 1.6e-15 * min(steps, 1000) + 4.2e-17 * steps
 
 
 def _renyi(counts: Counts, examples: int) -> Renyi:

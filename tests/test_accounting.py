@@ -119,7 +119,9 @@ def test_shuffled_is_never_accounted_as_poisson():
 def test_figures_are_dp_accountings_own(releases):
     assert pld.grid_interval(ledgers._counts(releases)) == 1e-4
     ours = ledger_epsilon(PrivacyLedger(releases), DELTA)
-    assert ours == pytest.approx(library_epsilon(releases), abs=1e-9)
+    library = min(library_epsilon(releases), library_epsilon(releases, RdpAccountant))
+    # That of a delta from which what rounding may have taken came off: never below the library's.
+    assert -1e-9 < ours - library < 1e-6
     rdp = ledger_epsilon(PrivacyLedger(releases), DELTA, "rdp")
     assert rdp == pytest.approx(library_epsilon(releases, RdpAccountant), abs=1e-9)
     if len(releases) > 1:

@@ -8,15 +8,17 @@ Adjacency is zero-out (equivalently here: add or remove one example), with the
 number of examples public. Two accountants are offered. `"pld"`, the default,
 composes privacy loss distributions and is tight (Koskela et al. 2020,
 arXiv 1906.03049; discretised from above by "Connect the Dots", Doroshenko et
-al. 2022, arXiv 2207.04380). `"rdp"` composes Renyi differential privacy
+al. 2022, arXiv 2207.04380); where they are too coarse, a smaller bound takes their place
+(`accountant_of` says which). `"rdp"` composes Renyi differential privacy
 (Mironov 2017, arXiv 1702.07476; Mironov et al. 2019, arXiv 1908.10530) and is
-a looser upper bound, kept for comparison with published figures.
+mostly a looser upper bound, kept for comparison with published figures.
 
     plans, ledgers      the functions that users call
     search              the most steps, the least noise
     samplers/           how batches were drawn: which mechanisms that comes down to
     accountants/        from mechanisms to epsilon
     mechanisms          noise on a sum, of which one example is a part
+    sampled_gaussian    dp-accounting's distribution of a Poisson-sampled one, built quickly
     arguments           checks
 
 What a query costs: RDP some microseconds; PLD a fraction of a second for the
@@ -28,6 +30,7 @@ a coarser grid, and ask for the reported figure only at the end.
 from .accountants import ACCOUNTANTS, check_accountant, descriptions
 from .arguments import check_delta
 from .ledgers import (
+    accountant_of,
     calibrate_release,
     ledger_epsilon,
     most_further_steps,
@@ -45,6 +48,7 @@ from .samplers import sampler_of
 
 __all__ = [
     "ACCOUNTANTS",
+    "accountant_of",
     "calibrate_batch_size",
     "calibrate_noise_multiplier",
     "calibrate_release",

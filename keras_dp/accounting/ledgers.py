@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,7 +37,9 @@ def ledger_epsilon(
     Args:
         ledger: The releases.
         delta: The delta of the (epsilon, delta) guarantee, in (0, 1).
-        accountant: `"pld"` (tight) or `"rdp"` (looser, and far looser for
+        accountant: `"pld"` (tight: privacy loss distributions, or a smaller bound
+            where they are too coarse; `accountant_of` says which) or `"rdp"` (Renyi
+            differential privacy alone: looser, and far looser for
             `"balls_in_bins"` and `"truncated_poisson"`, whose chance it can't use).
         examples_per_person: The most examples, k, that one person has in the
             data. Neighbouring data sets then differ in all of one person's
@@ -69,6 +72,42 @@ def ledger_epsilon(
     return persons.epsilon(
         _counts(releases), delta, accountant, 1 if _of_people(releases) else examples
     )
+
+
+def accountant_of(
+    ledger: PrivacyLedger | Iterable[Release],
+    delta: float,
+    examples_per_person: int = 1,
+) -> str:
+    """Which accountant the default epsilon of a ledger is from.
+
+    Privacy loss distributions are tight, but can't resolve steps that tell far less
+    than the grid of losses, or a delta next to the rounding of double precision. The
+    default epsilon is then that of Renyi differential privacy, if that is smaller.
+
+    Args:
+        ledger: The releases.
+        delta: The delta of the (epsilon, delta) guarantee, in (0, 1).
+        examples_per_person: The most examples that one person has in the data.
+
+    Returns:
+        `"pld"`, or `"rdp"` where `ledger_epsilon` is the same for both.
+
+    Raises:
+        ValueError: If an argument has a wrong type or value.
+
+    Example:
+
+    >>> from keras_dp import accounting
+    >>> from keras_dp.ledger import Release
+    >>> steps = Release("poisson", noise_multiplier=2.0, steps=10**6, sampling_rate=1e-4)
+    >>> accounting.accountant_of([steps], delta=1e-7)
+    'rdp'
+    """
+    default, renyi = (
+        ledger_epsilon(ledger, delta, name, examples_per_person) for name in ("pld", "rdp")
+    )
+    return "rdp" if default == renyi and 0 < renyi < math.inf else "pld"
 
 
 def privacy_loss(

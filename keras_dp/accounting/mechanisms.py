@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from dp_accounting.pld import privacy_loss_distribution
+from .sampled_gaussian import sampled_gaussian_pld
 
 # How many times each mechanism with a plain name was used: (sampling rate, sigma, times). A rate
 # of 1 is the plain Gaussian mechanism. `people` and Renyi divergences know these alone.
@@ -73,9 +73,7 @@ class SampledGaussian(Mechanism):
     rate: float = 1.0
 
     def pld(self, interval: float) -> Any:
-        return privacy_loss_distribution.from_gaussian_mechanism(
-            self.sigma, sampling_prob=self.rate, value_discretization_interval=interval
-        )
+        return sampled_gaussian_pld(self.rate, self.sigma, interval)
 
     @property
     def covering(self) -> tuple[float, float]:

@@ -51,7 +51,7 @@ def _of_one(counts: Counts) -> losses.Loss:
     if math.isfinite(epsilon_of(counts, 1e-5, "pld")):
         found = pld.composed(counts)
         if found is not None and (known or pld.is_tighter(found, counts)):
-            return losses.Distribution(found, slack=100 * pld.rounding(counts))
+            return losses.Distribution(found, slack=pld.slack(found, counts))
     if known:
         return people.loss(gaussians, 1, "rdp")
     # As if every example had surely taken part.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 
@@ -76,7 +75,8 @@ def cross(
     """Finds where `excess` changes sign.
 
     Secant steps over log(x), from `x` on, inside a bracket that only shrinks;
-    every fourth halves it, so that no shape of `excess` makes it slow.
+    where three of them have not halved it, the next one does, so that no shape of
+    `excess` makes it slow.
 
     Args:
         excess: Negative or 0 at `fits`, positive at `exceeds`, monotone.
@@ -91,7 +91,8 @@ def cross(
         An x that fits, and the slope there.
     """
     last: tuple[float, float] | None = None
-    for attempt in itertools.count(1):
+    widths = [math.inf] * 3  # of the bracket, in the steps before
+    while True:
         value = excess(x)
         fits, exceeds = (x, exceeds) if value <= 0 else (fits, x)
         low, high = min(fits, exceeds), max(fits, exceeds)
@@ -103,7 +104,10 @@ def cross(
             if 0.01 < measured / slope < 100:
                 slope = measured
         last = x, value
-        if attempt % 4:
+        width = math.log(high / max(low, 0.5))
+        halves = width > widths[0] / 2
+        widths = [*widths[1:], width]
+        if not halves:
             x *= math.exp(min(max((-close / 2 - value) / slope, -3), 3))
         else:
             x = math.sqrt(max(low, 1) * high) if whole else math.sqrt(low * high)

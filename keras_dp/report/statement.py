@@ -55,6 +55,10 @@ NOT_COVERED = (
 )
 _BOTH = "privacy loss distributions; {} by Renyi differential privacy"
 _THEM = {"it": "it", "they": "them"}
+_RENYI_TOO = (
+    "the figure is Renyi differential privacy's here, the smaller bound: privacy loss "
+    "distributions are too coarse for steps that tell so little, or for so small a delta"
+)
 _NO_PLD = (
     "Renyi differential privacy here too: for a choice among several runs no privacy loss "
     "distribution is known"
@@ -165,7 +169,9 @@ class PrivacyReport:
     def accounting(self) -> dict[str, str]:
         """How each accountant works, in words."""
         if not self.selections:
-            return METHODS
+            default, renyi = (self.epsilon.get(name) for name in ("pld", "rdp"))
+            same = default is not None and default == renyi and 0 < default < math.inf
+            return {**METHODS, "pld": _RENYI_TOO} if same else METHODS
         return {"pld": _NO_PLD} | {name: METHODS[name] for name in METHODS if name != "pld"}
 
     @property

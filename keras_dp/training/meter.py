@@ -15,7 +15,7 @@ from ..errors import PrivacyBudgetExceeded, PrivacyError
 from ..ledger import LedgerBook, PrivacyLedger, Release
 from ..sampling import UNKNOWN, Sampling
 from .mechanism import StepValues
-from .schedules import Schedule, StepSettings
+from .schedules import Period, Schedule, StepSettings
 
 __all__ = ["BATCHES", "Budget", "Meter", "Phase"]
 
@@ -59,6 +59,18 @@ class Phase:
 
 
 BATCHES = Phase("batches", UNKNOWN)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scheduled:
+    """What steps with a schedule are like, for the ledger."""
+
+    values: Period
+    kind: Callable[[float, float], Release]
+
+    def runs(self, first: int, last: int) -> Iterator[tuple[Release, int]]:
+        for values, steps in self.values.runs(first, last):
+            yield self.kind(*values), steps
 
 
 class Meter:
@@ -244,7 +256,7 @@ class Meter:
         whole_pass = sampling.steps_per_epoch if sampling.in_passes else None
         values = self._settings.begin(iteration, hold=whole_pass or 1)
         kind = functools.cache(functools.partial(release, sampling))
-        self._book.open(lambda number: kind(*values(number)))
+        self._book.open(_Scheduled(values, kind))
 
     def declare_batches(
         self, sampling: Sampling, *, iteration: int, within_pass: bool = False

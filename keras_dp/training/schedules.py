@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import decimal
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from keras import ops
@@ -14,7 +15,9 @@ from ..arguments import is_number
 
 Schedule = float | Callable[[int], Any]
 
-_DIGITS = 3  # significant ones, of what a schedule gives
+_DIGITS = 3  # significant ones, of the C that a schedule gives
+_AHEAD = 4096  # a Keras schedule is asked for no more steps than this at once
+_WINDOW = 63  # steps that the tables hold ahead; with one more they would be twice as long
 
 _MEANINGS = {
     "noise_multiplier": "the noise's standard deviation divided by max_grad_norm",
@@ -53,14 +56,31 @@ def _value(argument: str, schedule: Schedule, step: int) -> float:
             f"The schedule given as `{argument}` must return a positive, finite number for every "
             f"step. For step {step} it returned: {found!r}"
         )
-    # Upwards: noise is never less than asked for. Fewer values make accounting quick.
-    rounding = decimal.ROUND_CEILING if argument == "noise_multiplier" else None
-    context = decimal.Context(prec=_DIGITS, rounding=rounding)
+    if argument == "noise_multiplier":
+        return rounded_up(number)
+    context = decimal.Context(prec=_DIGITS)
     return float(context.create_decimal(repr(number)))
 
 
-class _Period:
+def rounded_up(sigma: float) -> float:
+    """Rounds noise up to the public grid of scheduled noise.
+
+    Two significant digits, and halves of the second between 1 and 2: 0.95, 0.96, ... 1.0, 1.05,
+    1.1, ... 2.0, 2.1, and so on. So noise is at most 5 % more than asked for, and never less but
+    for a millionth of it, which is what a single-precision schedule is off by.
+    """
+    least = decimal.Decimal(repr(sigma * (1 - 1e-6)))
+    digits = (5,), least.adjusted() - 2
+    if least.scaleb(-least.adjusted()) >= 2:
+        digits = (1,), least.adjusted() - 1
+    unit = decimal.Decimal((0, *digits))
+    return float((least / unit).to_integral_value(decimal.ROUND_CEILING) * unit)
+
+
+class Period:
     """sigma and C of the steps since a moment; each schedule is asked once for a step.
+
+    What follows on one another and is the same is kept once, so that this stays small.
 
     Args:
         schedules: By the name of their argument; `None` where it is to follow.
@@ -71,28 +91,77 @@ class _Period:
     def __init__(self, schedules: dict[str, Schedule | None], first: int, hold: int) -> None:
         self.schedules = dict(schedules)
         self.first = first
-        self.hold = hold
-        self.values: list[tuple[float, float]] = []
+        self.hold = hold if any(map(callable, self.schedules.values())) else 2**62
+        self.known = 0  # so many steps are known
+        self._starts: list[int] = []
+        self._values: list[tuple[float, float]] = []
+        self._asked: dict[str, tuple[int, list[float]]] = {}  # ahead: of which step on
 
     def __call__(self, number: int) -> tuple[float, float]:
         """sigma and C of the step of a number, from 0 on."""
-        while number >= len(self.values):
-            k = len(self.values)
-            step = self.first + k - k % self.hold
+        self.reach(number + 1)
+        return self._values[bisect.bisect(self._starts, number) - 1]
+
+    def runs(self, first: int, last: int) -> Iterator[tuple[tuple[float, float], int]]:
+        """sigma and C of the steps from a number on up to another, and how many are in a row."""
+        if first >= last:
+            return
+        self.reach(last)
+        run = bisect.bisect(self._starts, first) - 1
+        ends = (*self._starts[run + 1 :], self.known)
+        for values, end in zip(self._values[run:], ends, strict=True):
+            if first >= last:
+                return
+            yield values, min(end, last) - first
+            first = min(end, last)
+
+    def reach(self, steps: int) -> None:
+        """Asks the schedules for so many steps.
+
+        Raises:
+            ValueError: If one gives what can't be sigma or C.
+        """
+        while self.known < steps:
             sigma, norm = (
-                math.nan if schedule is None else _value(argument, schedule, step)
+                math.nan if schedule is None else self._ask(argument, schedule, steps)
                 for argument, schedule in self.schedules.items()
             )
-            self.values.append((sigma, norm))
-        return self.values[number]
+            if not self._values or self._values[-1] != (sigma, norm):
+                self._starts.append(self.known)
+                self._values.append((sigma, norm))
+            self.known += self.hold
+
+    def _ask(self, argument: str, schedule: Schedule, steps: int) -> float:
+        """What a schedule gives for the first step that isn't known, of so many that will be."""
+        step = self.first + self.known
+        if not callable(schedule) or not type(schedule).__module__.startswith("keras."):
+            return _value(argument, schedule, step)
+        start, values = self._asked.get(argument, (0, []))
+        if not 0 <= step - start < len(values):
+            ahead = min(max(steps - self.known, _WINDOW), _AHEAD)
+            start, values = step, _values_of(schedule, step, ahead)
+            self._asked[argument] = start, values
+        return _value(argument, lambda _: values[step - start], step)
+
+
+def _values_of(schedule: Callable[[Any], Any], first: int, steps: int) -> list[Any]:
+    """What one of Keras' own schedules gives for so many steps.
+
+    A call takes a millisecond, and one for thousands of steps little more.
+    """
+    try:
+        found = ops.vectorized_map(schedule, ops.arange(first, first + steps, dtype="int64"))
+        return [float(value) for value in ops.convert_to_numpy(found)]
+    except Exception:  # whatever it can't do with many steps at once
+        return [schedule(first)]
 
 
 class StepSettings:
     """sigma and C of every step: as the graph reads them, and as the ledger gets them.
 
     Both read one table, so that they can't differ. The values of a schedule are
-    rounded to three significant digits (sigma upwards), and the rounded value is
-    what is used and accounted.
+    rounded (sigma upwards, see `rounded_up`; C to three significant digits), and
+    the rounded value is what is used and accounted.
 
     Args:
         noise_multiplier: sigma, a number or a schedule; `None` if it is to follow.
@@ -105,7 +174,8 @@ class StepSettings:
     ) -> None:
         self._schedules = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm}
         self._count = count
-        self._began = backend.Counter()
+        self._began = 0  # the count when this period began
+        self._window = backend.Counter()  # the count that the tables begin at
         self._tables = {name: backend.Table() for name in self._schedules}
         self.begin(0)
 
@@ -131,7 +201,7 @@ class StepSettings:
         """sigma and C of the step to come."""
         return self._period(self._made if self.scheduled else 0)
 
-    def begin(self, step: int, *, hold: int = 1) -> Callable[[int], tuple[float, float]]:
+    def begin(self, step: int, *, hold: int = 1) -> Period:
         """The next step has this number in the schedules.
 
         Args:
@@ -141,9 +211,9 @@ class StepSettings:
         Returns:
             From a number, counted from this step on, to sigma and C of that step.
         """
-        self._period = _Period(self._schedules, step, hold)
+        self._period = Period(self._schedules, step, hold)
         self._seen = step
-        self._began.set(self._count.read())
+        self._began = self._count.read()
         self._told = 0
         self.announce(1)
         return self._period
@@ -161,7 +231,7 @@ class StepSettings:
 
     @property
     def _made(self) -> int:
-        return self._count.read() - self._began.read()
+        return self._count.read() - self._began
 
     def announce(self, steps: int) -> None:
         """Has the tables reach over so many steps to come.
@@ -169,13 +239,18 @@ class StepSettings:
         Raises:
             ValueError: If a schedule gives what can't be sigma or C.
         """
-        needed = self._made + steps if self.scheduled else 1
+        made = self._made if self.scheduled else 0
+        needed = made + steps if self.scheduled else 1
         if needed <= self._told:
             return
-        self._period(needed - 1)
+        self._period.reach(needed)
+        # A window, so that a step costs the same however many there are.
+        last = min(self._period.known, max(needed, made + _WINDOW)) if self.scheduled else 1
+        rows = [row for row, n in self._period.runs(made, last) for _ in range(n)]
         for column, table in enumerate(self._tables.values()):
-            table.set([row[column] for row in self._period.values])
-        self._told = len(self._period.values)
+            table.set([row[column] for row in rows])
+        self._window.set(self._began + made)
+        self._told = last
 
     def now(self, name: str) -> Any:
         """`"noise_multiplier"` or `"max_grad_norm"` of this step, a scalar tensor.
@@ -183,5 +258,5 @@ class StepSettings:
         To be read before the step is counted.
         """
         first = ops.zeros_like(self._count.tensor)
-        number = self._count.tensor - self._began.tensor if self.scheduled else first
+        number = self._count.tensor - self._window.tensor if self.scheduled else first
         return self._tables[name].at(number)
