@@ -151,14 +151,18 @@ def depthwise_filter_gradients(
         full, strides, dilation = (1, *kernel), (strides[0], *strides), (1, *dilation)
     else:
         full = kernel
+    # A dilated filter is a longer one of which every d-th place counts; TensorFlow's own way to
+    # it must know the number of examples.
+    longer = [(k - 1) * d + 1 for k, d in zip(full, dilation, strict=True)]
     rows = tf.shape(x)[0]
-    filters = tf.zeros([*full, rows * channels, multiplier], x.dtype)
+    filters = tf.zeros([*longer, rows * channels, multiplier], x.dtype)
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(filters)
         outputs = tf.nn.depthwise_conv2d(
-            _examples_as_channels(x), filters, (1, *strides, 1), padding.upper(), None, dilation
+            _examples_as_channels(x), filters, (1, *strides, 1), padding.upper()
         )
     found = tape.gradient(outputs, filters, output_gradients=_examples_as_channels(g))
+    found = found[:: dilation[0], :: dilation[1]]
     found = tf.reshape(found, [math.prod(kernel), rows, channels, multiplier])
     found = tf.transpose(found, (1, 0, 2, 3))
     if scale is not None:
