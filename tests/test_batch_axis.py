@@ -99,6 +99,19 @@ NOT_PROVED = {
     "by axes that aren't known": lambda x: tf.reduce_mean(
         x, tf.range(tf.random.uniform([], 0, 2, "int32"))
     ),
+    "a loop along which what mixes moves on": lambda x: tf.while_loop(
+        lambda k, *_: k < 9,
+        lambda k, a, b, c, d: (k + 1, b, c, d, d - tf.reduce_mean(d, 0)),
+        [0, x, x, x, x],
+    )[1],
+    "split by the number of rows": lambda x: tf.split(x, [rows_of(x) % 3, -1], axis=1, num=2)[0],
+    "a deconvolution as wide as the batch": lambda x: tf.raw_ops.Conv2DBackpropInput(
+        input_sizes=tf.stack([rows_of(x), 4 + rows_of(x) // 100, 1, 1]),
+        filter=tf.ones([1, 1, 1, 1]),
+        out_backprop=x[..., None, None],
+        strides=[1, 1, 1, 1],
+        padding="VALID",
+    ),
     "joined": lambda x: tf.concat([x, x], 0),
     "a value for each place": lambda x: (
         x + tf.random.stateless_uniform([3, 1], [1, 2])[: rows_of(x)]
@@ -291,6 +304,25 @@ OF_KERAS = {
     "RandomErasing": (lambda: layers.RandomErasing(), IMAGES),
     "Resizing": (lambda: layers.Resizing(5, 5), IMAGES),
 }
+
+
+def test_rule_19_one_encoding_for_the_whole_batch_is_not_taken_for_each_examples():
+    """Of numbers without another axis, `multi_hot` is over the batch."""
+    layer = layers.CategoryEncoding(num_tokens=5)
+    assert layer(np.array([1, 2, 3])).shape == (5,)
+    assert isinstance(state_of(layer, (None,), tf.int64), Mixed)
+    inputs = keras.Input((1,), dtype="int64")
+    flat = ops.reshape(inputs, (-1,))  # inside of a model, where the engine meets it
+    h = ops.ones_like(inputs, "float32") * ops.sum(layer(flat))
+    model = keras.Model(inputs, layers.Dense(1, kernel_initializer="ones")(h))
+    model.compile("sgd", "mse")
+    y, norms = np.zeros((4, 1), "float32"), []
+    for last in (1, 4):
+        x = np.array([[1], [2], [3], [last]])
+        outcome, engine = engine_outcome(model, x, y, max_grad_norm=1.0, gradients="auto")
+        assert engine != "ghost"
+        norms.append(np.asarray(outcome.norms[:3]))
+    np.testing.assert_array_equal(*norms)  # the others know nothing of the last
 
 
 @pytest.mark.parametrize("name", OF_KERAS)

@@ -783,6 +783,8 @@ def _split(axis: BatchAxis, op: Any, states: list[State]) -> State:
     if not isinstance(state, Rows):
         return _plain(op, states)
     rank = _rank(op.inputs[tensor])
+    if any(not isinstance(s, Shared) for k, s in enumerate(states) if k != tensor):
+        return _unknown(op, "splits at places that follow from the examples")
     if where is None or rank is None:
         return _unknown(op, "splits along an axis that isn't known")
     if where % rank == state.axis:
@@ -1015,7 +1017,10 @@ def _conv_backprop(axis: BatchAxis, op: Any, states: list[State]) -> State:
     sizes, filters, upstream = states
     if not isinstance(upstream, Rows):
         return _plain(op, states)
-    if upstream.axis or not isinstance(filters, Shared) or not isinstance(sizes, _OF_ALL):
+    parts = _parts_of(op.inputs[0], sizes) if isinstance(sizes, _OF_ALL) else None
+    if parts is None or any(not isinstance(p, Shared) for p in parts[1:]):
+        return _unknown(op, "has a shape that follows from the examples")
+    if upstream.axis or not isinstance(filters, Shared):
         return _unknown(op, "doesn't have the examples first")
     return upstream
 
@@ -1031,7 +1036,8 @@ def _image_transform(axis: BatchAxis, op: Any, states: list[State]) -> State:
     images, transforms = states[:2]
     if any(not isinstance(s, Shared) for s in states[2:]):
         return _unknown(op, "has arguments that follow from examples")
-    if images == Rows() and (transforms == Rows() or op.inputs[1].shape[0] == 1):
+    for_all = isinstance(transforms, Shared) and op.inputs[1].shape[0] == 1
+    if images == Rows() and (transforms == Rows() or for_all):
         return Rows()
     return _plain(op, states)
 
@@ -1117,8 +1123,6 @@ def _graph_of(op: Any, attribute: str) -> Any:
 
 
 def _call(axis: BatchAxis, op: Any, states: list[State]) -> State | list[State]:
-    if all(isinstance(s, Shared) for s in states):
-        return SHARED
     graph = _graph_of(op, "f")
     if graph is None or len(graph.inputs) != len(states):
         return _unknown(op, "calls a function that can't be looked through")
@@ -1162,12 +1166,14 @@ def _while(axis: BatchAxis, op: Any, states: list[State]) -> State | list[State]
     if decide is None or body is None:
         return _unknown(op, "calls a function that can't be looked through")
     known = list(states)
-    for _ in range(len(states) + 2):
+    for _ in range(4 * len(states) + 4):  # each may become less known a few times
         _, after = axis.inside(body, known)
         met = [_either(op, a, b) for a, b in zip(known, after, strict=True)]
         if met == known:
             break
         known = met
+    else:
+        return _unknown(op, "can't be followed to an end")
     _, (goes_on,) = axis.inside(decide, known)
     if isinstance(goes_on, Rows):
         return _mixed(op, "ends by what the examples are")

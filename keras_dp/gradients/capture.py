@@ -6,18 +6,16 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 from keras import ops, tree
 
 from .. import backend, keras_private
 from ..errors import PrivacyError
+from .example import ExampleLoss
 from .per_example import Instantiated, PerExample
 from .rules import NoRule, Unit, alone, keeps_apart, overridden, rule_for, vectorized
-
-if TYPE_CHECKING:
-    from .example import ExampleLoss
 
 __all__ = ["Apart", "Capture", "NotPossible", "Plan", "Record", "named", "patching", "tensors_in"]
 
@@ -305,7 +303,8 @@ class Capture:
             return
         for tensor in tensors_in(structure):
             state = self._axis.of(tensor)
-            if isinstance(state, backend.Unknown | backend.Mixed) and keeps_apart(layer):
+            unproved = isinstance(state, backend.Unknown | backend.Mixed)
+            if unproved and keeps_apart(layer) and tensor.shape[:1] == (None,):
                 self._axis.declare(tensor, backend.Rows())
             elif isinstance(state, backend.Mixed) and keras_private.is_keras_layer(layer):
                 self._hand_over(layer, state.why)  # it is known to mean each example by itself

@@ -34,6 +34,10 @@ _KNOWN: dict[type, Callable[..., bool]] = {
 
 
 def keeps_apart(layer: keras.Layer) -> bool:
-    """Whether a layer is of exactly a class that is known to treat each example by itself."""
+    """Whether a layer is of exactly a class that is known to treat each example by itself.
+
+    What it returns must have the examples first: of inputs without another axis, these
+    layers make one encoding for the whole batch.
+    """
     known = _KNOWN.get(type(layer))
     return known is not None and known(layer)
