@@ -108,21 +108,26 @@ def _is_keras_class(cls: type) -> bool:
 
 
 def settings_of(layer: keras.Layer) -> Any:
-    """All that one of Keras' own layers computes by, but for values; for another, nothing.
+    """All that one of Keras' own layers computes by, but for values.
 
     Returns:
-        What is equal for layers that compute alike, or an object that equals none.
+        What is equal for layers that compute alike; `None` if code from outside has a part.
     """
-    known: list[Any] = []
-    for part in layer._flatten_layers(include_self=True, recursive=True):
-        functions = [v for v in vars(part).values() if inspect.isroutine(v)]
-        if not _is_keras_class(type(part)) or any(
-            not (f.__module__ or "").startswith(("keras.", "tensorflow.")) for f in functions
-        ):
-            return object()
-        config = {k: v for k, v in part.get_config().items() if k not in ("name", "trainable")}
-        known.append((type(part), repr(config), part.compute_dtype))
-    return tuple(known)
+    parts = layer._flatten_layers(include_self=True, recursive=True)
+    functions = [v for part in parts for v in vars(part).values() if inspect.isroutine(v)]
+    ours = ("keras.", "tensorflow.")
+    if not all(_is_keras_class(type(part)) for part in parts) or not all(
+        (f.__module__ or "").startswith(ours) for f in functions
+    ):
+        return None
+    configs = [
+        {k: v for k, v in part.get_config().items() if k not in ("name", "trainable")}
+        for part in parts
+    ]
+    return tuple(
+        (type(part), repr(config), part.compute_dtype)
+        for part, config in zip(parts, configs, strict=True)
+    )
 
 
 def owners_of(model: keras.Model, variables: list[Any]) -> dict[int, keras.Layer]:

@@ -12,7 +12,7 @@ from reference import engine_outcome
 
 from keras_dp import PrivacyError, backend, keras_private
 from keras_dp.backend import BatchAxis, Mixed, Rows, Shared, Unknown
-from keras_dp.gradients import Batch, ExampleLoss
+from keras_dp.gradients import Batch, ExampleLoss, trial
 from keras_dp.gradients.ghost import GhostEngine
 from keras_dp.gradients.rules import keeps_apart
 
@@ -186,6 +186,25 @@ def test_the_tables_are_right():
         if name != "random, for each":
             one, two = (np.asarray(function(tf.constant(t))) for t in (x, other))
             np.testing.assert_allclose(np.delete(one, 2, 0), np.delete(two, 2, 0), err_msg=name)
+
+
+def test_what_was_right_once_is_kept_for_layers_of_keras_alone():
+    x, y = tiny.data(6)
+    engine_outcome(network(tf.nn.silu), x, y, max_grad_norm=1.0, gradients="ghost")
+    known = set(trial._right)
+    engine_outcome(network(tf.nn.silu), x, y, max_grad_norm=1.0, gradients="ghost")
+    assert trial._right == known and None not in known
+    assert any(kind[0] is layers.Dense for kind in known)
+
+    class Double(layers.Dense):
+        pass
+
+    model = keras.Sequential(
+        [keras.Input((4,)), Double(2), layers.Dense(1, activation=lambda z: z)]
+    )
+    model.compile("sgd", "mse")
+    engine_outcome(model, x, y, max_grad_norm=1.0, gradients="ghost")
+    assert trial._right == known
 
 
 # -- what becomes of a layer --------------------------------------------------------------------

@@ -156,13 +156,18 @@ class Capture:
         self._graph = backend.current_graph()
         self._axis = None if self._graph is None else backend.BatchAxis(data, shared)
         self._containers: list[keras.Layer] = []
+        self._settings: dict[int, Any] = {}
         self._inside: Unit | None = None
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
         """Takes over every layer's `call`, in this thread only, for a while."""
         with patching, contextlib.ExitStack() as undo:
-            for layer in keras_private.all_layers(self._loss.model):
+            every = keras_private.all_layers(self._loss.model)
+            # Now, because what takes over a `call` is code from outside, too.
+            units = [x for x in every if self._unit_variables(x)]
+            self._settings = {id(x): keras_private.settings_of(x) for x in units}
+            for layer in every:
                 name = keras_private.call_name_of(layer)
                 changes: dict[str, Any] = {name: self._call_of(layer)}
                 if layer.activity_regularizer is not None:
@@ -353,7 +358,10 @@ class Capture:
         self._fail(Apart(layer, reason))
 
     def _kind_of(self, layer: keras.Layer, variables: list[Any], args: Any, kwargs: Any) -> Any:
-        """What the gradients of a call follow from, but for values."""
+        """What the gradients of a call follow from, but for values; `None` if that isn't known."""
+        settings = self._settings.get(id(layer))
+        if settings is None:
+            return None
 
         def look(value: Any) -> Any:
             if ops.is_tensor(value):
@@ -363,7 +371,7 @@ class Capture:
         how = (id(layer) in self._plan.alone, id(layer) in self._plan.units, rule_for(layer))
         given = tuple(look(t) for t in tree.flatten((args, kwargs)))
         trained = tuple((v.path.rpartition("/")[2], tuple(v.shape), v.dtype) for v in variables)
-        return (type(layer), keras_private.settings_of(layer), how, given, trained)
+        return (type(layer), settings, how, given, trained)
 
     # -- random numbers -------------------------------------------------------------------------
 
