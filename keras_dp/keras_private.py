@@ -120,10 +120,13 @@ def settings_of(layer: keras.Layer) -> Any:
         (f.__module__ or "").startswith(ours) for f in functions
     ):
         return None
-    configs = [
-        {k: v for k, v in part.get_config().items() if k not in ("name", "trainable")}
-        for part in parts
-    ]
+    try:
+        configs = [
+            {k: v for k, v in part.get_config().items() if k not in ("name", "trainable")}
+            for part in parts
+        ]
+    except Exception:  # as where an activation is an object that can't be saved
+        return None
     return tuple(
         (type(part), repr(config), part.compute_dtype)
         for part, config in zip(parts, configs, strict=True)
