@@ -25,7 +25,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from . import backend
+from . import arithmetic, backend
 from .errors import PrivacyError
 
 __all__ = [
@@ -153,7 +153,7 @@ class Clipping:
         return cls(**config)
 
 
-_total = backend.total_norms
+_total = arithmetic.total_norms
 
 
 def _scale_down(norms: Any, bound: Any) -> Any:
@@ -214,7 +214,7 @@ class Clip:
     Formal guarantee: `sum_v (w_iv n_iv)^2 <= (sensitivity (1 + 1e-6))^2` for the
     norms n_iv that it is given, whatever the strategy and however large or small they
     are. Engines give it at least the norm of what each example really adds,
-    rounding included (`keras_dp.gradients.per_example.clipped_sums`), so an
+    rounding included (`keras_dp.gradients.forms.clipped_sums`), so an
     example adds at most `sensitivity (1 + 1e-4)`. Assumed of the arithmetic:
     IEEE 754 with rounding to nearest, sums in any order; numbers too small for
     their type may become 0.
@@ -372,7 +372,7 @@ class FlatClipping(Clipping):
     or zeroing one example changes the sum by at most `C` in L2 norm. In floating
     point, for every finite input, `||c_i g_i|| <= C (1 + 1e-4)`, by a bound on
     rounding: `||g_i||` is the most that the norm of what is added may be. What
-    is assumed of the arithmetic, `keras_dp.gradients.per_example.Squares` says.
+    is assumed of the arithmetic, `keras_dp.gradients.forms.Squares` says.
 
     Edge cases: a gradient of norm 0 keeps weight 1 (and adds 0); a norm that is
     infinite or not a number, or above 1e36 in float32, gets weight 0: that

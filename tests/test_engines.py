@@ -24,9 +24,9 @@ from reference import (
 )
 
 import keras_dp
-from keras_dp import backend
-from keras_dp.backend import chunked_sum
-from keras_dp.backend.tensorflow import emits_broken_matmul
+from keras_dp.backend.tensorflow.compiling import emits_broken_matmul
+from keras_dp.gradients import mapped
+from keras_dp.gradients.mapped import chunked_sum
 
 
 def linear(**kwargs):
@@ -141,7 +141,7 @@ def test_every_engine_gives_the_same(build):
 def test_a_vectorizer_that_computes_wrongly_is_found_out_before_it_is_used(
     monkeypatch, caplog, wrong, jit_compile
 ):
-    right = backend.vectorized_engine
+    right = mapped.vectorized_engine
 
     def faulty(*args, **kwargs):
         sums, norms, losses, extra = right(*args, **kwargs)
@@ -149,7 +149,7 @@ def test_a_vectorizer_that_computes_wrongly_is_found_out_before_it_is_used(
             return [1.01 * s for s in sums], norms, losses, extra
         return sums, 0.99 * norms, losses, extra
 
-    monkeypatch.setattr(backend, "vectorized_engine", faulty)
+    monkeypatch.setattr(mapped, "vectorized_engine", faulty)
     model = linear()
     x = np.array([[3.0, 4.0], [0.3, 0.4]], "float32")
     gradients = example_gradients(model, x, np.zeros((2, 1), "float32"))[0]

@@ -17,10 +17,10 @@ from keras import layers, ops
 from reference import flat, noiseless_optimizer, update_on_batch
 
 import keras_dp
-from keras_dp import backend
-from keras_dp.backend import tensorflow as tensorflow_backend
-from keras_dp.gradients import per_example
-from keras_dp.gradients.per_example import (
+from keras_dp import arithmetic, backend
+from keras_dp.backend.tensorflow import rounding
+from keras_dp.gradients import forms
+from keras_dp.gradients.forms import (
     Instantiated,
     OuterProducts,
     Rows,
@@ -308,7 +308,7 @@ ORDINARY = {
 @pytest.mark.parametrize("kind", ["normal", "positive"])
 def test_rule_15_ordinary_gradients_are_clipped_to_c_without_float64(name, kind, monkeypatch):
     """Random upstream gradients, whose sum over the positions is small next to their sizes."""
-    monkeypatch.delattr(per_example.PerExample, "in_float64")
+    monkeypatch.delattr(forms.PerExample, "in_float64")
     length, d, p = ORDINARY[name]
     left, right = random_products(length, d, p)
     left = np.maximum(left, 0) if kind == "positive" else left
@@ -320,7 +320,7 @@ def test_rule_15_ordinary_gradients_are_clipped_to_c_without_float64(name, kind,
 
 @pytest.mark.parametrize("length", [60, 128, 400])
 def test_rule_15_ordinary_lookups_are_clipped_to_c_without_float64(length, monkeypatch):
-    monkeypatch.delattr(per_example.PerExample, "in_float64")
+    monkeypatch.delattr(forms.PerExample, "in_float64")
     random = np.random.default_rng(0)
     ids = random.zipf(1.3, (2, length)) % 5000
     right = random.normal(size=(2, length, 128)).astype("float32")
@@ -333,7 +333,7 @@ def test_rule_15_ordinary_lookups_are_clipped_to_c_without_float64(length, monke
 @pytest.mark.parametrize("shape", [(1_000_003,), (2, 1031), (31,), (20000, 128), (1,)])
 def test_rule_15_long_sums_of_squares_are_as_exact_as_they_say(shape):
     values = np.random.default_rng(0).uniform(1, 2, (2, *shape)).astype("float32")
-    found, off = backend.sum_of_squares(tf.constant(values))
+    found, off = arithmetic.sum_of_squares(tf.constant(values))
     exact = (values.astype("f8") ** 2).reshape(2, -1).sum(1)
     assert off < 4e-5
     np.testing.assert_allclose(found, exact, rtol=off)
@@ -490,7 +490,7 @@ def coarsely(a, b):
 
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
 def test_rule_15_products_in_tf32_are_as_exact_as_they_say(scale, monkeypatch):
-    monkeypatch.setattr(tensorflow_backend, "multiplies_coarsely", lambda: True)
+    monkeypatch.setattr(rounding, "multiplies_coarsely", lambda: True)
     random = np.random.default_rng(0)
     a, b = (tf.constant(scale * random.normal(size=(40, 40)), tf.float32) for _ in range(2))
     exact = a.numpy().astype("f8") @ b.numpy().astype("f8")
@@ -501,7 +501,7 @@ def test_rule_15_products_in_tf32_are_as_exact_as_they_say(scale, monkeypatch):
 
 
 def test_rule_15_holds_with_products_in_tf32(monkeypatch):
-    monkeypatch.setattr(tensorflow_backend, "multiplies_coarsely", lambda: True)
+    monkeypatch.setattr(rounding, "multiplies_coarsely", lambda: True)
     traced.cache_clear()
     for name in ("pairs", "rows", "filters by pairs"):
         test_rule_15_what_is_added_is_at_most_c(name)
@@ -509,7 +509,7 @@ def test_rule_15_holds_with_products_in_tf32(monkeypatch):
 
 
 def test_rule_15_tf32_matters_only_where_there_is_a_gpu():
-    assert backend.multiplies_coarsely() == bool(tf.config.list_physical_devices("GPU"))
+    assert rounding.multiplies_coarsely() == bool(tf.config.list_physical_devices("GPU"))
 
 
 @pytest.mark.parametrize("variable", ["TF_SET_ONEDNN_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE"])

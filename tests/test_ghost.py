@@ -25,8 +25,8 @@ from reference import (
 
 import keras_dp
 from keras_dp import PrivacyError, backend, keras_private
-from keras_dp.gradients import Batch, ExampleLoss, capture, ghost
-from keras_dp.gradients.per_example import Instantiated, clipped_sums
+from keras_dp.gradients import Batch, ExampleLoss, capture, ghost, mapped
+from keras_dp.gradients.forms import Instantiated, clipped_sums
 from keras_dp.gradients.rules import registry, rule_for
 
 pytestmark = [
@@ -1201,7 +1201,7 @@ def largest_tensor(model, x, y, gradients):
         def clipped(found, real):
             return clipped_sums([Instantiated(g) for g in found], one.variables, clip, real)
 
-        return backend.vectorized_engine(one, one.variables, leaves, real, clipped)
+        return mapped.vectorized_engine(one, one.variables, leaves, real, clipped)
 
     specs = [tf.TensorSpec(t.shape, t.dtype) for t in leaves]
     graph = tf.function(run, autograph=False).get_concrete_function(specs).graph

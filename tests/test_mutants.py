@@ -12,10 +12,10 @@ import keras
 import numpy as np
 import pytest
 
-from keras_dp import PoissonDataset, PrivacyError, ShuffledDataset, backend
+from keras_dp import PoissonDataset, PrivacyError, ShuffledDataset, arithmetic, backend
 from keras_dp.clipping import Clip, FlatClipping
-from keras_dp.gradients import trial
-from keras_dp.gradients.per_example import OuterProducts, Squares
+from keras_dp.gradients import mapped, trial
+from keras_dp.gradients.forms import OuterProducts, Squares
 from keras_dp.noise import NoiseSource
 from keras_dp.training import Meter
 
@@ -88,7 +88,7 @@ def clip_that_spares_what_is_not_finite():
     def weights(self, norms):
         bound = self.max_grad_norm() if callable(self.max_grad_norm) else self.max_grad_norm
         bound = keras.ops.cast(bound, norms.dtype)
-        return bound / keras.ops.maximum(backend.total_norms(norms), bound)
+        return bound / keras.ops.maximum(arithmetic.total_norms(norms), bound)
 
     return Clip, "__call__", weights
 
@@ -124,7 +124,7 @@ def division_by_the_drawn_size():
 
 
 def padding_that_counts():
-    whole = backend.chunked_sum
+    whole = mapped.chunked_sum
 
     def counted(engine, leaves, size):
         def all_real(chunk):
@@ -132,7 +132,7 @@ def padding_that_counts():
 
         return whole(all_real, leaves, size)
 
-    return backend, "chunked_sum", counted
+    return mapped, "chunked_sum", counted
 
 
 def one_dropout_mask_for_all():

@@ -39,7 +39,7 @@ from tensorflow.python.framework import op_callbacks
 
 from keras_dp import DPSGD, DPAdam, PoissonDataset, backend, clipping
 from keras_dp.backend import tensorflow as tensorflow_backend
-from keras_dp.backend.operations import all_operations
+from keras_dp.backend.tensorflow.operations import all_operations
 from keras_dp.noise import NoiseSource
 from keras_dp.optimizers import DPOptimizer
 from keras_dp.training import Meter

@@ -26,9 +26,9 @@ from reference import (
 )
 
 import keras_dp
-from keras_dp import backend, keras_private
+from keras_dp import arithmetic, backend, keras_private
 from keras_dp.gradients import Batch, Engine, EngineOptions, ExampleLoss, capture, ghost
-from keras_dp.gradients.per_example import Instantiated, OuterProducts, Rows, Squares, combined
+from keras_dp.gradients.forms import Instantiated, OuterProducts, Rows, Squares, combined
 from keras_dp.gradients.rules import convolution, registry
 from keras_dp.gradients.rules.convolution import Filters
 
@@ -129,7 +129,7 @@ def ghost_alone(model, x, y, max_grad_norm):
     real = tf.fill([rows], True)
     tf.function(lambda leaves: run(leaves, real, flat(max_grad_norm))).get_concrete_function(leaves)
     sums, norms, losses, _ = run(leaves, real, flat(max_grad_norm))
-    return sums, backend.total_norms(norms), losses
+    return sums, arithmetic.total_norms(norms), losses
 
 
 def require_as_one_at_a_time(model, x, mode, *, by_rule=True, tolerance=TOLERANCE):

@@ -189,6 +189,9 @@ def test_what_is_clipped_is_the_mean_of_a_persons_gradients(name):
         ("loop", {}),
         ("loop", {"eagerly": True}),
         ("loop", {"microbatch_size": 4}),
+        ("loop", {"jit_compile": True}),
+        ("loop", {"eagerly": True, "batch_capacity": 6}),
+        ("loop", {"batch_capacity": 6, "microbatch_size": 8}),
     ],
 )
 def test_rule_14_every_engine_and_mode_gives_the_same_numbers(gradients, mode):

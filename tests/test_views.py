@@ -19,6 +19,7 @@ from reference import (
 
 import keras_dp
 from keras_dp import backend
+from keras_dp.gradients import scaling
 
 pytestmark = pytest.mark.filterwarnings("ignore:train_on_batch can't know")
 
@@ -196,14 +197,14 @@ def test_float16_neither_loses_small_gradients_nor_large_ones(gradients, mode, s
 
 def test_the_loss_scale_of_an_example_depends_on_that_example_alone():
     gradients = tf.constant([[1e-6, -3e-6], [200.0, 1.0], [0.0, 0.0], [np.nan, 1.0], [np.inf, 0]])
-    scales = backend.loss_scales([gradients, None], 5, 1).numpy()
+    scales = scaling.loss_scales([gradients, None], 5, 1).numpy()
     for i in range(5):
-        assert scales[i] == backend.loss_scales([gradients[i : i + 1]], 1, 1).numpy()[0]
+        assert scales[i] == scaling.loss_scales([gradients[i : i + 1]], 1, 1).numpy()[0]
     assert np.all(np.log2(scales) == np.round(np.log2(scales)))  # so that nothing is rounded
     largest = np.abs(gradients.numpy()[:2]).max(1) * scales[:2]
     assert np.all((largest > 32) & (largest <= 128))
     np.testing.assert_array_equal(scales[2:], 1)
-    of_views = backend.loss_scales([gradients[:2]], 2, 2).numpy()
+    of_views = scaling.loss_scales([gradients[:2]], 2, 2).numpy()
     np.testing.assert_array_equal(of_views, scales[1])  # the views of one example have one
 
 

@@ -2,7 +2,7 @@
 
 from .engine import ENGINES, Engine, EngineOptions
 from .example import Batch, ExampleLoss, Outcome
-from .per_example import OuterProducts
+from .forms import OuterProducts
 from .rules import register_rule
 from .user_engine import UserEngine
 from .users import Users

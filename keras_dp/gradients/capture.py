@@ -11,10 +11,11 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from .. import backend, keras_private
+from .. import arithmetic, backend, keras_private
 from ..errors import PrivacyError
 from .example import ExampleLoss
-from .per_example import Instantiated, PerExample
+from .forms import Instantiated, PerExample
+from .mapped import map_examples
 from .rules import NoRule, Unit, alone, keeps_apart, overridden, rule_for, vectorized
 
 __all__ = ["Apart", "Capture", "NotPossible", "Plan", "Record", "named", "patching", "tensors_in"]
@@ -147,7 +148,7 @@ class Capture:
         self._scope = scope
         self._tape = tape
         self._values = {id(v): w for v, w in zip(loss.variables, weights, strict=True)}
-        self._rows = backend.row_count(leaves[0])
+        self._rows = arithmetic.row_count(leaves[0])
         data, seeds = loss.split(leaves)
         self._seeds = {id(s): t for s, t in zip(loss.seed_states, seeds, strict=True)}
         self._initial_seeds = self._seeds_now()
@@ -412,7 +413,7 @@ class Capture:
         def one(_: list[Any], tensors: list[Any]) -> list[Any]:
             return [ops.sum(sum(regularizer(ops.expand_dims(t, 0)) for t in tensors))]
 
-        self.penalties.append(backend.map_examples(one, [], flat)[0])
+        self.penalties.append(map_examples(one, [], flat)[0])
 
     def require_all_losses(self) -> None:
         """Finds layers that call `add_loss`: of a batch's loss it isn't known whose it is."""

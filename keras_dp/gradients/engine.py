@@ -12,10 +12,10 @@ from typing import Any
 
 from .. import backend
 from ..errors import PrivacyError
-from . import trial
+from . import mapped, trial
 from .example import Batch, ExampleLoss, MeanOfViews, Outcome
+from .forms import Instantiated, clipped_sums
 from .ghost import GhostEngine, Replanned
-from .per_example import Instantiated, clipped_sums
 
 __all__ = ["ENGINES", "Engine", "EngineOptions", "Run"]
 
@@ -144,18 +144,18 @@ class Engine:
             yield "loop", self._build_eager_loop
             return
         if self._gradients != "loop":
-            vectorized = backend.vectorized_engine
+            vectorized = mapped.vectorized_engine
             yield "vectorized", functools.partial(self._build, vectorized)
             yield (
                 "vectorized, weights per example",
                 functools.partial(self._build, vectorized, weights_per_example=True),
             )
-        yield "loop", functools.partial(self._build, backend.loop_engine)
+        yield "loop", functools.partial(self._build, mapped.loop_engine)
 
     def _build(self, engine: Any, leaves: list[Any], **options: Any) -> Run:
         whole = self._whole(self._chunk(engine, **options))
         run = backend.compiled_candidate(whole, leaves, jit_compile=self._jit_compile)
-        if engine is not backend.loop_engine:
+        if engine is not mapped.loop_engine:
             self._require_agreement(run, leaves)
         return run
 
@@ -167,7 +167,7 @@ class Engine:
         )
 
     def _build_eager_loop(self, leaves: list[Any]) -> Run:
-        whole = self._whole(self._chunk(backend.loop_engine))
+        whole = self._whole(self._chunk(mapped.loop_engine))
         try:  # to see what the model keeps; one for debugging need not be traceable
             backend.compiled_candidate(whole, leaves, jit_compile=False)
         except PrivacyError:
@@ -249,4 +249,4 @@ class Engine:
         size = self._microbatch_size
         if size is None:
             return chunk
-        return lambda leaves: backend.chunked_sum(chunk, leaves, size)
+        return lambda leaves: mapped.chunked_sum(chunk, leaves, size)

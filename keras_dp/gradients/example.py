@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops, tree
 
-from .. import backend, keras_private
+from .. import arithmetic, backend, keras_private
 from ..errors import PrivacyError
+from .scaling import LossScale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,22 @@ class Outcome:
     metric_updates: list[tuple[Any, Any]]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Like:
+    """What a tensor is like."""
+
+    shape: tuple[int | None, ...]
+    dtype: Any
+
+    @classmethod
+    def of(cls, leaf: Any, output: Any) -> _Like:
+        """A leaf, with sizes that aren't known taken from a tensor that it goes with."""
+        sizes = enumerate(leaf.shape)
+        rank = len(output.shape)
+        shape = [output.shape[k] if n is None and k and k < rank else n for k, n in sizes]
+        return cls(tuple(shape), leaf.dtype)
+
+
 class ExampleLoss:
     """The loss of one example, and the way to take apart what comes back stacked.
 
@@ -95,7 +113,7 @@ class ExampleLoss:
     def __call__(self, weights: list[Any], leaves: list[Any]) -> tuple[Any, list[Any]]:
         """Loss (a scalar), and outputs, masks and metric updates without a batch axis."""
         data, seeds = self.split(leaves)
-        scale = backend.LossScale() if self.scaled else None
+        scale = LossScale() if self.scaled else None
         if scale is not None:
             weights = [scale.unscaling(w) for w in weights]
         with self.stateless(weights, seeds) as scope:
@@ -113,10 +131,13 @@ class ExampleLoss:
         """An engine's leaves as those of the batch and the seeds."""
         return leaves[: self._leaf_count], leaves[self._leaf_count :]
 
-    def with_distinct_seeds(self, leaves: list[Any], number: int = 0) -> list[Any]:
-        """Leaves whose seeds are different for each example, and for each `number`."""
+    def with_distinct_seeds(self, leaves: list[Any]) -> list[Any]:
+        """Leaves (not traced) whose seeds are different for each example."""
         data, seeds = self.split(leaves)
-        return [*data, *(backend.numbered_seeds(s, number) for s in seeds)]
+        numbers = [np.arange(0, 7 * s.shape[0], 7)[:, np.newaxis] for s in seeds]
+        with backend.outside_graph():
+            pairs = zip(seeds, numbers, strict=True)
+            return [*data, *(s[:1] + ops.cast(n, s.dtype) for s, n in pairs)]
 
     def like_outputs(self, leaves: list[Any], made_up: list[Any]) -> list[Any]:
         """The leaves, the targets' unknown sizes taken from what the model makes of others."""
@@ -128,7 +149,7 @@ class ExampleLoss:
             outputs = tree.flatten(self.predict(data))
         rest = range(inputs, len(leaves) - len(seeds))
         return [
-            backend.shaped_like(t, outputs[min(k - inputs, len(outputs) - 1)]) if k in rest else t
+            _Like.of(t, outputs[min(k - inputs, len(outputs) - 1)]) if k in rest else t
             for k, t in enumerate(leaves)
         ]
 
@@ -235,7 +256,7 @@ class ExampleLoss:
         count = len(self._masked) + sum(self._masked) + sum(self._with_logits)
         outputs = self._with_masks(extra[:count])
         updates = list(zip(self.metric_variables, extra[count:], strict=True))
-        return Outcome(sums, backend.total_norms(norms), norms, losses, outputs, updates)
+        return Outcome(sums, arithmetic.total_norms(norms), norms, losses, outputs, updates)
 
 
 class MeanOfViews:

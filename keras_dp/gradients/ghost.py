@@ -21,11 +21,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from .. import backend, keras_private
+from .. import arithmetic, backend, keras_private
+from . import mapped
 from .capture import Apart, Capture, NotPossible, Plan, named, patching
 from .example import ExampleLoss
-from .per_example import Instantiated, PerExample, Scaled, clipped_sums, combined
+from .forms import Instantiated, PerExample, Scaled, clipped_sums, combined
+from .made_up import made_up_gradient
 from .rules import Unit, overridden, rule_for
+from .scaling import loss_scales, scaled_rows
 from .users import Users
 
 __all__ = ["GhostEngine", "NotPossible", "Plan", "Replanned", "named"]
@@ -63,7 +66,7 @@ class GhostEngine:
     def __call__(
         self, leaves: list[Any], real: Any, clip: Callable[[Any], Any], users: Users | None = None
     ) -> Any:
-        """Clipped sums, norms, losses and extras, as `backend.vectorized_engine` returns them.
+        """Clipped sums, norms, losses and extras, as `vectorized_engine` returns them.
 
         Args:
             leaves: The examples' tensors, each (rows, ...), and seeds, (rows, 2) or
@@ -167,7 +170,7 @@ class GhostEngine:
         scales = passed.scales
         for k, gradients in self._outside_gradients(weights, leaves).items():
             if scales is not None:
-                gradients = backend.scaled_rows(backend.at_least_float32(gradients), scales)
+                gradients = scaled_rows(arithmetic.at_least_float32(gradients), scales)
             uses[k].append(Instantiated(gradients).folded(views))
         gradients = [combined(u) if u else None for u in uses]
         if scales is not None:
@@ -218,15 +221,15 @@ class GhostEngine:
     ) -> _Backward:
         """Losses, and the gradient of each example's own at the outputs."""
         loss, penalties = self.example_loss, forward.capture.penalties
-        losses, of_weights, upstream, updates = backend.map_loss(
+        losses, of_weights, upstream, updates = mapped.map_loss(
             loss.loss_of_outputs, weights, leaves, forward.flat
         )
         of_penalties = [ops.ones_like(p) for p in penalties]
         scales = None
         if loss.scaled:
             sizes = upstream if users is None else users.in_common(upstream, views)
-            scales = backend.loss_scales(sizes, backend.row_count(leaves[0]), views)
-            upstream = [None if g is None else backend.scaled_rows(g, scales) for g in upstream]
+            scales = loss_scales(sizes, arithmetic.row_count(leaves[0]), views)
+            upstream = [None if g is None else scaled_rows(g, scales) for g in upstream]
             of_penalties = [ops.cast(scales, p.dtype) for p in penalties]
         for p in penalties:
             losses = losses + ops.cast(p, losses.dtype)
@@ -257,7 +260,7 @@ class GhostEngine:
         self, leaves: list[Any], weights: list[Any], local: bool
     ) -> list[tuple[float, float]]:
         rows = leaves[0].shape[0]
-        uneven = backend.halving(rows)
+        uneven = ops.convert_to_tensor(_uneven(rows), "float32")
         inside, outside = ([backend.copy_of(w) for w in weights] for _ in range(2))
         with backend.gradient_tape(persistent=True) as tape:
             tape.watch([*inside, *outside])
@@ -265,8 +268,8 @@ class GhostEngine:
         capture = forward.capture
         watched = [t for r in capture.records for t in r.unit.watched]
         if local:
-            targets = [t for r in capture.records for t in r.outputs if backend.is_float(t)]
-            upstream = [backend.made_up_gradient(t, k) for k, t in enumerate(targets)]
+            targets = [t for r in capture.records for t in r.outputs if arithmetic.is_float(t)]
+            upstream = [made_up_gradient(t, k) for k, t in enumerate(targets)]
         else:
             passed = self._backward(leaves, weights, forward)
             reached = [k for k, g in enumerate(passed.upstream) if g is not None]
@@ -277,19 +280,19 @@ class GhostEngine:
         plain = tape.gradient(
             targets,
             [*inside, *outside],
-            output_gradients=[backend.rows_times(g, uneven) for g in upstream],
+            output_gradients=[_rows_times(g, uneven) for g in upstream],
         )
         sources = plain[: len(weights)], plain[len(weights) :]
         if not local:
             self.used_outside = [k for k, g in enumerate(sources[1]) if g is not None]
             for k, gradients in self._outside_gradients(weights, leaves).items():
                 if passed.scales is not None:
-                    gradients = backend.scaled_rows(gradients, passed.scales)
+                    gradients = scaled_rows(gradients, passed.scales)
                 uses[k].append(Instantiated(gradients))
         found = []
         for k, (weight, used) in enumerate(zip(weights, uses, strict=True)):
             wanted = sum(
-                (backend.in_numpy(s[k]) for s in sources if s[k] is not None),
+                (_in_numpy(s[k]) for s in sources if s[k] is not None),
                 np.zeros(weight.shape),
             )
             found.append(_off(combined(used) if used else None, wanted, rows))
@@ -331,7 +334,7 @@ class GhostEngine:
                 return [loss.loss(scope, data, outputs)[0]]
 
         values = [weights[k] for k in chosen]
-        found = backend.map_weight_gradients(one, values, leaves)
+        found = mapped.map_weight_gradients(one, values, leaves)
         return {k: g for k, g in zip(chosen, found, strict=True) if g is not None}
 
     @contextlib.contextmanager
@@ -417,11 +420,28 @@ def _off(gradients: PerExample | None, wanted: np.ndarray, rows: int) -> tuple[f
     if gradients is None:
         size = float(np.linalg.norm(wanted))
         return 0.0, size, size
-    each = [backend.in_numpy(gradients.weighted_sum(backend.one_of(rows, k))) for k in range(rows)]
+    alone = [ops.convert_to_tensor(row) for row in np.eye(rows, dtype="float32")]
+    each = [_in_numpy(gradients.weighted_sum(c)) for c in alone]
     sizes = np.array([np.linalg.norm(g) for g in each])
-    norms = np.sqrt(backend.in_numpy(gradients.squared_norms()))
+    norms = np.sqrt(_in_numpy(gradients.squared_norms()))
     total = float(np.linalg.norm(sizes))
-    uneven = 0.5 ** np.arange(rows)
-    found = sum((w * g for w, g in zip(uneven, each, strict=True)), np.zeros(wanted.shape))
+    found = sum((w * g for w, g in zip(_uneven(rows), each, strict=True)), np.zeros(wanted.shape))
     off = float(np.linalg.norm(norms - sizes)), float(np.linalg.norm(found - wanted))
     return *off, total
+
+
+def _uneven(rows: int) -> np.ndarray:
+    """1, 1/2, 1/4, ..."""
+    return 0.5 ** np.arange(rows)
+
+
+def _rows_times(tensor: Any, factors: Any) -> Any:
+    """A tensor of one row, or as many for each, times each example's factor."""
+    repeated = ops.repeat(factors, tensor.shape[0] // factors.shape[0])
+    column = ops.reshape(repeated, (-1, *(1 for _ in tensor.shape[1:])))
+    return tensor * ops.cast(column, tensor.dtype)
+
+
+def _in_numpy(tensor: Any) -> np.ndarray:
+    """A tensor (not traced), or a gradient, as an array of float64."""
+    return np.asarray(ops.convert_to_numpy(backend.dense(tensor)), "f8")

@@ -12,18 +12,30 @@ whole model over its examples is compared with the loop.
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from keras import ops
 
 from .. import backend, keras_private
 from ..errors import PrivacyError
+from . import mapped
 from .example import ExampleLoss
 from .ghost import GhostEngine, NotPossible, Replanned, named
+from .made_up import disturbed, made_up_like
 
-__all__ = ["Untried", "passed", "require_agreement", "require_right_gradients", "tolerance"]
+__all__ = [
+    "Untried",
+    "all_finite",
+    "passed",
+    "relative_error",
+    "require_agreement",
+    "require_right_gradients",
+    "tolerance",
+]
 
 _ROWS = 3
 # What examples are made up: the size where none is known, and the spread of values.
@@ -55,20 +67,20 @@ def require_agreement(
     rows = max(2, padding)
 
     def plain(made_up: list[Any]) -> list[Any] | None:
-        first_two, real = [t[:2] for t in made_up], backend.first_rows(2, 2)
+        first_two, real = [t[:2] for t in made_up], _first_rows(2, 2)
         try:
-            sums, norms, *_ = backend.loop_engine(example_loss, variables, first_two, real, clipped)
+            sums, norms, *_ = mapped.loop_engine(example_loss, variables, first_two, real, clipped)
         except Exception:
             return None  # made-up values of this kind mean nothing to this model
-        return [*sums, norms] if backend.all_finite([*sums, norms]) else None
+        return [*sums, norms] if all_finite([*sums, norms]) else None
 
     def error() -> float:
         for size, spread in _KINDS:
-            made_up = backend.made_up_like(leaves[:-1], rows, size=size, spread=spread)
+            made_up = made_up_like(leaves[:-1], rows, size=size, spread=spread)
             wanted = plain(made_up)
             if wanted is not None:
-                sums, norms, *_ = run([*made_up, backend.first_rows(rows, 2)])
-                return backend.relative_error([*sums, norms[:2]], wanted)
+                sums, norms, *_ = run([*made_up, _first_rows(rows, 2)])
+                return relative_error([*sums, norms[:2]], wanted)
         raise Untried(
             "it can't be tried: no made-up examples can be run through the model, or none with "
             "finite gradients"
@@ -80,6 +92,27 @@ def require_agreement(
             f"gradients of two made-up examples are off by {off:.1%}, as they are for a layer "
             "that draws random numbers without a keras.random.SeedGenerator"
         )
+
+
+def relative_error(got: Sequence[Any], wanted: Sequence[Any]) -> float:
+    """How far apart two lists of tensors (not traced) are; infinite where one isn't finite."""
+    a, b = (np.concatenate([np.ravel(_in_numpy(t)) for t in ts]) for ts in (got, wanted))
+    error = float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-12))
+    return error if np.isfinite(error) else math.inf
+
+
+def all_finite(tensors: Sequence[Any]) -> bool:
+    """Whether all numbers of some tensors (not traced) are finite."""
+    return all(bool(np.all(np.isfinite(_in_numpy(t)))) for t in tensors)
+
+
+def _in_numpy(tensor: Any) -> np.ndarray:
+    return np.asarray(ops.convert_to_numpy(tensor), "f8")
+
+
+def _first_rows(rows: int, count: int) -> Any:
+    """A mask, (rows,), that is true for the first `count`."""
+    return ops.arange(rows) < count
 
 
 def require_right_gradients(ghost: GhostEngine, leaves: list[Any]) -> None:
@@ -111,7 +144,7 @@ def require_right_gradients(ghost: GhostEngine, leaves: list[Any]) -> None:
 def _try(ghost: GhostEngine, leaves: list[Any], *, together: bool) -> None:
     loss = ghost.example_loss
     # Disturbed, because at initial zeros a fault may not show.
-    weights = backend.disturbed([v.value for v in loss.variables])
+    weights = disturbed([v.value for v in loss.variables])
     reason = "they aren't finite"
     for size, spread in _KINDS:
         try:
@@ -132,8 +165,8 @@ def _try(ghost: GhostEngine, leaves: list[Any], *, together: bool) -> None:
 def _made_up(loss: ExampleLoss, leaves: list[Any], size: int, spread: str) -> list[Any]:
     like, kind = leaves[:-1], {"size": size, "spread": spread}
     if any(None in t.shape[1:] for t in like):
-        like = loss.like_outputs(like, backend.made_up_like(like, 1, **kind))  # type: ignore[arg-type]
-    return loss.with_distinct_seeds(backend.made_up_like(like, _ROWS, **kind))  # type: ignore[arg-type]
+        like = loss.like_outputs(like, made_up_like(like, 1, **kind))  # type: ignore[arg-type]
+    return loss.with_distinct_seeds(made_up_like(like, _ROWS, **kind))  # type: ignore[arg-type]
 
 
 def _require_small(

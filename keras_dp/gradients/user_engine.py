@@ -9,11 +9,13 @@ import numpy as np
 from keras import ops
 
 from .. import backend
-from . import trial
+from . import mapped, trial
 from .engine import Engine, EngineOptions, Run
 from .example import Batch, ExampleLoss, Outcome
+from .forms import Instantiated, clipped_sums
 from .ghost import GhostEngine
-from .per_example import Instantiated, clipped_sums
+from .made_up import made_up_like
+from .mapped_users import chunked_sum_of_users, loop_engine_of_users, plain_gradients
 from .users import Users
 
 __all__ = ["UserEngine"]
@@ -92,11 +94,9 @@ class UserEngine(Engine):
 
         def run(leaves: list[Any]) -> Any:
             data, users, real = self._split(leaves)
-            if engine is backend.loop_engine:
+            if engine is mapped.loop_engine:
                 whose = (users.of_rows, users.counts, real)
-                return backend.loop_engine_of_users(
-                    self._one, variables, data, *whose, self._clipped
-                )
+                return loop_engine_of_users(self._one, variables, data, *whose, self._clipped)
 
             def clipped(gradients: list[Any], real: Any) -> tuple[list[Any], Any]:
                 forms = users.means([Instantiated(g) for g in gradients])
@@ -126,12 +126,10 @@ class UserEngine(Engine):
             present = np.arange(self._most) < np.array(seen)[:, np.newaxis]
             users, real = Users.padded(present, rows, self.padding)
             for size, spread in _MADE_UP:
-                made_up = backend.made_up_like(leaves[:-3], rows, size=size, spread=spread)
+                made_up = made_up_like(leaves[:-3], rows, size=size, spread=spread)
                 try:
-                    gradients, _ = backend.loop_gradients(
-                        self._one,
-                        [ops.convert_to_tensor(v.value) for v in self.example_loss.variables],
-                        [t[: sum(seen)] for t in made_up],
+                    gradients = plain_gradients(
+                        self._one, self.example_loss.variables, [t[: sum(seen)] for t in made_up]
                     )
                 except Exception:
                     continue  # made-up values of this kind mean nothing to this model
@@ -141,9 +139,9 @@ class UserEngine(Engine):
                 ]
                 forms = [ops.convert_to_tensor(g, "float32") for g in means]
                 sums, norms = self._clipped(forms, real[:2])
-                if backend.all_finite([*sums, norms]):
+                if trial.all_finite([*sums, norms]):
                     got, of_people, *_ = run([*made_up, users.of_rows, users.counts, real])
-                    return backend.relative_error([*got, of_people[:2]], [*sums, norms])
+                    return trial.relative_error([*got, of_people[:2]], [*sums, norms])
             raise trial.Untried(
                 "it can't be tried: no made-up examples can be run through the model, or none "
                 "with finite gradients"
@@ -161,4 +159,4 @@ class UserEngine(Engine):
         if size is None:
             return chunk
         each, fixed = max(size // most, 1), self._fixed
-        return lambda leaves: backend.chunked_sum_of_users(chunk, leaves, each, most, fixed=fixed)
+        return lambda leaves: chunked_sum_of_users(chunk, leaves, each, most, fixed=fixed)

@@ -16,8 +16,8 @@ from typing import Any
 
 from keras import ops
 
-from .. import backend
-from .per_example import (
+from .. import arithmetic, backend
+from .forms import (
     Instantiated,
     OuterProducts,
     PerExample,
@@ -25,7 +25,7 @@ from .per_example import (
     Scaled,
     Squares,
     TakenApart,
-    _Tied,
+    Tied,
     pairs,
     squares_of_pairs,
 )
@@ -127,7 +127,7 @@ class Users(TakenApart):
     def in_common(self, gradients: Sequence[Any], views: int) -> list[Any]:
         """For each row the largest gradient at any of its person's outputs, (rows, 1).
 
-        What `backend.loss_scales` finds of them is one scale for all of somebody's rows.
+        What `loss_scales` finds of them is one scale for all of somebody's rows.
         """
         largest: Any = None
         for g in gradients:
@@ -160,7 +160,7 @@ class Users(TakenApart):
             few = positions is not None and d * p > self.most * positions * (d + p)
             if few and len(left.shape) == 3:
                 return _PairsOfRows(rows, self)
-        if isinstance(rows, (OuterProducts, Rows, _Tied)):
+        if isinstance(rows, (OuterProducts, Rows, Tied)):
             return _MeanOfRows(rows, self)
         return _Mean(Instantiated(self.total(rows.instantiate())), self)
 
@@ -246,7 +246,7 @@ class _PairsOfRows(_MeanOfRows):
         both = ops.logical_and(ops.expand_dims(there, 1), ops.expand_dims(there, 2))
         found = []
         for factor in self.rows.factors():
-            placed = self.users.in_any_places(backend.at_least_float32(factor))
+            placed = self.users.in_any_places(arithmetic.at_least_float32(factor))
             size = self.users.most * positions
             of_pairs, off = pairs(ops.reshape(placed, (-1, size, factor.shape[-1])))
             found.append((ops.where(both, of_pairs, ops.zeros_like(of_pairs)), off))
@@ -256,9 +256,9 @@ class _PairsOfRows(_MeanOfRows):
 
 def _together(rows: PerExample, users: Users) -> PerExample:
     """The sums over each person's rows, these as positions of one example."""
-    if isinstance(rows, _Tied):
+    if isinstance(rows, Tied):
         looked_up, products = (_together(p, users) for p in (rows.rows_part, rows.products_part))
-        return _Tied(looked_up, products)  # type: ignore[arg-type]
+        return Tied(looked_up, products)  # type: ignore[arg-type]
     if isinstance(rows, OuterProducts):
         factors = [users.in_places(t) for t in rows.factors()]
         return OuterProducts(*factors, shape=rows.shape, order=rows.order).folded(users.most)

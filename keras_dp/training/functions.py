@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from .. import backend, keras_private
+from .. import arithmetic, backend, keras_private
 from ..errors import PrivacyError
 from ..gradients import Batch, Outcome
 from .given import name_of
@@ -76,7 +76,7 @@ class FunctionLoss:
     def outcome(self, result: tuple[list[Any], Any, Any, list[Any]]) -> Outcome:
         """An engine's result by name."""
         sums, norms, losses, _ = result
-        return Outcome(sums, backend.total_norms(norms), norms, losses, None, [])
+        return Outcome(sums, arithmetic.total_norms(norms), norms, losses, None, [])
 
     def require_reached(self, leaves: list[Any]) -> None:
         """Traces it once, to see whether each variable takes part.

@@ -10,7 +10,7 @@ from typing import Any
 
 from keras import ops, tree
 
-from .. import arguments, backend, lineage
+from .. import arguments, arithmetic, backend, lineage
 from ..errors import PrivacyError
 from ..gradients import Batch, Engine, EngineOptions
 from ..sampling import UNKNOWN, Sampling
@@ -55,14 +55,16 @@ def clipped_sums(
     engine = Engine(example_loss, clip, options)  # type: ignore[arg-type]
     leaves, real = backend.pad_examples(batch.leaves(), engine.padding)
     views = options.views
-    seeds = backend.per_example_seeds(example_loss.seed_states, backend.row_count(leaves[0]), views)
+    seeds = backend.per_example_seeds(
+        example_loss.seed_states, arithmetic.row_count(leaves[0]), views
+    )
     if not options.eagerly:
         one_view = [s if views == 1 else s[:, 0] for s in seeds]
         example_loss.require_reached([*leaves, *one_view])
     outcome = engine(batch.with_leaves(leaves), real, seeds)
-    rows = backend.row_count(batch.leaves()[0])
+    rows = arithmetic.row_count(batch.leaves()[0])
     clipped = Clipped(variables, outcome.sums, outcome.norms, real, rows)
-    return clipped, backend.mean_over(outcome.losses, real), engine.name
+    return clipped, arithmetic.mean_over(outcome.losses, real), engine.name
 
 
 class TracedSteps:
@@ -213,7 +215,7 @@ class OwnLoop:
         variables = as_variables(variables)
         drawn = sampling_of(sampling)
         examples, inside = as_batch(batch), as_models(models)
-        rows = backend.row_count(examples.leaves()[0])
+        rows = arithmetic.row_count(examples.leaves()[0])
         require_by_itself(loss_fn, batch)
         traced = backend.current_graph() is not None
         if traced and sampling is not None:

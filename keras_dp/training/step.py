@@ -11,10 +11,19 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from .. import backend, keras_private
+from .. import arithmetic, backend, keras_private
 from ..compatibility import require_trainable_privately
 from ..errors import PrivacyError
-from ..gradients import Batch, Engine, EngineOptions, ExampleLoss, Outcome, UserEngine, Users
+from ..gradients import (
+    Batch,
+    Engine,
+    EngineOptions,
+    ExampleLoss,
+    Outcome,
+    UserEngine,
+    Users,
+    mapped,
+)
 from ..sampling import RowsOfUsers, Sampling
 from .mechanism import Clipped, Mechanism, StepValues
 from .meter import Meter
@@ -71,7 +80,7 @@ def private_train_step(
     batch, present = _whose(Batch(*keras.utils.unpack_x_y_sample_weight(data)))
     _require_same_unit(meter, present)
     batch = batch.with_leaves(backend.as_tensors(batch.leaves()))
-    rows = backend.row_count(batch.leaves()[0])
+    rows = arithmetic.row_count(batch.leaves()[0])
     example_loss = _prepare(parts, model, batch)
     variables = example_loss.variables
 
@@ -90,8 +99,9 @@ def private_train_step(
     else:
         engine = UserEngine(example_loss, clip, options, most=present.shape[1])
         padded, real, seeds = _padded(example_loss, batch, engine.padding, options.views)
-        users, units = Users.padded(present, backend.row_count(seeds[0]), engine.padding)
-        outcome, number = engine.of_users(padded, users, units, seeds), backend.row_count(present)
+        users, units = Users.padded(present, arithmetic.row_count(seeds[0]), engine.padding)
+        outcome = engine.of_users(padded, users, units, seeds)
+        number = arithmetic.row_count(present)
     found = Clipped(
         variables, outcome.sums, outcome.norms, units, number, outcome.norms_by_variable
     )
@@ -137,7 +147,7 @@ def _padded(
 ) -> tuple[Batch, Any, list[Any]]:
     """The batch with rows added, which of them are real, and seeds for each."""
     leaves, real = backend.pad_examples(batch.leaves(), multiple)
-    rows = backend.row_count(leaves[0])
+    rows = arithmetic.row_count(leaves[0])
     seeds = backend.per_example_seeds(example_loss.seed_states, rows, views)
     return batch.with_leaves(leaves), real, seeds
 
@@ -246,7 +256,7 @@ def regularizer_gradients(variables: list[Any]) -> list[Any] | None:
     """The gradient of the weight regularizers, which involve no data; `None` without any."""
     if all(v.regularizer is None for v in variables):
         return None
-    return backend.shared_gradient(lambda: _regularization(variables), variables)
+    return mapped.shared_gradient(lambda: _regularization(variables), variables)
 
 
 def _regularization(variables: list[Any]) -> Any:
@@ -306,7 +316,7 @@ def _updated(
         PrivacyError: If computing them assigns to a variable of anything but a metric.
     """
     by_engine = {id(v) for v, _ in outcome.metric_updates}
-    loss = backend.mean_over(outcome.losses, real)
+    loss = arithmetic.mean_over(outcome.losses, real)
     loss = loss + ops.cast(penalty, loss.dtype)
     tracker = keras_private.loss_tracker_of(model)
     with keras.StatelessScope() as scope:

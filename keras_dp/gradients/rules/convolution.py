@@ -15,8 +15,8 @@ from typing import Any
 
 from keras import layers, ops
 
-from ... import backend
-from ..per_example import (
+from ... import arithmetic, backend
+from ..forms import (
     Instantiated,
     OuterProducts,
     PerExample,
@@ -156,7 +156,7 @@ def _channels_last(layer: Any, tensor: Any) -> Any:
 
 def _depthwise_gradients(layer: Any, x: Any, g: Any) -> PerExample:
     """(B, *kernel, C, m), from (B, *space, C) and (B, *space', C m)."""
-    x, g = backend.at_least_float32(x), backend.at_least_float32(g)
+    x, g = arithmetic.at_least_float32(x), arithmetic.at_least_float32(g)
     kernel, strides, dilation = layer.kernel_size, layer.strides, layer.dilation_rate
     known, both = None not in x.shape[1:-1], max(strides) > 1 and max(dilation) > 1
     if not both and (math.prod(kernel) <= 16 or not known):
@@ -229,7 +229,7 @@ class Filters(PerExample):
         self.settings = settings
 
     def _exact(self) -> tuple[Any, Any]:
-        return backend.at_least_float32(self.x), backend.at_least_float32(self.g)
+        return arithmetic.at_least_float32(self.x), arithmetic.at_least_float32(self.g)
 
     @functools.cached_property
     def _written_out(self) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from keras import layers, ops
 
 from ... import backend
-from ..per_example import OuterProducts, PerExample
+from ..forms import OuterProducts, PerExample
 from .registry import NoRule, Unit, register_rule, summed_like
 
 

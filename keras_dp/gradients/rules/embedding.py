@@ -12,7 +12,7 @@ from typing import Any
 
 from keras import layers, ops
 
-from ..per_example import OuterProducts, Rows
+from ..forms import OuterProducts, Rows
 from .dense import LowRank, positions_of
 from .registry import Unit, register_rule
 

@@ -15,7 +15,8 @@ import keras
 from keras import ops, tree
 
 from ... import backend, keras_private
-from ..per_example import Instantiated
+from ..forms import Instantiated
+from ..mapped import map_examples, map_weight_gradients
 from .registry import Unit
 
 __all__ = ["alone", "vectorized", "vectorized_function"]
@@ -67,7 +68,7 @@ def vectorized_function(
             return [function(*(ops.expand_dims(t, 0) for t in leaves))[0]]
 
     def gradients(upstream: Any) -> list[tuple[Any, Any]]:
-        found = backend.map_weight_gradients(one, values, list(tensors), [upstream])
+        found = map_weight_gradients(one, values, list(tensors), [upstream])
         pairs = zip(unit.variables, found, strict=True)
         return [(v, Instantiated(g)) for v, g in pairs if g is not None]
 
@@ -95,7 +96,7 @@ def alone(
         penalty = [ops.sum(sum(ops.sum(x) for x in losses))] if losses else []
         return [*found, *penalty]
 
-    results = backend.map_examples(one, examples.weights, leaves)
+    results = map_examples(one, examples.weights, leaves)
     made, length = structure
     results = [unit.watch(t) if _is_float(t) else t for t in results]
     outputs, penalties = results[:length], results[length:]
@@ -116,7 +117,7 @@ def _weight_gradients(
     variables = examples.unit.variables
     if not variables:
         return []
-    found = backend.map_weight_gradients(one, examples.weights, leaves, upstream)
+    found = map_weight_gradients(one, examples.weights, leaves, upstream)
     pairs = zip(variables, found, strict=True)
     return [(v, Instantiated(g)) for v, g in pairs if g is not None]
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from keras import layers, ops
 
-from ..per_example import OuterProducts
+from ..forms import OuterProducts
 from .registry import NoRule, Unit, double_of, register_rule
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from ..per_example import PerExample
+from ..forms import PerExample
 
 __all__ = ["NoRule", "Rule", "Unit", "register_rule", "rule_for"]
 

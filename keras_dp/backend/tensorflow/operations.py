@@ -17,7 +17,18 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.framework import func_graph
 
-from ..errors import PrivacyError
+from ...errors import PrivacyError
+
+__all__ = [
+    "AsGraph",
+    "assertions_without_values",
+    "current_graph",
+    "graphs_of",
+    "keep_until_owner_goes",
+    "operation_count",
+    "require_nothing_kept",
+    "traced",
+]
 
 Called = tuple[str, ...]  # the names of the operations that call a function, outermost first
 

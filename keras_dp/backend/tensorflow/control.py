@@ -1,0 +1,113 @@
+"""Control flow on tensors, and what is run when."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tensorflow as tf
+
+from .operations import concrete_of
+from .types import Tensor
+
+__all__ = [
+    "apart",
+    "branch",
+    "once_traced",
+    "outside_graph",
+    "require",
+    "seldom",
+    "wait_for",
+    "without_autograph",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outside_graph() -> contextlib.AbstractContextManager[None]:
+    """Lifts what is done inside out of any graph that is being traced."""
+    return tf.init_scope()
+
+
+def apart(compute: Callable[[], Any]) -> Any:
+    """Runs operations at once, while this thread is tracing a graph.
+
+    In a thread of its own, because `tf.init_scope` keeps gradient tapes from recording.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(compute).result()
+
+
+def branch(condition: Tensor, on_true: Callable[[], Any], on_false: Callable[[], Any]) -> Any:
+    """`on_true()` or `on_false()`, decided when the step runs."""
+    known = tf.get_static_value(condition)
+    if known is not None:
+        return on_true() if known else on_false()
+    return tf.cond(condition, on_true, on_false)
+
+
+def once_traced(function: Callable[[list[Tensor]], list[Tensor]]) -> Any:
+    """The function, traced once while a graph is traced, and then called; as it is, elsewhere.
+
+    What was traced belongs to that graph alone.
+    """
+    if tf.executing_eagerly() or hasattr(function, "get_concrete_function"):
+        return function
+    return _Once(function)
+
+
+class _Once:
+    def __init__(self, function: Callable[[list[Tensor]], list[Tensor]]) -> None:
+        self._traced = tf.function(function, autograph=False)
+        self._concrete: Any = None
+
+    get_concrete_function = None
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        if self._concrete is None:
+            signature = [tf.TensorSpec(t.shape, t.dtype) for t in tensors]
+            self._concrete = concrete_of(self._traced, signature)
+        return list(self._concrete(tensors))
+
+
+def seldom(function: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """What a function returns, kept apart from the graph around it: it is hardly ever run.
+
+    TensorFlow optimizes and prepares it when it runs for the first time.
+    """
+    if tf.executing_eagerly():
+        return function()
+    traced = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+    return list(concrete_of(traced)())
+
+
+def without_autograph(function: Function) -> Function:
+    """The function, which a `tf.function` around it is to take as it is written."""
+    return tf.autograph.experimental.do_not_convert(function)
+
+
+def wait_for(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Makes what is done inside run only after `tensors` are there.
+
+    At the end of an epoch of unknown length TensorFlow still runs the parts of
+    a step that don't depend on its data; this makes a part depend on them.
+    """
+    # A control edge from a function's call is lost when the call is inlined; one from an
+    # operation that reads what the function returned is not.
+    read = [tf.reshape(t, [-1])[:1] for t in tensors]
+    return tf.control_dependencies(read)
+
+
+def require(condition: Tensor, flag: Tensor, message: str) -> Tensor:
+    """The flag, if a condition holds; else it stops the step with a message.
+
+    Where XLA compiles all of a step it leaves the message out; the flag is false then.
+
+    Raises:
+        tf.errors.InvalidArgumentError: When the step runs, if the condition is false.
+    """
+    found = tf.debugging.Assert(condition, [message])
+    with tf.control_dependencies([] if found is None else [found]):
+        return tf.logical_and(flag, condition)

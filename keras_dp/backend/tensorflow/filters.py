@@ -1,0 +1,170 @@
+"""Every example's gradient of the filters of a convolution, by one convolution."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from .compiling import is_for_xla
+from .control import apart
+from .mapping import map_rows
+from .types import Tensor
+
+__all__ = ["depthwise_filter_gradients", "filter_gradients"]
+
+
+def filter_gradients(
+    x: Tensor,
+    g: Tensor,
+    shape: Sequence[int],
+    strides: Any,
+    padding: str,
+    dilation: Any,
+    groups: int,
+) -> Tensor:
+    """Each example's gradient of a convolution's filters: (*kernel, channels, B, filters).
+
+    In one or two dimensions it is one gradient, of a convolution that has the
+    examples folded into its channels, a group of them each.
+
+    Args:
+        x: Inputs, (B, *space, channels).
+        g: The gradient at the outputs, (B, *space', filters).
+        shape: Of the filters, (*kernel, channels / groups, filters).
+        strides, padding, dilation, groups: Of the convolution.
+    """
+    del groups  # the shapes tell
+    if x.shape.rank > 4 or not _folded_filter_gradients_work():
+
+        def one(parts: list[Tensor]) -> Tensor:
+            filters, alone, upstream = parts
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(filters)
+                found = keras.ops.conv(
+                    alone[tf.newaxis], filters, strides, padding, "channels_last", dilation
+                )[0]
+            return tape.gradient(found, filters, output_gradients=upstream)
+
+        filters = tf.zeros([tf.shape(x)[0], *shape], x.dtype)
+        found = map_rows(one, [filters, x, g])
+        rank = len(shape) + 1
+        return tf.transpose(found, (*range(1, rank - 1), 0, rank - 1))
+    x, g, scale = _of_like_size(x, g)
+    if x.shape.rank == 3:
+        x, g = x[:, tf.newaxis], g[:, tf.newaxis]
+        strides, dilation = (1, *strides), (1, *dilation)
+    rows = tf.shape(x)[0]
+    kernel = shape[:-2] if len(shape) == 4 else (1, *shape[:-2])
+    found = tf.raw_ops.Conv2DBackpropFilter(
+        input=_examples_as_channels(x),
+        filter_sizes=tf.stack([*kernel, shape[-2], rows * shape[-1]]),
+        out_backprop=_examples_as_channels(g),
+        strides=[1, *strides, 1],
+        padding=padding.upper(),
+        dilations=[1, *dilation, 1],
+    )
+    found = tf.reshape(found, [*shape[:-1], rows, shape[-1]])
+    return found if scale is None else found * scale[:, tf.newaxis]
+
+
+def _of_like_size(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Any]:
+    """For XLA: every example of x and g scaled to 1 at most, and what scales their product back.
+
+    XLA may compute a convolution in groups as one over all channels, with zeros
+    between the groups. Then 0 times a number that isn't finite would spoil every
+    other example. One that isn't finite, or might overflow, becomes zeros here,
+    and its product not a number.
+    """
+    if not is_for_xla():
+        return x, g, None
+    sizes = [tf.reduce_max(tf.abs(t), axis=tuple(range(1, t.shape.rank))) for t in (x, g)]
+    scale = sizes[0] * sizes[1]
+    fine = tf.math.is_finite(scale)
+    scaled = []
+    for t, size in zip((x, g), sizes, strict=True):
+        column = [-1, *(1 for _ in t.shape[1:])]
+        divided = tf.math.divide_no_nan(t, tf.reshape(size, column))
+        scaled.append(tf.where(tf.reshape(fine, column), divided, tf.zeros_like(t)))
+    return scaled[0], scaled[1], tf.where(fine, scale, tf.fill(tf.shape(scale), math.nan))
+
+
+def _examples_as_channels(tensor: Tensor) -> Tensor:
+    """(B, H, W, C) as (1, H, W, B C)."""
+    size = tf.shape(tensor)
+    spread = tf.reshape(
+        tf.transpose(tensor, (1, 2, 0, 3)), [1, size[1], size[2], size[0] * tensor.shape[-1]]
+    )
+    spread.set_shape([1, *tensor.shape[1:3], None])
+    return spread
+
+
+@functools.cache
+def _folded_filter_gradients_work() -> bool:
+    """Whether this build has gradients of convolutions in groups: not without oneDNN."""
+
+    def attempt() -> bool:
+        random = tf.random.stateless_normal([2, 5, 5, 3], [1, 2])
+        try:
+            found = tf.raw_ops.Conv2DBackpropFilter(
+                input=_examples_as_channels(random),
+                filter_sizes=[3, 3, 3, 4],
+                out_backprop=_examples_as_channels(random[:, 1:4, 1:4, :2]),
+                strides=[1, 1, 1, 1],
+                padding="VALID",
+            )
+        except tf.errors.OpError:
+            return False
+        wanted = tf.raw_ops.Conv2DBackpropFilter(
+            input=random[:1],
+            filter_sizes=[3, 3, 3, 2],
+            out_backprop=random[:1, 1:4, 1:4, :2],
+            strides=[1, 1, 1, 1],
+            padding="VALID",
+        )
+        return bool(tf.reduce_all(tf.abs(found[..., :2] - wanted) < 1e-4))
+
+    return apart(attempt)
+
+
+def depthwise_filter_gradients(
+    x: Tensor, g: Tensor, kernel: Any, strides: Any, padding: str, dilation: Any
+) -> Tensor:
+    """Each example's gradient of a depthwise convolution's filters: (B, *kernel, C, m).
+
+    One gradient, with the examples folded into the channels.
+
+    Args:
+        x: Inputs, (B, *space, C).
+        g: The gradient at the outputs, (B, *space', C m).
+        kernel, strides, padding, dilation: Of the convolution.
+    """
+    channels, multiplier = x.shape[-1], g.shape[-1] // x.shape[-1]
+    x, g, scale = _of_like_size(x, g)
+    if x.shape.rank == 3:
+        x, g = x[:, tf.newaxis], g[:, tf.newaxis]
+        # The kernel has but one row: its stride is that of the columns, as it must be.
+        full, strides, dilation = (1, *kernel), (strides[0], *strides), (1, *dilation)
+    else:
+        full = kernel
+    # A dilated filter is a longer one of which every d-th place counts; TensorFlow's own way to
+    # it must know the number of examples.
+    longer = [(k - 1) * d + 1 for k, d in zip(full, dilation, strict=True)]
+    rows = tf.shape(x)[0]
+    filters = tf.zeros([*longer, rows * channels, multiplier], x.dtype)
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(filters)
+        outputs = tf.nn.depthwise_conv2d(
+            _examples_as_channels(x), filters, (1, *strides, 1), padding.upper()
+        )
+    found = tape.gradient(outputs, filters, output_gradients=_examples_as_channels(g))
+    found = found[:: dilation[0], :: dilation[1]]
+    found = tf.reshape(found, [math.prod(kernel), rows, channels, multiplier])
+    found = tf.transpose(found, (1, 0, 2, 3))
+    if scale is not None:
+        found = found * tf.reshape(scale, [-1, 1, 1, 1])
+    return tf.reshape(found, [rows, *kernel, channels, multiplier])

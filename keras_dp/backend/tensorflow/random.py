@@ -1,0 +1,83 @@
+"""Noise with a key of its own, and a seed for every example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from .types import Tensor
+
+__all__ = ["NoiseGenerator", "call_numpy", "fixed_normal", "per_example_seeds"]
+
+
+class NoiseGenerator:
+    """Gaussian noise from a counter-based generator (Philox) with a key of our own.
+
+    The state is 192 bits: it is independent of every global seed, it never
+    repeats while a key is in use, and it is kept out of everything that saves.
+    """
+
+    STATE_WORDS = 3
+
+    def __init__(self, state: np.ndarray) -> None:
+        with tf.init_scope():
+            self._generator = tf.random.Generator.from_state(state, alg="philox")
+
+    def rekey(self, state: np.ndarray) -> None:
+        with tf.init_scope():
+            self._generator.reset(tf.constant(state, dtype=tf.int64))
+
+    def normal(self, shape: Sequence[int], dtype: Any, stddev: Tensor) -> Tensor:
+        stddev = tf.cast(stddev, dtype)
+        return self._generator.normal(tf.TensorShape(shape), dtype=dtype) * stddev
+
+
+def call_numpy(
+    function: Callable[..., list[np.ndarray]], inputs: Sequence[Any], like: Sequence[Tensor]
+) -> list[Tensor]:
+    """What `function` makes of arrays, every time the step runs; types and shapes as `like`.
+
+    It runs in Python, on the CPU. XLA has no such operation and stops with an
+    error that names it, so that what is done inside can't be left out.
+    """
+    dtypes = [t.dtype for t in like]
+    found = tf.numpy_function(
+        function, list(inputs), dtypes, name="keras_dp_runs_in_python_not_in_XLA"
+    )
+    results = tf.nest.flatten(found)  # one result alone comes without a list
+    for result, tensor in zip(results, like, strict=True):
+        result.set_shape(tensor.shape)
+    return results
+
+
+def per_example_seeds(states: Sequence[Any], rows: Tensor, views: int = 1) -> list[Tensor]:
+    """A seed of its own for every example, from each Keras seed generator's state.
+
+    Advances each generator once, so that no two steps use the same seeds.
+
+    Returns:
+        For each state (rows, 2), or (rows, views, 2) for several views of each.
+    """
+    shape = [rows, 2] if views == 1 else [rows, views, 2]
+    seeds = []
+    for state in states:
+        value = tf.convert_to_tensor(state.value)
+        seed = tf.bitcast(tf.cast(value, tf.uint32), tf.int32)
+        seeds.append(
+            tf.cast(
+                tf.random.stateless_uniform(
+                    shape, seed=seed, minval=None, maxval=None, dtype=tf.uint32
+                ),
+                value.dtype,
+            )
+        )
+        state.assign(value + tf.constant([0, 1], dtype=value.dtype))
+    return seeds
+
+
+def fixed_normal(shape: Sequence[int], seed: tuple[int, int], dtype: Any) -> Tensor:
+    """Normal numbers, always the same for a seed."""
+    return tf.random.stateless_normal(shape, seed, dtype=dtype)

@@ -1,0 +1,100 @@
+"""Clipped sums of gradients in any form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from keras import ops
+
+from ... import arithmetic, backend
+from .alike import OnceForEachKind
+from .form import PerExample, column_like
+from .squares import Squares
+
+# An example is never clipped more than this harder than its computed norm asks for, if float64
+# can help it.
+_HARDER = 5e-4
+
+
+def clipped_sums(
+    gradients: Sequence[PerExample | None],
+    variables: Sequence[Any],
+    clip: Callable[[Any], Any],
+    real: Any,
+    *,
+    views: int = 1,
+) -> tuple[list[Any], Any]:
+    """`sum_i c_i G_i` of each weight, and norms.
+
+    Formal guarantee: of every example, whatever its numbers, what is added to the
+    sums is at most what `clip` allows for its norms, up to a few roundings of 2^-24,
+    because the norms that `clip` is given are at least those of what is added
+    (`Squares`). What is not promised is how the sum itself rounds when other
+    examples are added to it.
+
+    Where an example would be clipped harder than its computed norms ask for, by
+    more than 5e-4, because too little is known of its norm, everything is
+    computed in float64; what float64 can't tell is clipped harder. A gradient that
+    isn't finite adds nothing.
+
+    Args:
+        gradients: Of each weight, B rows each, or `None` where no loss reaches it.
+        variables: The weights.
+        clip: Clip weights, (B,) or (B, weights), from norms, (B, weights).
+        real: Mask, (B,); rows where it is false add nothing.
+        views: How many gradients were added up for each example, which has their mean.
+
+    Returns:
+        The sums, and norms as computed, (B, weights).
+    """
+    found = [g for g in gradients if g is not None]
+    dtype = "float64" if any(g.dtype == "float64" for g in found) else "float32"
+
+    once = OnceForEachKind(found)
+
+    def norms_of(forms: Sequence[PerExample]) -> tuple[Any, Any]:
+        """As computed, and the most that they may be."""
+        squares = iter([once.squares(g) for g in forms])
+        every = [None if g is None else next(squares) for g in gradients]
+        computed, most = Squares.columns(every, real)
+        return arithmetic.norms_in(computed, dtype) / views, arithmetic.norms_in(
+            most, dtype
+        ) / views
+
+    def weights_for(norms: Any) -> Any:
+        return arithmetic.masked(clip(norms), real) / views
+
+    def sums_of(forms: Sequence[PerExample], clip_weights: Any) -> list[Any]:
+        remaining = iter(forms)
+        return [
+            arithmetic.no_gradient_of(v)
+            if g is None
+            else ops.cast(
+                once.weighted_sum(next(remaining), arithmetic.column(clip_weights, k)), g.dtype
+            )
+            for k, (g, v) in enumerate(zip(gradients, variables, strict=True))
+        ]
+
+    def in_float64() -> list[Any]:
+        forms = [g.in_float64() for g in found]
+        computed, most = norms_of(forms)
+        # 0 times what isn't finite isn't 0: empty those examples.
+        bad = ops.logical_not(ops.isfinite(arithmetic.total_norms(most)))
+        forms = [g.with_tensors(g.emptied(bad)) for g in forms]
+        clip_weights = ops.cast(weights_for(most), "float64")
+        return [*sums_of(forms, clip_weights), computed]
+
+    computed, most = norms_of(found)
+    rows = ops.shape(real)[0]
+    both = clip(ops.concatenate([most, computed], axis=0))
+    clip_weights = arithmetic.masked(both[:rows], real) / views
+    known = both[:rows] >= (1 - _HARDER) * both[rows:]
+    known = ops.logical_or(known, ops.logical_not(column_like(real, known)))
+    fine = ops.logical_and(ops.all(ops.isfinite(arithmetic.total_norms(most))), ops.all(known))
+    *sums, norms = backend.branch(
+        fine,
+        lambda: [*sums_of(found, clip_weights), backend.copy_of(computed)],
+        lambda: backend.seldom(in_float64),
+    )
+    return sums, norms
