@@ -10,8 +10,6 @@ from keras import layers
 import keras_dp
 from keras_dp.gradients import trial
 from keras_dp.gradients.rules.registry import Unit
-from keras_dp.sampling import PoissonDataset
-from keras_dp.training import Budget, Meter, Phase
 
 pytestmark = pytest.mark.filterwarnings("ignore::keras_dp.PrivacyWarning")
 
@@ -106,60 +104,3 @@ def test_steps_per_epoch_is_explained_as_what_it_is():
     x, y = tiny.data(8)
     with pytest.raises(ValueError, match="how many steps are an epoch"):
         model.fit(x, y, steps_per_epoch=0)
-
-
-# -- the meter by itself, as plain code -----------------------------------------------------------
-
-
-def meter(**options):
-    return Meter(1.0, 1.0, clipping="flat", seeded=False, **options)
-
-
-POISSON = PoissonDataset(np.zeros((40, 1)), batch_size=10).sampling
-
-
-def steps(one, count):
-    for _ in range(count):
-        one.spend(lambda now: tf.zeros(()), lambda: tf.zeros(()), after=[])
-
-
-def test_a_phase_of_a_loop_is_over_when_a_fit_begins():
-    """The number of its steps outlived it, and schedules in graphs then ran out of values."""
-    one = meter()
-    one.begin(Phase("loop", POISSON, 10), iteration=0)
-    steps(one, 3)
-    one.begin(Phase("fit", POISSON, 4), iteration=3)
-    assert (one.phase.kind, one.phase.steps) == ("fit", 4)
-    steps(one, 4)
-    one.end(iteration=7)
-    assert (one.phase.kind, one.phase.steps) == ("batches", None)
-    assert [(r.sampler, r.steps) for r in one.ledger if r.steps] == [("poisson", 7)]
-
-
-def test_a_meter_stops_at_its_limit_and_counts_no_further():
-    one = meter()
-    one.begin(Phase("fit", POISSON, 50), iteration=0)
-    allowed = one.limit(Budget(6.0, 1e-5), 50)
-    assert 0 < allowed < 50
-    steps(one, allowed + 5)
-    assert one.releases == allowed == one.ledger.steps and one.limit_reached
-    with pytest.raises(keras_dp.PrivacyBudgetExceeded):
-        one.require_left()
-
-
-def test_a_meter_is_held_to_every_budget():
-    for order in ((9.0, 6.0), (6.0, 9.0)):
-        one = meter()
-        one.begin(Phase("fit", POISSON, 50), iteration=0)
-        allowed = min(one.limit(Budget(e, 1e-5), 50) for e in order)
-        steps(one, 50)
-        assert one.releases == allowed
-
-
-def test_a_target_is_for_the_planned_steps():
-    one = Meter(None, 1.0, clipping="flat", seeded=False, target=Budget(3.0, 1e-5))
-    one.begin(Phase("fit", POISSON, 12), iteration=0)
-    steps(one, 20)
-    one.end(iteration=12)
-    steps(one, 3)
-    assert one.releases == 12
