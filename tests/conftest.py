@@ -1,13 +1,82 @@
-"""What every test starts from."""
+"""What every test starts from, and which cases of a product of settings run every time."""
 
+from __future__ import annotations
+
+import cases
 import keras
 import pytest
+import tensorflow as tf
 
 # Layers that a test module makes while it is imported choose their weights there.
 keras.utils.set_random_seed(0)
+
+# Where numbers are compared, TensorFlow rewrites graphs as it does for users.
+# Elsewhere it runs them as they are, which takes a quarter less time.
+AS_FOR_USERS = {
+    "test_engines",
+    "test_floating_point",
+    "test_ghost",
+    "test_layers",
+    "test_models",
+    "test_mutants",
+    "test_noise",
+    "test_record_and_replay",
+    "test_rules",
+    "test_saturated",
+    "test_users",
+}
+
+
+def pytest_configure(config):
+    cases.everything = not config.option.markexpr
 
 
 @pytest.fixture(autouse=True)
 def same_weights_every_time():
     """The same initial weights and dropout masks in every run; never the noise."""
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def graphs_as_they_are(request):
+    as_they_are = request.module.__name__ not in AS_FOR_USERS
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": as_they_are})
+
+
+def settings_of(item):
+    """For each parameter of a test (or set of them that is listed together), its value's id."""
+    found = {}
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0] if mark.args else mark.kwargs["argnames"]
+        names = names.replace(" ", "").split(",") if isinstance(names, str) else names
+        found[tuple(names)] = tuple(id(item.callspec.params.get(name)) for name in names)
+    return found
+
+
+def each_value_once(cases):
+    """Of a product of parameters, the places of as few cases as hold every value of each."""
+    left, kept, known = dict(enumerate(cases)), [], set()
+    while left:
+        best = max(left, key=lambda k: (len(set(left[k].items()) - known), -k))
+        new = set(left.pop(best).items()) - known
+        if not new:
+            break
+        known |= new
+        kept.append(best)
+    return sorted(kept)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks as thorough the cases that only repeat, in other settings, what others show."""
+    tests = {}
+    for item in items:
+        if hasattr(item, "callspec") and not item.get_closest_marker("fast"):
+            tests.setdefault((item.path, item.originalname), []).append(item)
+    for listed in tests.values():
+        some = listed[0].get_closest_marker("one_in")
+        kept = each_value_once([settings_of(item) for item in listed])
+        kept = set(kept[:: some.args[0]] if some else kept)
+        for place, item in enumerate(listed):
+            if place not in kept:
+                item.add_marker("thorough")

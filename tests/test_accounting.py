@@ -69,6 +69,7 @@ def library_epsilon(releases, make=PLDAccountant):
 
 
 @pytest.mark.parametrize(("n", "batch", "sigma", "epochs", "pld", "rdp"), ORACLES)
+@pytest.mark.fast
 def test_oracles(n, batch, sigma, epochs, pld, rdp):
     plan = {"num_examples": n, "batch_size": batch, "noise_multiplier": sigma, "epochs": epochs}
     assert compute_epsilon(**plan, delta=DELTA) == pytest.approx(pld, abs=1e-3)
@@ -79,6 +80,7 @@ def test_oracles(n, batch, sigma, epochs, pld, rdp):
     ("sigma", "steps", "pld", "rdp"),
     [(4.0, 10_000, 0.9470, 1.0355), (0.7, 120, 2.4612381, 3.2392676)],
 )
+@pytest.mark.fast
 def test_oracles_at_one_percent_sampling(sigma, steps, pld, rdp):
     plan = {"num_examples": 100, "batch_size": 1, "noise_multiplier": sigma, "steps": steps}
     assert compute_epsilon(**plan, delta=DELTA) == pytest.approx(pld, abs=1e-4)
@@ -97,10 +99,12 @@ def test_oracles_at_one_percent_sampling(sigma, steps, pld, rdp):
         (Release("unknown", math.sqrt(2), 1), shuffled(math.sqrt(2), 7, 7)),
     ],
 )
+@pytest.mark.fast
 def test_gaussian_oracle(releases):
     assert ledger_epsilon(PrivacyLedger(releases), DELTA) == pytest.approx(4.377178, abs=1e-6)
 
 
+@pytest.mark.fast
 def test_shuffled_is_never_accounted_as_poisson():
     steps = 60 * 235
     ledger = PrivacyLedger((shuffled(1.1, steps, 235),))
@@ -142,6 +146,7 @@ def test_a_coarser_grid_is_a_close_upper_bound():
 
 
 @pytest.mark.parametrize("accountant", accounting.ACCOUNTANTS)
+@pytest.mark.fast
 def test_empty_and_endless(accountant):
     assert ledger_epsilon(PrivacyLedger(), DELTA, accountant) == 0.0
     assert ledger_epsilon((poisson(1.0, 0), poisson(0.0, 0)), DELTA, accountant) == 0.0
@@ -329,6 +334,7 @@ def test_pld_is_between_the_trivial_bounds(sigma, per_epoch, steps):
 
 @pytest.mark.parametrize("accountant", accounting.ACCOUNTANTS)
 @pytest.mark.parametrize(("target", "sigma"), [(0.2, 1.1), (1.0, 1.1), (3.0, 0.8), (8.0, 1.1)])
+@pytest.mark.fast
 def test_calibrate_steps_is_exact(target, sigma, accountant):
     plan = {**PLAN, "noise_multiplier": sigma, "accountant": accountant}
     steps = calibrate_steps(target_epsilon=target, **plan)
@@ -472,6 +478,7 @@ BAD = {
         if argument in BAD
     ],
 )
+@pytest.mark.fast
 def test_bad_arguments_are_named(function, argument):
     call, good = getattr(accounting, function), GOOD[function]
     for value in BAD[argument]:
@@ -482,6 +489,7 @@ def test_bad_arguments_are_named(function, argument):
 
 
 @pytest.mark.parametrize("function", ["compute_epsilon", "calibrate_noise_multiplier"])
+@pytest.mark.fast
 def test_exactly_one_of_epochs_and_steps(function):
     call, good = getattr(accounting, function), dict(GOOD[function])
     with pytest.raises(ValueError, match="exactly one of `epochs` and `steps`"):
@@ -499,6 +507,7 @@ def test_a_batch_larger_than_the_data_says_what_to_do():
         steps_per_epoch(100, 101)
 
 
+@pytest.mark.fast
 def test_what_is_no_release_is_named():
     with pytest.raises(ValueError, match="`ledger` must be a PrivacyLedger"):
         ledger_epsilon(None, DELTA)

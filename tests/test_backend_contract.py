@@ -11,6 +11,8 @@ import keras_dp
 from keras_dp import backend
 from keras_dp.backend import contract, tensorflow
 
+pytestmark = pytest.mark.fast
+
 PACKAGE = pathlib.Path(keras_dp.__file__).parent
 
 

@@ -7,6 +7,8 @@ import tiny
 
 import keras_dp
 
+pytestmark = pytest.mark.fast
+
 PRIVATE = {"max_grad_norm": 1.0, "noise_multiplier": 1.0}
 TARGET = {"target_epsilon": 1.0, "target_delta": 1e-5}
 NAN, INF = float("nan"), float("inf")

@@ -156,16 +156,19 @@ APART = {
 
 
 @pytest.mark.parametrize("name", MIXING)
+@pytest.mark.fast
 def test_rule_19_what_mixes_is_known_to(name):
     assert isinstance(state_of(MIXING[name]), Mixed)
 
 
 @pytest.mark.parametrize("name", NOT_PROVED)
+@pytest.mark.fast
 def test_rule_19_what_is_not_known_is_not_claimed(name):
     assert isinstance(state_of(NOT_PROVED[name]), Unknown | Mixed)
 
 
 @pytest.mark.parametrize("name", APART)
+@pytest.mark.fast
 def test_rule_19_what_is_apart_is_proved(name):
     assert state_of(APART[name]) == Rows()
 

@@ -52,6 +52,7 @@ MODES = {
         (1.5, 8, 1.5, "pld", "eager"),
     ],
 )
+@pytest.mark.one_in(2)
 def test_stops_at_the_last_step_within_the_budget(sigma, batch_size, epsilon, accountant, mode):
     model = tiny.compiled(tiny.sgd(noise_multiplier=sigma), **MODES[mode])
     callback = budget(epsilon, accountant=accountant)

@@ -593,6 +593,7 @@ def test_rule_18_a_callback_that_decides_by_raw_numbers_is_named_with_the_fix(wh
 
 
 @pytest.mark.parametrize("make", SILENT)
+@pytest.mark.one_in(3)
 def test_rule_18_other_callbacks_are_not_warned_of(make):
     assert raw_decisions(make()) is None
 

@@ -55,6 +55,7 @@ def weights_of(clip, norms):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("bound", [0.3, 1.0, 20.0])
+@pytest.mark.fast
 def test_no_example_comes_out_longer_than_the_sensitivity(strategy, bound):
     random = np.random.default_rng(1)
     norms = 10.0 ** random.uniform(-6, 6, (300, 3))
@@ -67,6 +68,7 @@ def test_no_example_comes_out_longer_than_the_sensitivity(strategy, bound):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.fast
 def test_what_is_not_finite_gets_weight_zero(strategy):
     norms = np.array([[np.nan, 1, 1], [1, np.inf, 1], [3e38, 3e38, 0], [0.5, 0, 0]], "float32")
     weights = weights_of(built(strategy, 1.0), norms)
@@ -74,6 +76,7 @@ def test_what_is_not_finite_gets_weight_zero(strategy):
     assert weights[3, 0] > 0
 
 
+@pytest.mark.fast
 def test_automatic_clipping_scales_all_to_nearly_one_length():
     norms = np.array([[0.5], [3.0], [400.0]], "float32")
     weights = weights_of(built(AutomaticClipping, 2.0, columns=1), norms)[:, 0]
@@ -246,6 +249,7 @@ class NoSensitivity(FlatClipping):
         (NoSensitivity, ValueError, "sensitivity of the clipping strategy"),
     ],
 )
+@pytest.mark.fast
 def test_a_strategy_that_would_break_the_guarantee_is_refused(strategy, error, message):
     model = tiny.compiled(tiny.sgd(clipping=strategy()))
     before = tiny.weights_of(model)
@@ -266,6 +270,7 @@ def test_a_strategy_that_would_break_the_guarantee_is_refused(strategy, error, m
         (lambda: tiny.sgd(clipping=None), "clipping"),
     ],
 )
+@pytest.mark.fast
 def test_arguments_that_make_no_sense_are_named(make, argument):
     with pytest.raises(ValueError, match=f"`{argument}` must be"):
         make()

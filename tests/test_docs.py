@@ -74,6 +74,7 @@ def test_a_wrong_number_in_a_comment_is_found():
         "docs/privacy-report.md",
     ],
 )
+@pytest.mark.fast
 def test_every_link_to_a_file_or_heading_leads_somewhere(document):
     path = ROOT / document
     text = path.read_text(encoding="utf-8")

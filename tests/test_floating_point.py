@@ -331,6 +331,7 @@ def test_rule_15_ordinary_lookups_are_clipped_to_c_without_float64(length, monke
 
 
 @pytest.mark.parametrize("shape", [(1_000_003,), (2, 1031), (31,), (20000, 128), (1,)])
+@pytest.mark.fast
 def test_rule_15_long_sums_of_squares_are_as_exact_as_they_say(shape):
     values = np.random.default_rng(0).uniform(1, 2, (2, *shape)).astype("float32")
     found, off = arithmetic.sum_of_squares(tf.constant(values))
@@ -533,6 +534,7 @@ def test_rule_15_graphs_rewritten_to_half_precision_are_refused():
 
 
 @pytest.mark.parametrize("clipping", ["flat", "per_layer", "automatic", "adaptive"])
+@pytest.mark.fast
 def test_rule_15_a_clip_weight_holds_for_norms_of_every_size(clipping):
     optimizer = noiseless_optimizer(1.0, clipping=clipping)
     strategy = optimizer.clipping_strategy

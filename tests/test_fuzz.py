@@ -13,6 +13,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+import cases
 import keras
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ import keras_dp
 from keras_dp import accounting
 
 SETTINGS = settings(
-    max_examples=60,
+    max_examples=cases.examples(60),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -75,6 +76,7 @@ def refused(call):
 )
 @SETTINGS
 @given(value=odd)
+@pytest.mark.one_in(3)
 def test_arguments_of_optimizers(argument, value):
     arguments = {"max_grad_norm": 1.0, "noise_multiplier": 1.0}
     if argument.startswith("target"):
@@ -94,6 +96,7 @@ def test_arguments_of_optimizers(argument, value):
 )
 @SETTINGS
 @given(value=odd)
+@pytest.mark.one_in(2)
 def test_arguments_of_planning(argument, value):
     plan = {
         "num_examples": 1000,
@@ -134,7 +137,7 @@ def arrays(draw):
         return np.full(shape, draw(values)).astype(draw(dtypes))
 
 
-@settings(SETTINGS, max_examples=30)
+@settings(SETTINGS, max_examples=cases.examples(30))
 @given(x=arrays(), y=arrays(), weights=st.one_of(st.none(), arrays()), batch_size=odd)
 def test_what_fit_is_given(x, y, weights, batch_size):
     """Right training, every step counted and finite weights; or a refusal and no step."""

@@ -603,6 +603,7 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize("name", UNKNOWN)
+@pytest.mark.one_in(2)
 def test_layers_without_a_rule_are_exact(name, eagerly):
     build, x = UNKNOWN[name]
     require_exact(build(x), x, eagerly=eagerly)
@@ -887,6 +888,7 @@ BAD = {"nan": np.nan, "inf": np.inf, "overflow": 1e30}
     [(n, m) for n in BAD_MODELS for m in ("graph", "eager")]
     + [("dense", "xla"), ("convolution", "xla"), ("embedding", "xla")],
 )
+@pytest.mark.one_in(2)
 def test_an_example_with_bad_numbers_adds_at_most_c_and_spoils_nothing(name, mode, bad):
     """Nothing if its gradient isn't finite; where only its square would overflow, at most C."""
     build, x = BAD_MODELS[name]

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from keras_dp.ledger import PrivacyLedger, Release
 
+pytestmark = pytest.mark.fast
+
 KINDS = {
     "a": {"sampler": "poisson", "noise_multiplier": 1.1, "sampling_rate": 1 / 235},
     "b": {"sampler": "shuffled", "noise_multiplier": 4.0, "steps_per_epoch": 235, "seeded": True},

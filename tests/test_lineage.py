@@ -149,6 +149,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.one_in(3)
 def test_rule_16_another_model_of_the_same_weights_knows_what_they_cost(other):
     model = other(trained())
     assert spent(model) == 4
@@ -158,6 +159,7 @@ def test_rule_16_another_model_of_the_same_weights_knows_what_they_cost(other):
 
 
 @pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.one_in(3)
 def test_rule_16_a_budget_counts_what_the_weights_cost_before(other):
     model = other(trained(epochs=2))
     model.compile(tiny.sgd(), loss="mse")
@@ -286,6 +288,7 @@ def compile_otherwise_twice(model):
         compile_otherwise_twice,
     ],
 )
+@pytest.mark.one_in(2)
 def test_rule_16_whatever_compile_was_given_before_the_cost_is_known(change):
     model = trained()
     change(model)
@@ -407,6 +410,7 @@ ORDINARY = [
 
 @pytest.mark.filterwarnings("ignore:The state of this optimizer counts")  # its inner one's
 @pytest.mark.parametrize("ordinary", ORDINARY)
+@pytest.mark.one_in(3)
 def test_rule_16_trained_without_protection_anywhere_is_infinite_everywhere(ordinary):
     model = trained()
     optimizer, beside = model.optimizer, new_head(model)
@@ -698,6 +702,7 @@ def uncompiled(model):
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("written", [as_trained, compile_otherwise, uncompiled, ordinary_steps])
+@pytest.mark.one_in(2)
 def test_rule_16_every_copy_and_file_carries_it_whatever_it_is_compiled_with(
     way, written, tmp_path
 ):
@@ -717,6 +722,7 @@ def test_rule_16_every_copy_and_file_carries_it_whatever_it_is_compiled_with(
 
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.one_in(3)
 def test_rule_16_training_a_copy_without_protection_is_seen(way, tmp_path):
     again = way(trained(), tmp_path)
     again.compile("sgd", loss="mse")

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from cases import some
 from keras import layers, ops, tree
 from reference import (
     clipped_sum,
@@ -478,8 +479,8 @@ MODES = {"graph": {}, "eager": {"run_eagerly": True}, "xla": {"jit_compile": Tru
 @pytest.mark.parametrize(
     ("name", "mode"),
     [(name, "graph") for name in CASES]
-    + [(name, "eager") for name in list(CASES)[::2]]
-    + [(name, "xla") for name in [n for n, c in CASES.items() if c.xla][1::3]],
+    + some([(name, "eager") for name in list(CASES)[::2]], 4)
+    + some([(name, "xla") for name in [n for n, c in CASES.items() if c.xla][1::3]], 3),
 )
 def test_update_loss_and_metrics_are_those_of_a_loop_over_examples(name, mode):
     case, want = CASES[name], expected(name)
@@ -490,6 +491,7 @@ def test_update_loss_and_metrics_are_those_of_a_loop_over_examples(name, mode):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.one_in(4)
 def test_the_vectorized_engine_makes_the_same_update(name):
     case, want = CASES[name], expected(name)
     model = compiled(case, noiseless_optimizer(want.max_grad_norm, "vectorized"))
@@ -507,6 +509,7 @@ def test_the_ghost_engine_is_the_default():
     ("microbatch_size", "mode"),
     [(1, "graph"), (3, "graph"), (7, "graph"), (3, "eager"), (1, "xla"), (3, "xla")],
 )
+@pytest.mark.one_in(2)
 def test_microbatches_change_no_number(microbatch_size, mode):
     name = "dense, sample_weight"
     case, want = CASES[name], expected(name)
@@ -525,6 +528,7 @@ def test_microbatches_change_no_number(microbatch_size, mode):
         "windows",
     ],
 )
+@pytest.mark.one_in(2)
 def test_microbatches_change_no_number_of_the_ghost_engine(name, mode):
     case, want = CASES[name], expected(name)
     optimizer = noiseless_optimizer(want.max_grad_norm, "ghost", microbatch_size=3)

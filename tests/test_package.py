@@ -19,6 +19,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 sys.path.insert(0, str(ROOT / "docs"))
 import tables  # noqa: E402
 
+pytestmark = pytest.mark.fast
+
 PUBLIC = [name for name in keras_dp.__all__ if name != "accounting"]
 
 

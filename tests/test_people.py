@@ -21,6 +21,7 @@ POISSON = Release("poisson", 1.1, 60 * 235, sampling_rate=1 / 235)
 
 
 @pytest.mark.parametrize("k", FIGURES)
+@pytest.mark.fast
 def test_the_readmes_plan_has_its_known_figures_in_under_two_seconds(k):
     people._composed.cache_clear(), people.loss.cache_clear()
     begun = time.process_time()
@@ -48,6 +49,7 @@ def by_dp_accounting(q, sigma, steps, k):
     ("q", "sigma", "steps", "k"),
     [(0.25, 1.0, 8, 2), (0.25, 2.0, 40, 3), (0.02, 1.5, 300, 5), (0.9, 4.0, 10, 4)],
 )
+@pytest.mark.one_in(2)
 def test_figures_are_those_of_dp_accountings_mixture(q, sigma, steps, k):
     release = Release("poisson", sigma, steps, sampling_rate=q)
     for delta in (1e-3, 1e-6):
@@ -57,6 +59,7 @@ def test_figures_are_those_of_dp_accountings_mixture(q, sigma, steps, k):
 
 
 @pytest.mark.parametrize(("q", "sigma", "k"), [(0.3, 1.0, 3), (0.05, 0.8, 8), (0.5, 2.0, 2)])
+@pytest.mark.fast
 def test_one_step_is_never_below_the_integral_of_its_densities(q, sigma, k):
     def density(x, means, chances):
         return sum(c * stats.norm.pdf(x, m, sigma) for m, c in zip(means, chances, strict=True))
@@ -76,6 +79,7 @@ def test_one_step_is_never_below_the_integral_of_its_densities(q, sigma, k):
 
 
 @pytest.mark.parametrize("rate", [1 / 235, 0.25, 1.0])
+@pytest.mark.fast
 def test_one_example_a_person_is_the_ordinary_epsilon(rate):
     counts = ((rate, 1.1, 200),)
     release = Release("poisson", 1.1, 200, sampling_rate=rate)
@@ -95,11 +99,13 @@ def test_one_example_a_person_is_the_ordinary_epsilon(rate):
     ids=["unknown", "shuffled", "passes", "full batch"],
 )
 @pytest.mark.parametrize("k", [2, 5])
+@pytest.mark.fast
 def test_all_of_somebody_may_be_in_one_batch_where_nothing_is_drawn(release, k):
     one = accounting.ledger_epsilon([Release("unknown", 4.0 / k, 10)], 1e-5)
     assert accounting.ledger_epsilon([release], 1e-5, examples_per_person=k) == pytest.approx(one)
 
 
+@pytest.mark.fast
 def test_rule_10_a_person_costs_more_the_more_examples_and_never_less_than_a_part_of_them():
     ledger = [POISSON, Release("unknown", 30.0, 3), Release("poisson", 2.0, 50, sampling_rate=0.1)]
     for accountant in ("pld", "rdp"):
@@ -110,6 +116,7 @@ def test_rule_10_a_person_costs_more_the_more_examples_and_never_less_than_a_par
         assert tight < loose < 1.2 * tight
 
 
+@pytest.mark.fast
 def test_renyi_divergences_of_one_example_are_those_of_dp_accounting():
     orders = np.asarray(ORDERS)
     for q, sigma in ((0.25, 1.0), (0.01, 0.7), (0.9, 2.0)):
@@ -122,6 +129,7 @@ def test_renyi_divergences_of_one_example_are_those_of_dp_accounting():
 
 
 @pytest.mark.parametrize(("q", "sigma", "k"), [(0.3, 1.0, 3), (0.02, 0.8, 6)])
+@pytest.mark.fast
 def test_renyi_divergences_of_several_examples_are_the_integral(q, sigma, k):
     held = np.arange(k + 1)
     chances = stats.binom.pmf(held, k, q)
@@ -140,6 +148,7 @@ def test_renyi_divergences_of_several_examples_are_the_integral(q, sigma, k):
         assert found[ORDERS.index(order)] == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.fast
 def test_a_coarser_grid_never_gives_less():
     counts = ((0.05, 1.0, 100),)
     found = [
@@ -156,6 +165,7 @@ def test_a_coarser_grid_never_gives_less():
         (Release("poisson", 1.0, 0, sampling_rate=0.1), 0.0),
     ],
 )
+@pytest.mark.fast
 def test_nothing_costs_nothing_and_no_noise_everything(release, wanted):
     for accountant in ("pld", "rdp"):
         assert accounting.ledger_epsilon([release], 1e-5, accountant, 3) == wanted
@@ -171,6 +181,7 @@ def test_nothing_costs_nothing_and_no_noise_everything(release, wanted):
         Release("poisson", 1.0, 5, sampling_rate=1e-12),
     ],
 )
+@pytest.mark.one_in(2)
 def test_extreme_settings_have_a_figure_above_that_of_one_example(release):
     for k in (2, 200):
         found = accounting.ledger_epsilon([release], 1e-5, examples_per_person=k)
@@ -187,6 +198,7 @@ def test_the_optimizer_says_it_of_what_was_run():
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "4", None, 1001, math.nan])
+@pytest.mark.fast
 def test_a_wrong_number_of_examples_is_refused_by_name(wrong):
     calls = [
         lambda: accounting.ledger_epsilon([POISSON], 1e-5, examples_per_person=wrong),
@@ -200,6 +212,7 @@ def test_a_wrong_number_of_examples_is_refused_by_name(wrong):
             call()
 
 
+@pytest.mark.fast
 def test_the_loss_of_plain_gaussians_is_exact():
     loss = accounting.privacy_loss(PrivacyLedger([Release("unknown", 2.0, 4)]), 3)
     assert loss == Gaussian(3.0)
@@ -208,6 +221,7 @@ def test_the_loss_of_plain_gaussians_is_exact():
 # -- the data really differ so: an attack on people with several examples --------------------------
 
 
+@pytest.mark.fast
 def test_an_attack_on_people_with_several_examples_stays_below_the_bound_and_comes_near():
     """The best attack there is on one Poisson-sampled step, simulated."""
     q, sigma, k, trials = 0.5, 1.0, 4, 400_000

@@ -196,6 +196,7 @@ ORDERS = [
 
 
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.one_in(2)
 def test_rule_17_no_example_takes_part_more_often_than_is_counted(order):
     """Five passes were counted where an example had taken part nine times."""
     data = marked()

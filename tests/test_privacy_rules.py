@@ -508,6 +508,7 @@ def masks_of(layer, steps=2, rows=4, **how):
     + [("Dropout", "eager")],
 )
 @pytest.mark.filterwarnings("ignore:With run_eagerly=True the Python code of 'echo'")
+@pytest.mark.one_in(3)
 def test_rule_08_masks_differ_across_examples_microbatches_and_steps(layer, how):
     masks = masks_of(LAYERS[layer](), **HOW[how])
     assert masks.shape == (8, WIDTH)
@@ -577,6 +578,7 @@ def test_rule_09_a_loss_that_couples_the_batch_is_refused(loss, units):
 @pytest.mark.parametrize(
     "loss", ["mse", "mae", "huber", keras.losses.Dice(axis=-1), keras.losses.CosineSimilarity()]
 )
+@pytest.mark.one_in(2)
 def test_rule_09_losses_of_single_examples_are_accepted(loss):
     model = private(dense(2, activation="sigmoid"), loss=loss)
     model.fit(X, np.abs(np.tile(Y, 2)), batch_size=8, verbose=0)

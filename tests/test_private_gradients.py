@@ -70,6 +70,7 @@ def poisson(rows=12, batch_size=3, **kwargs):
         ({"microbatch_size": 3}, {"run_eagerly": True}, False, "loop"),
     ],
 )
+@pytest.mark.one_in(2)
 def test_they_are_the_clipped_mean_of_what_each_example_alone_gives(
     settings, options, compiled, engine
 ):

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from unittest import mock
 
+import cases
 import keras
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def over(examples=20, **options):
 
     def decorate(test):
         return settings(
-            max_examples=examples,
+            max_examples=cases.examples(examples),
             deadline=None,
             derandomize=True,
             database=None,
@@ -786,6 +787,7 @@ DROPPING = {
 
 
 @pytest.mark.parametrize("name", DROPPING)
+@pytest.mark.one_in(2)
 def test_dropout_draws_as_it_does_for_one_example_alone(name):
     x = normal(4, 4, rows=1)
     require_draws_like_the_loop(after(x, *DROPPING[name]()), x)
@@ -875,11 +877,13 @@ def masked_recurrent(cls):
 @pytest.mark.parametrize(
     ("name", "mode"), [(name, ("eager", "xla")[k % 2]) for k, name in enumerate(FIXED)]
 )
+@pytest.mark.one_in(3)
 def test_eager_and_xla(name, mode):
     require_as_one_at_a_time(*FIXED[name](), mode)
 
 
 @pytest.mark.parametrize("name", FIXED)
+@pytest.mark.one_in(3)
 def test_in_bfloat16_with_float32_weights(name):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_bfloat16")
@@ -954,6 +958,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
+@pytest.mark.one_in(3)
 def test_sizes_known_only_when_the_step_runs(name):
     model, x = UNKNOWN[name]()
     disturb(model)
@@ -1183,6 +1188,7 @@ def multiplied(left, right):
     ("positions", "d", "p", "written_out"),
     [(6, 2, 3, True), (2, 5, 6, False), (1, 3, 2, False), (4, 8, 8, True), (4, 9, 9, False)],
 )
+@pytest.mark.fast
 def test_outer_products_agree_with_themselves_written_out(positions, d, p, written_out, blocks):
     left, right = products(positions, d, p, blocks)
     wanted = multiplied(left, right)
@@ -1193,6 +1199,7 @@ def test_outer_products_agree_with_themselves_written_out(positions, d, p, writt
     assert OuterProducts(left, right).folded(1).left is left
 
 
+@pytest.mark.fast
 def test_outer_products_of_one_position():
     left, right = products(None, 3, 2)
     require_form_of(OuterProducts(left, right), multiplied(left, right))
@@ -1204,6 +1211,7 @@ def test_outer_products_of_one_position():
     ("blocks", "shape", "order"),
     [(None, (2, 3, 4), (2, 0, 1)), (None, (6, 2, 2), (1, 0, 2)), (3, (3, 6, 2, 2), (2, 1, 0, 3))],
 )
+@pytest.mark.fast
 def test_outer_products_in_the_order_of_the_weights_axes(positions, blocks, shape, order):
     left, right = products(positions, 6, 4, blocks)
     wanted = multiplied(left, right).reshape(B, *shape).transpose(0, *(1 + k for k in order))
@@ -1216,6 +1224,7 @@ def test_outer_products_in_the_order_of_the_weights_axes(positions, blocks, shap
 
 @pytest.mark.parametrize("rows", [3, 50])
 @pytest.mark.parametrize("positions", [1, 6])
+@pytest.mark.fast
 def test_rows_agree_with_themselves_written_out(rows, positions):
     ids = np.random.default_rng(0).integers(0, rows, (B, positions)).astype("int32")
     right = normal(positions, 3, rows=B)
@@ -1255,6 +1264,7 @@ def test_filters_agree_with_themselves_written_out(size, channels, gram, padding
 
 @pytest.mark.parametrize("positions", [1, 3, 9])
 @pytest.mark.parametrize("blocks", [None, 2])
+@pytest.mark.fast
 def test_forms_with_a_number_of_positions_that_is_not_known(positions, blocks):
     left, right = products(positions, 4, 5, blocks)
     wanted = multiplied(left, right)
@@ -1339,6 +1349,7 @@ def table_parts(kinds):
     ],
     ids=", ".join,
 )
+@pytest.mark.fast
 def test_uses_of_one_weight_are_combined_with_their_cross_terms(kinds):
     wanted = sum(np.asarray(p.instantiate(), "f8") for p in table_parts(kinds))
     require_form_of(combined(table_parts(kinds)), wanted)
@@ -1350,6 +1361,7 @@ def test_uses_in_blocks_are_combined_with_their_cross_terms():
     require_form_of(combined(parts), wanted)
 
 
+@pytest.mark.fast
 def test_forms_of_half_precision_are_summed_in_float32():
     left, right = (tf.cast(t, "bfloat16") for t in products(50, 3, 2))
     exact = multiplied(np.asarray(left, "f8"), np.asarray(right, "f8"))

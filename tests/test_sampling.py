@@ -88,6 +88,7 @@ def the_same_draws_every_epoch():
     return epoch * (STEPS // len(epoch))
 
 
+@pytest.mark.fast
 def test_poisson_dataset_is_a_poisson_sampler():
     assert looks_poisson(draws(keras_dp.PoissonDataset(np.arange(N), batch_size=BATCH)))
 
@@ -101,10 +102,12 @@ def test_poisson_dataset_is_a_poisson_sampler():
         the_same_draws_every_epoch,
     ],
 )
+@pytest.mark.fast
 def test_the_check_rejects_what_is_no_poisson_sampler(sampler):
     assert not looks_poisson(sampler())
 
 
+@pytest.mark.fast
 def test_the_statistics_of_other_samplers_are_the_known_ones():
     shuffled, fixed = statistics(shuffled_batches()), statistics(fixed_size_batches())
     assert shuffled["sizes"] == 0 and shuffled["participations"] < 1e-9
@@ -181,6 +184,7 @@ def test_no_epoch_and_no_fit_draws_what_another_drew(seen):
 
 
 @pytest.mark.parametrize("kind", [keras_dp.PoissonDataset, keras_dp.ShuffledDataset])
+@pytest.mark.fast
 def test_a_global_seed_does_not_decide_the_draws(kind):
     found = []
     for _ in range(2):
@@ -189,6 +193,7 @@ def test_a_global_seed_does_not_decide_the_draws(kind):
     assert not same(*found)
 
 
+@pytest.mark.fast
 def test_asking_again_for_the_same_index_is_a_new_poisson_draw():
     dataset = keras_dp.PoissonDataset(np.arange(1000), batch_size=100)
     assert not np.array_equal(dataset[0][0], dataset[0][0])
@@ -231,6 +236,7 @@ def test_a_forked_process_shuffles_otherwise():
 
 
 @pytest.mark.parametrize("kind", [keras_dp.PoissonDataset, keras_dp.ShuffledDataset])
+@pytest.mark.fast
 def test_a_seed_repeats_the_draws(kind):
     assert same(*(draws(kind(np.arange(200), batch_size=20, seed=3), 5) for _ in "ab"))
 
@@ -283,6 +289,7 @@ def test_shuffled_batches_are_accounted_as_one_release_per_epoch():
     assert model.optimizer.get_epsilon(1e-5) == pytest.approx(one_gaussian, abs=1e-3)
 
 
+@pytest.mark.fast
 def test_an_index_beyond_the_epoch_is_an_index_error():
     data = keras_dp.ShuffledDataset(np.arange(10), batch_size=4)
     with pytest.raises(IndexError, match="3 batches"):
@@ -389,6 +396,7 @@ FORMS = {
 
 @pytest.mark.parametrize("kind", [keras_dp.PoissonDataset, keras_dp.ShuffledDataset])
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.one_in(3)
 def test_inputs_targets_and_weights_stay_together(kind, form):
     give, take = FORMS[form]
     data = kind(give(ids(50)), ids(50)[:, 0], pd.Series(np.arange(50.0)), batch_size=25)
@@ -418,6 +426,7 @@ def test_fit_takes_every_form_of_data(form):
     assert (release.sampler, release.num_examples, release.steps) == ("poisson", 40, 4)
 
 
+@pytest.mark.fast
 def test_data_without_targets():
     (x,) = keras_dp.PoissonDataset(ids(30), batch_size=10)[0]
     assert x.shape[1:] == (1,)
@@ -446,6 +455,7 @@ def test_empty_draws_of_strings():
 
 
 @pytest.mark.parametrize(("n", "batch_size", "steps"), [(10, 4, 3), (10, 10, 1), (9, 1, 9)])
+@pytest.mark.fast
 def test_the_sampling_rate_is_one_over_the_steps_of_an_epoch(n, batch_size, steps):
     dataset = keras_dp.PoissonDataset(np.zeros(n), batch_size=batch_size)
     assert (len(dataset), dataset.sampling_rate) == (steps, 1 / steps)
@@ -506,6 +516,7 @@ def test_a_shuffled_epoch_has_its_own_length():
         ({"seed": 1.5}, "`seed`.*1.5"),
     ],
 )
+@pytest.mark.fast
 def test_bad_input_names_the_argument(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         kind(**{"x": np.zeros((10, 2)), "y": np.zeros(10), "batch_size": 5, **arguments})
@@ -537,6 +548,7 @@ def test_bad_input_to_fit_is_refused_before_any_step(seen, arguments, message):
 # -- from the operating system's generator -----------------------------------------------------
 
 
+@pytest.mark.fast
 def test_secure_draws_take_each_example_with_probability_q_by_itself():
     """Shares, pairs and sizes; each is off by six deviations once in 5e8 runs."""
     n, batch, draws = 60, 20, 4000
@@ -584,6 +596,7 @@ def test_fit_draws_securely_for_a_secure_optimizer(monkeypatch):
         monkeypatch.undo()
 
 
+@pytest.mark.fast
 def test_secure_draws_can_not_be_seeded():
     with pytest.raises(ValueError, match="A seed makes batches repeatable"):
         keras_dp.PoissonDataset(np.arange(5), batch_size=2, seed=1, secure_mode=True)

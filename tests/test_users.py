@@ -156,6 +156,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.one_in(3)
 def test_what_is_clipped_is_the_mean_of_a_persons_gradients(name):
     model, x = MODELS[name]()
     y = np.random.default_rng(1).normal(size=np.shape(model(x))).astype("float32")
@@ -194,6 +195,7 @@ def test_what_is_clipped_is_the_mean_of_a_persons_gradients(name):
         ("loop", {"batch_capacity": 6, "microbatch_size": 8}),
     ],
 )
+@pytest.mark.one_in(3)
 def test_rule_14_every_engine_and_mode_gives_the_same_numbers(gradients, mode):
     model, x = compiled(keras.Input((6,)), layers.Dense(5, "tanh"), layers.Dense(2)), rows(6)
     y = rows(2, seed=1)
