@@ -187,6 +187,7 @@ class _TrainFunction:
             self.optimizer.session.gate.passing(),
             backend.graphs_of([self]),
             backend.assertions_without_values(),
+            backend.prepared_quickly(),
         ):
             return self._function(iterator)
 

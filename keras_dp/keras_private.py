@@ -6,6 +6,7 @@ All of it stands here, so that a new version of Keras is checked in one place.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -16,12 +17,14 @@ from keras import tree
 from keras.src.backend import compute_output_spec
 from keras.src.backend.common import global_state
 from keras.src.legacy.saving import legacy_h5_format
+from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.random.seed_generator import global_seed_generator
 from keras.src.saving import saving_lib
 from keras.src.trainers.compile_utils import CompileLoss
 from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
 
 __all__ = [
+    "LossFunction",
     "all_layers",
     "beneath",
     "build_from_batch",
@@ -35,6 +38,7 @@ __all__ = [
     "is_keras_layer",
     "layers_with_losses",
     "logits_of",
+    "loss_functions_of",
     "loss_of",
     "loss_tracker_of",
     "mask_of",
@@ -223,6 +227,36 @@ def _name_of(part: Any) -> str:
 
 def compile_loss_of(model: keras.Model) -> CompileLoss | None:
     return model._compile_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class LossFunction:
+    """One of the losses given to `compile`.
+
+    Attributes:
+        function: What it computes with; `None` where that isn't all that it does.
+        settings: The arguments of that function.
+        reduction: How it reduces over a batch.
+    """
+
+    function: Any
+    settings: dict[str, Any]
+    reduction: str | None
+
+
+def loss_functions_of(loss: CompileLoss) -> list[LossFunction]:
+    """The losses of each output, as far as they are functions that Keras has wrapped."""
+    found = []
+    for entry in loss._flat_losses or ():
+        one = entry.loss
+        plain = (
+            isinstance(one, LossFunctionWrapper)
+            and type(one).call is LossFunctionWrapper.call
+            and type(one).__call__ is keras.losses.Loss.__call__
+        )
+        function, settings = (one.fn, one._fn_kwargs) if plain else (None, {})
+        found.append(LossFunction(function, settings, getattr(one, "reduction", None)))
+    return found
 
 
 def loss_tracker_of(model: keras.Model) -> keras.metrics.Metric:

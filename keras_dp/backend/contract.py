@@ -40,7 +40,10 @@ CONTROL = {
         "The function, from a list of tensors to another, which may be traced once and then "
         "called: a saving, nothing else."
     ),
-    "seldom(function)": "What a function returns, prepared only when it is first run.",
+    "seldom(function, tensors, like)": (
+        "What a function makes of a list of tensors, prepared, where that can be, only when it is "
+        "run: results of the shapes and types in `like`, pairs."
+    ),
     "outside_graph()": "A context whose operations run at once, whatever is being traced.",
     "apart(compute)": "`compute()`, run at once, with gradients, while a step is traced.",
     "without_autograph(function)": "The function, which tracing is to take as it is written.",
@@ -48,6 +51,9 @@ CONTROL = {
         "An engine, from leaves to `(sums, norms, losses, rest)`, traced by itself for any number "
         "of rows; raises whatever speaks against it. Refuses (PrivacyError) what could keep or "
         "carry out what it sees, unless it `may_write`."
+    ),
+    "prepared_quickly()": (
+        "A context for every call of a train function: spares what only delays the first step."
     ),
     "BrokenMatmul(args)": "Raised where this build would multiply wrongly.",
 }

@@ -180,6 +180,9 @@ class _Mean(PerExample):
     def squares(self) -> Squares:
         return self.total.squares().times(self.users.shares)
 
+    def needed(self) -> PerExample:
+        return _Mean(self.total.needed(), self.users)
+
     def weighted_sum(self, clip_weights: Any) -> Any:
         shares = ops.cast(self.users.shares, clip_weights.dtype)
         return self.total.weighted_sum(clip_weights * shares)
@@ -220,6 +223,9 @@ class _MeanOfRows(_Mean):
             return super().weighted_sum(clip_weights)
         weights = clip_weights * ops.cast(self.users.shares, clip_weights.dtype)
         return self.rows.weighted_sum(self.users.of_each_row(weights))
+
+    def needed(self) -> PerExample:
+        return type(self)(self.rows, self.users)
 
     def tensors(self) -> list[Any]:
         return self.rows.tensors()

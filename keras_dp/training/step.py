@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops, tree
 
 from .. import arithmetic, backend, keras_private
@@ -25,10 +24,9 @@ from ..gradients import (
     mapped,
 )
 from ..sampling import RowsOfUsers, Sampling
+from .loss_check import require_loss_apart
 from .mechanism import Clipped, Mechanism, StepValues
 from .meter import Meter
-
-_checked_losses: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +172,7 @@ def _prepare(parts: Parts, model: keras.Model, batch: Batch) -> ExampleLoss:
                 "and compile again."
             )
         parts.make_ready(model, variables)
-        _check_loss(model, batch)
+        require_loss_apart(model, batch)
         example_loss = ExampleLoss(model, variables, batch)
         views = parts.options.views
         if views > 1 and not keras_private.has_seeds(model):
@@ -186,70 +184,6 @@ def _prepare(parts: Parts, model: keras.Model, batch: Batch) -> ExampleLoss:
                 "model, such as keras.layers.RandomFlip, or leave the argument out.",
             )
         return example_loss
-
-
-def _check_loss(model: keras.Model, batch: Batch) -> None:
-    """Refuses a compiled loss that couples the examples of a batch.
-
-    Evaluates the loss on made-up targets and predictions of the right shapes:
-    the loss of a batch must be the mean, or the sum, of what each example
-    gives alone.
-    """
-    loss = keras_private.compile_loss_of(model)
-    if loss is None or loss in _checked_losses or batch.y is None:
-        return
-    outputs = keras_private.output_spec_of(model, batch.x)
-    random = np.random.default_rng(0)
-    count = 3
-
-    def made_up(tensor: Any, *, target: bool) -> Any:
-        shape = [count] + [4 if d is None else d for d in tensor.shape[1:]]
-        dtype = keras.backend.standardize_dtype(tensor.dtype)
-        if "float" in dtype:
-            values = random.uniform(0.1, 0.9, shape)
-            if not target and shape[-1] > 1:
-                values /= values.sum(-1, keepdims=True)
-            return ops.cast(ops.convert_to_tensor(values), dtype)
-        return ops.zeros(shape, dtype)
-
-    try:
-        y = tree.map_structure(lambda t: made_up(t, target=True), batch.y)
-        predictions = tree.map_structure(lambda t: made_up(t, target=False), outputs)
-
-        def value(start: int, end: int) -> float:
-            def rows(structure: Any) -> Any:
-                return tree.map_structure(lambda t: t[start:end], structure)
-
-            with keras.StatelessScope():
-                result = loss(rows(y), rows(predictions))
-            return float(ops.sum(ops.cast(result, "float64")))
-
-        together = value(0, count)
-    except Exception:
-        return  # made-up values of its kind mean nothing to this loss; real ones will tell
-    try:
-        alone = [value(k, k + 1) for k in range(count)]
-    except Exception as error:
-        raise PrivacyError(
-            "The loss given to compile(loss=...) can't be computed for one example alone, as "
-            f"private training must: {_first_line(error)} Write it so that it works on a batch "
-            "of one."
-        ) from error
-    _checked_losses.add(loss)
-    if not np.all(np.isfinite([together, *alone])):
-        return
-    if not any(np.isclose(together, f(alone), rtol=1e-3, atol=1e-5) for f in (np.mean, np.sum)):
-        raise PrivacyError(
-            "The loss given to compile(loss=...) depends on how examples are batched: for a batch "
-            f"of {count} it is {together:.6g}, and for its examples alone "
-            f"{', '.join(f'{v:.6g}' for v in alone)}, whose mean or sum it should be. One "
-            "example's loss must not involve the others. Use a loss that reduces over the batch "
-            "by a plain mean (for Dice and Tversky losses: give `axis` without the batch axis)."
-        )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def regularizer_gradients(variables: list[Any]) -> list[Any] | None:

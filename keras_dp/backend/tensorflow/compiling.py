@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.core.protobuf import config_pb2
+from tensorflow.python.eager import context
 
 from .operations import all_operations, concrete_of, graphs_of, require_nothing_kept
 from .types import EngineResult, Tensor
@@ -17,6 +20,7 @@ __all__ = [
     "compiled_candidate",
     "emits_broken_matmul",
     "is_for_xla",
+    "prepared_quickly",
     "require_xla_can_compile",
 ]
 
@@ -73,6 +77,35 @@ def compiled_candidate(
 
         owners.append(run)
     return run
+
+
+@contextlib.contextmanager
+def prepared_quickly() -> Iterator[None]:
+    """Spares what TensorFlow does to a step's graph before its first run, and that gains nothing.
+
+    Two passes over graphs of thousands of operations: one orders them and infers shapes once
+    more, the other makes room in the memory of GPUs. All that makes a step faster remains, and
+    so do options that the user has set. It must surround every call, as
+    TensorFlow prepares a function anew for other options.
+    """
+    options = context.context().function_call_options
+    config = config_pb2.ConfigProto.FromString(options.config_proto_serialized)
+    rewriting = config.graph_options.rewrite_options
+    rewriting.disable_tfg_optimizer = True
+    if rewriting.memory_optimization == rewriting.DEFAULT_MEM_OPT and not has_gpu():
+        rewriting.memory_optimization = rewriting.NO_MEM_OPT
+    context.context().function_call_options = context.FunctionCallOptions(
+        executor_type=options.executor_type, config_proto=config
+    )
+    try:
+        yield
+    finally:
+        context.context().function_call_options = options
+
+
+@functools.cache
+def has_gpu() -> bool:
+    return bool(tf.config.list_physical_devices("GPU"))
 
 
 class BrokenMatmul(RuntimeError):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tensorflow as tf
 
-from .operations import concrete_of
+from .compiling import is_for_xla
+from .operations import concrete_of, current_graph, note_as_ours
 from .types import Tensor
 
 __all__ = [
@@ -72,15 +74,46 @@ class _Once:
         return list(self._concrete(tensors))
 
 
-def seldom(function: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """What a function returns, kept apart from the graph around it: it is hardly ever run.
+def seldom(
+    function: Callable[[list[Tensor]], list[Tensor]],
+    tensors: Sequence[Tensor],
+    like: Sequence[tuple[Sequence[int | None] | None, Any]],
+) -> list[Tensor]:
+    """What a function makes of tensors, for which nothing is prepared: it is hardly ever run.
 
-    TensorFlow optimizes and prepares it when it runs for the first time.
+    It is neither traced nor optimized, but run operation by operation where the step gets
+    there. No operation in it may be a graph of its own, since that could wait for the thread
+    that this runs in. XLA has no way out of what it compiles: there it is traced.
+
+    Args:
+        function: From tensors to tensors.
+        tensors: What it is given; else it uses nothing that is part of a graph.
+        like: Shape and type of each of its results.
     """
     if tf.executing_eagerly():
-        return function()
-    traced = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
-    return list(concrete_of(traced)())
+        return function(list(tensors))
+    if is_for_xla():
+        traced = tf.function(function, autograph=False)
+        return list(
+            concrete_of(traced, [tf.TensorSpec(t.shape, t.dtype) for t in tensors])(tensors)
+        )
+
+    def at_once(*arrays: Any) -> list[Any]:
+        found = function([tf.convert_to_tensor(a) for a in arrays])
+        return [t.numpy() for t in found]
+
+    # TensorFlow keeps what it calls for good: let that be next to nothing.
+    graph: Any = current_graph()
+    graph.keras_dp_seldom = [*getattr(graph, "keras_dp_seldom", ()), at_once]
+    itself = weakref.ref(at_once)
+    types = [tf.as_dtype(dtype) for _, dtype in like]
+    found = tf.nest.flatten(
+        tf.numpy_function(lambda *arrays: itself()(*arrays), list(tensors), types)  # type: ignore[misc]
+    )
+    note_as_ours(found[0].op)
+    for tensor, (shape, _) in zip(found, like, strict=True):
+        tensor.set_shape(shape)
+    return found
 
 
 def without_autograph(function: Function) -> Function:
@@ -96,7 +129,7 @@ def wait_for(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[Non
     """
     # A control edge from a function's call is lost when the call is inlined; one from an
     # operation that reads what the function returned is not.
-    read = [tf.reshape(t, [-1])[:1] for t in tensors]
+    read = [tf.identity(t) for t in tensors]
     return tf.control_dependencies(read)
 
 

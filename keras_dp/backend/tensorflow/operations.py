@@ -86,6 +86,7 @@ _SKIPS = {"RngReadAndSkip", "RngSkip"}
 _SHAPES = {"Rank", "Shape", "ShapeN", "Size"}
 
 _PYTHON = {"EagerPyFunc", "PyFunc", "PyFuncStateless"}
+_ours: set[bytes] = set()  # the tokens of what this package itself runs in Python
 _OUTPUTS = ("Debug", "Print", "Save", "Write")
 _WRITES = (
     "Assign",
@@ -185,7 +186,7 @@ def _carries(op: Any) -> str | None:
     """What an operation does with the data that it must not; `None` for a harmless one."""
     kind = op.type
     if kind in _PYTHON:
-        return _BY_PYTHON
+        return None if op.get_attr("token") in _ours else _BY_PYTHON
     if kind in _SKIPS:
         return _BY_KEEPING if _follows_from_data(op.inputs[-1]) else None
     if kind in _HARMLESS or kind.startswith(_OF_THE_STEP_FAMILIES):
@@ -197,6 +198,11 @@ def _carries(op: Any) -> str | None:
     if not op.op_def.is_stateful:
         return None
     return _BY_PUTTING_OUT if kind.startswith(_OUTPUTS) or "Summary" in kind else _BY_STATE
+
+
+def note_as_ours(op: Any) -> None:
+    """Takes note of an operation that runs Python of this package, which keeps nothing."""
+    _ours.add(op.get_attr("token"))
 
 
 def _follows_from_data(tensor: Any) -> bool:

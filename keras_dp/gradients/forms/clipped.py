@@ -8,7 +8,7 @@ from typing import Any
 from keras import ops
 
 from ... import arithmetic, backend
-from .alike import OnceForEachKind
+from .alike import OnceForEachKind, put_together, taken_apart
 from .form import PerExample, column_like
 from .squares import Squares
 
@@ -50,51 +50,70 @@ def clipped_sums(
     """
     found = [g for g in gradients if g is not None]
     dtype = "float64" if any(g.dtype == "float64" for g in found) else "float32"
-
     once = OnceForEachKind(found)
 
-    def norms_of(forms: Sequence[PerExample]) -> tuple[Any, Any]:
+    def norms_from(squares: Sequence[Squares], real: Any) -> tuple[Any, Any]:
         """As computed, and the most that they may be."""
-        squares = iter([once.squares(g) for g in forms])
-        every = [None if g is None else next(squares) for g in gradients]
+        remaining = iter(squares)
+        every = [None if g is None else next(remaining) for g in gradients]
         computed, most = Squares.columns(every, real)
         return arithmetic.norms_in(computed, dtype) / views, arithmetic.norms_in(
             most, dtype
         ) / views
 
+    def every_sum(sums: Sequence[Any]) -> list[Any]:
+        remaining = iter(sums)
+        return [
+            arithmetic.no_gradient_of(v) if g is None else ops.cast(next(remaining), g.dtype)
+            for g, v in zip(gradients, variables, strict=True)
+        ]
+
+    def columns(clip_weights: Any) -> list[Any]:
+        return [
+            arithmetic.column(clip_weights, k) for k, g in enumerate(gradients) if g is not None
+        ]
+
+    def sums(clip_weights: Any) -> list[Any]:
+        return every_sum(once.weighted_sums(found, columns(clip_weights)))
+
+    def in_float64() -> list[Any]:
+        apart = [taken_apart(g.needed()) for g in found]
+        kinds, tensors = [kind for kind, _ in apart], [t for _, ts in apart for t in ts]
+        shape = (None, len(gradients))
+
+        def forms(tensors: Any) -> list[PerExample]:
+            return [put_together(kind, tensors).in_float64() for kind in kinds]
+
+        def norms(tensors: list[Any]) -> list[Any]:
+            real, *tensors = tensors
+            return list(norms_from([g.squares() for g in forms(iter(tensors))], real))
+
+        def sums(tensors: list[Any]) -> list[Any]:
+            bad, clip_weights, *tensors = tensors
+            # 0 times what isn't finite isn't 0: empty those examples.
+            full = [g.with_tensors(g.emptied(bad)) for g in forms(iter(tensors))]
+            return [g.weighted_sum(c) for g, c in zip(full, columns(clip_weights), strict=True)]
+
+        computed, most = backend.seldom(norms, [real, *tensors], [(shape, dtype)] * 2)
+        bad = ops.logical_not(ops.isfinite(arithmetic.total_norms(most)))
+        clip_weights = ops.cast(weights_for(most), "float64")
+        given = [bad, clip_weights, *tensors]
+        pairs = zip(gradients, variables, strict=True)
+        shapes = [getattr(v, "shape", None) for g, v in pairs if g is not None]
+        summed = backend.seldom(sums, given, [(s, "float64") for s in shapes])
+        return [*every_sum(summed), computed]
+
     def weights_for(norms: Any) -> Any:
         return arithmetic.masked(clip(norms), real) / views
 
-    def sums_of(forms: Sequence[PerExample], clip_weights: Any) -> list[Any]:
-        remaining = iter(forms)
-        return [
-            arithmetic.no_gradient_of(v)
-            if g is None
-            else ops.cast(
-                once.weighted_sum(next(remaining), arithmetic.column(clip_weights, k)), g.dtype
-            )
-            for k, (g, v) in enumerate(zip(gradients, variables, strict=True))
-        ]
-
-    def in_float64() -> list[Any]:
-        forms = [g.in_float64() for g in found]
-        computed, most = norms_of(forms)
-        # 0 times what isn't finite isn't 0: empty those examples.
-        bad = ops.logical_not(ops.isfinite(arithmetic.total_norms(most)))
-        forms = [g.with_tensors(g.emptied(bad)) for g in forms]
-        clip_weights = ops.cast(weights_for(most), "float64")
-        return [*sums_of(forms, clip_weights), computed]
-
-    computed, most = norms_of(found)
+    computed, most = norms_from(once.squares(found), real)
     rows = ops.shape(real)[0]
     both = clip(ops.concatenate([most, computed], axis=0))
     clip_weights = arithmetic.masked(both[:rows], real) / views
     known = both[:rows] >= (1 - _HARDER) * both[rows:]
     known = ops.logical_or(known, ops.logical_not(column_like(real, known)))
     fine = ops.logical_and(ops.all(ops.isfinite(arithmetic.total_norms(most))), ops.all(known))
-    *sums, norms = backend.branch(
-        fine,
-        lambda: [*sums_of(found, clip_weights), backend.copy_of(computed)],
-        lambda: backend.seldom(in_float64),
+    *total, norms = backend.branch(
+        fine, lambda: [*sums(clip_weights), backend.copy_of(computed)], in_float64
     )
-    return sums, norms
+    return total, norms

@@ -43,6 +43,19 @@ class PerExample(TakenApart, abc.ABC):
     def with_tensors(self, tensors: list[Any]) -> PerExample:
         """The same form of other tensors, of the same shapes."""
 
+    def weighted_sums(self, clip_weights: Any) -> Any:
+        """The same of K equal parts of the rows, if it `can_be_joined`: c has shape (K, B / K)."""
+        raise NotImplementedError
+
+    @property
+    def can_be_joined(self) -> bool:
+        """Whether the rows of several such forms, one after another, are one with sums of each."""
+        return False
+
+    def needed(self) -> PerExample:
+        """The same form, without what neither norms nor sums are computed from any more."""
+        return self
+
     @property
     def dtype(self) -> str:
         """The type of its sums: float64 where it is made of that, else float32."""
@@ -77,7 +90,16 @@ class Instantiated(PerExample):
     def weighted_sum(self, clip_weights: Any) -> Any:
         flat = flat_rows(self.gradients)
         total = backend.exactly(ops.matmul, row_like(clip_weights, flat), flat)
-        return ops.reshape(total, ops.shape(self.gradients)[1:])
+        sizes = self.gradients.shape[1:]
+        return ops.reshape(total, ops.shape(self.gradients)[1:] if None in sizes else sizes)
+
+    can_be_joined = True
+
+    def weighted_sums(self, clip_weights: Any) -> Any:
+        sizes, count = self.gradients.shape[1:], clip_weights.shape[0]
+        split = ops.reshape(self.gradients, (count, -1, math.prod(sizes)))
+        rows = ops.expand_dims(ops.cast(clip_weights, split.dtype), 1)
+        return ops.reshape(backend.exactly(ops.matmul, rows, split), (count, *sizes))
 
     def instantiate(self) -> Any:
         return self.gradients
@@ -114,6 +136,17 @@ class Scaled(PerExample):
         return self.gradients.weighted_sum(
             clip_weights * ops.cast(self.factors, clip_weights.dtype)
         )
+
+    @property
+    def can_be_joined(self) -> bool:
+        return self.gradients.can_be_joined
+
+    def weighted_sums(self, clip_weights: Any) -> Any:
+        factors = ops.reshape(self.factors, (clip_weights.shape[0], -1))
+        return self.gradients.weighted_sums(clip_weights * ops.cast(factors, clip_weights.dtype))
+
+    def needed(self) -> PerExample:
+        return Scaled(self.gradients.needed(), self.factors)
 
     def instantiate(self) -> Any:
         gradients = self.gradients.instantiate()

@@ -63,6 +63,8 @@ class OuterProducts(PerExample):
         return (blocks, left[-1], right[-1], self.shape, self.order)
 
     def squares(self) -> Squares:
+        if "_products" in self.__dict__:
+            return Squares.of(self._products)
         if len(self.left.shape) == 2:
             left, right = (Squares.of(t) for t in self._exact())
             # The product's own rounding, and that of the sum, are in the bounds of the two.
@@ -129,6 +131,33 @@ class OuterProducts(PerExample):
         else:
             left, right = ops.reshape(left, (-1, d)), ops.reshape(right, (-1, p))
         return self._arranged(backend.exactly(ops.matmul, ops.swapaxes(left, -1, -2), right))
+
+    @property
+    def can_be_joined(self) -> bool:
+        return len(self.left.shape) < 4
+
+    def weighted_sums(self, clip_weights: Any) -> Any:
+        if "_products" in self.__dict__:
+            found = Instantiated(self._products).weighted_sums(clip_weights)
+        else:
+            count, (left, right) = clip_weights.shape[0], self._exact()
+            c = ops.reshape(ops.cast(clip_weights, right.dtype), (-1,))
+            left, right = (
+                ops.reshape(t, (count, -1, t.shape[-1]))
+                for t in (left, right * column_like(c, right))
+            )
+            found = backend.exactly(ops.matmul, ops.swapaxes(left, 1, 2), right)
+        if self.shape is None:
+            return found
+        order = (0, *(1 + k for k in self.order or ()))
+        return ops.transpose(ops.reshape(found, (-1, *self.shape)), order)
+
+    def needed(self) -> PerExample:
+        if "_products" not in self.__dict__:
+            return self
+        other = OuterProducts(None, None, shape=self.shape, order=self.order)
+        other.__dict__["_products"] = self._products
+        return other
 
     def instantiate(self) -> Any:
         products = self._multiplied()

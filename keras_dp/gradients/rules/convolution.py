@@ -236,8 +236,15 @@ class Filters(PerExample):
         """(..., B, filters): the order in which they are computed."""
         return backend.filter_gradients(*self._exact(), self.shape, *self.settings)
 
+    def needed(self) -> PerExample:
+        if "_written_out" not in self.__dict__:
+            return self
+        other = Filters(None, None, self.shape, *self.settings)
+        other.__dict__["_written_out"] = self._written_out
+        return other
+
     def squares(self) -> Squares:
-        if self._gram_is_smaller():
+        if "_written_out" not in self.__dict__ and self._gram_is_smaller():
             return self._gram()
         numbers = math.prod(self.shape[:-1])
         written = ops.reshape(self._written_out, (numbers, -1))

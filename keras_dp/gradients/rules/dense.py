@@ -213,11 +213,12 @@ def _arranged(tensor: Any, letters: str, blocks: str, positions: str, inner: str
     order = [letters.index(c) for c in wanted]
     if order != sorted(order):
         tensor = ops.transpose(tensor, order)
-    shape, dynamic = list(tensor.shape), ops.shape(tensor)
+    shape = list(tensor.shape)
     first, second = 1 + len(blocks), 1 + len(blocks) + len(positions)
     width = math.prod(shape[second:])
     # One axis at most may have a size that isn't known.
-    sizes: list[Any] = [dynamic[0] if shape[0] is None else shape[0]]
+    rows = -1 if None not in shape[1:] else ops.shape(tensor)[0]
+    sizes: list[Any] = [rows if shape[0] is None else shape[0]]
     if blocks:
         sizes.append(math.prod(shape[1:first]))
     if positions or blocks:
