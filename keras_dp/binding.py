@@ -29,6 +29,7 @@ from .optimizers import DPOptimizer
 from .sampling import (
     OWN,
     PoissonDataset,
+    RowsOfUsers,
     Sampling,
     as_leaves,
     common_length,
@@ -38,7 +39,7 @@ from .sampling import (
 from .training import training_alone
 from .waiting import said_if_slow
 
-_BOUND = ("train_step", "make_train_function")
+_BOUND = ("train_step", "make_train_function", "_maybe_symbolic_build")
 _DEFAULT_BATCH_SIZE = 32  # as Keras'
 
 
@@ -115,19 +116,66 @@ def _check_can_bind(model: keras.Model, optimizer: DPOptimizer, arguments: dict[
                 "example, and what updates metrics into `compute_metrics`, which it calls for the "
                 "whole batch and which may assign to metrics alone; then remove the override."
             )
-    replicas = backend.replica_count(model)
-    if replicas > 1:
-        raise PrivacyError(
-            f"The model '{model.name}' was made under a distribution strategy with {replicas} "
-            "replicas, on which the noise would be wrong. Build and compile it outside the "
-            "strategy's scope, on one device."
-        )
+    _require_replicas_can(model, optimizer, backend.replicas_of(model))
     require_trainable_privately(model)
     if model.built and not model.trainable_variables:
         raise ValueError(
             f"compile(optimizer={type(optimizer).__name__}): the model '{model.name}' has no "
             "trainable weights, so there is nothing to train privately. Add a layer with weights, "
             "or set `trainable = True` on one."
+        )
+
+
+def _require_replicas_can(
+    model: keras.Model, optimizer: DPOptimizer, replicas: backend.Replicas | None
+) -> None:
+    """Refuses what would not be right, or not work, on several replicas.
+
+    Raises:
+        PrivacyError: If the guarantee would not hold.
+        ValueError: If TensorFlow or Keras can't do it.
+    """
+    if keras.distribution.distribution() is not None:
+        raise PrivacyError(
+            f"A keras.distribution.{type(keras.distribution.distribution()).__name__} is set, "
+            "which Keras doesn't carry out on TensorFlow: whether each process would train on its "
+            "own is left to chance. Unset it, keras.distribution.set_distribution(None); for "
+            "several devices make model and optimizer in the scope of a "
+            "tf.distribute.MirroredStrategy."
+        )
+    if replicas is None:
+        return
+    for one in (optimizer, optimizer.inner_optimizer):
+        if not replicas.is_of(keras_private.made_in_scope_of(one)):
+            raise ValueError(
+                f"The model '{model.name}' was made in the scope of a distribution strategy, and "
+                f"its optimizer ({type(one).__name__}) was not, so that it has no state on the "
+                "replicas. Make it in the same scope: with strategy.scope(): ..."
+            )
+    if optimizer.inner_optimizer.gradient_accumulation_steps:
+        raise ValueError(
+            "`gradient_accumulation_steps` of the inner optimizer doesn't work on several "
+            "replicas, in Keras itself. Use a larger batch_size, and microbatch_size to bound "
+            "memory."
+        )
+
+
+def _require_mode_for_replicas(model: keras.Model) -> None:
+    """Refuses ways of running a step that don't work on several replicas.
+
+    Raises:
+        ValueError: For eager steps, and for several in one execution.
+    """
+    if model.run_eagerly:
+        raise ValueError(
+            "run_eagerly=True doesn't work on several replicas. Leave it out, or debug on one "
+            "device."
+        )
+    if model.steps_per_execution != 1:
+        raise ValueError(
+            "steps_per_execution must be 1 on several replicas: TensorFlow can't take several "
+            "distributed batches in one execution. Received: "
+            f"steps_per_execution={model.steps_per_execution}"
         )
 
 
@@ -202,6 +250,12 @@ def _make_train_function(model: keras.Model, force: bool = False) -> Any:
     if model.train_function is not None and not force:
         require_own_train_function(model, optimizer)
         return model.train_function
+    replicas = backend.replicas_of(model)
+    if replicas is not None:
+        _require_mode_for_replicas(model)
+        step = functools.partial(optimizer.replicated_train_step, model, replicas)
+        model.train_function = _TrainFunction(replicas.train_function(step), optimizer)
+        return model.train_function
     jit_compile = model.jit_compile
     model._jit_compile = False
     try:
@@ -246,6 +300,12 @@ def _train_on_batch_of(original: Callable[..., Any]) -> Callable[..., Any]:
         if optimizer is not None:
             keras_private.seed_states_of(self)  # keras.utils.set_random_seed drops one of them
             optimizer.session.require_same_weights(self)
+            if backend.replicas_of(self) is not None:
+                raise PrivacyError(
+                    "train_on_batch would give the whole batch to each of several replicas, and "
+                    "every example a part in the step of each. Use model.fit on arrays, which "
+                    "divides one draw among them."
+                )
             optimizer.session.begin_train_on_batch()
             with optimizer.session.occupied("train_on_batch"):
                 optimizer.session.gate.open()
@@ -274,7 +334,13 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
             del given["self"]
             require_trainable_privately(self)
             optimizer.session.require_same_weights(self)
+            replicas = backend.replicas_of(self)
+            _require_replicas_can(self, optimizer, replicas)
             sampling, steps, dataset = _private_source(given, optimizer, self)
+            if replicas is not None:
+                _divide_among(replicas, given, dataset, self)
+            elif dataset is not None:
+                given["x"] = dataset.feed()
             _renew_train_function(self, sampling.capacity)
             declaration = _FitDeclaration(
                 optimizer, sampling, steps, given.get("initial_epoch", 0), given.get("epochs", 1)
@@ -392,11 +458,36 @@ def _own_dataset(
             )
     # Nobody else has what is trained on, so nobody can draw from it or change its order.
     dataset = dataset.for_fit(steps, secure_mode=secure_mode)
-    given["x"] = dataset.feed()
     for name in ("steps_per_epoch", "batch_size"):
         given.pop(name, None)
     given["shuffle"] = False  # it is random already
     return dataset.sampling, dataset.num_batches, dataset
+
+
+def _divide_among(
+    replicas: backend.Replicas, given: dict[str, Any], dataset: Any, model: keras.Model
+) -> None:
+    """Feeds each replica its share of every draw.
+
+    Raises:
+        PrivacyError: For a source that isn't drawn from here.
+    """
+    if dataset is None:
+        raise PrivacyError(
+            f"fit on several replicas can't divide the batches of a {type(given['x']).__name__}, "
+            "which TensorFlow might give to more than one of them. Pass arrays, a source with "
+            "rows by index, or a keras_dp.PoissonDataset; keras_dp.spool(examples, 'folder') "
+            "makes one of a pipeline."
+        )
+    shares = dataset.divided_among(replicas.count, replicas.mine).feed()
+    class_weight = given.pop("class_weight", None)
+    if class_weight is not None:
+        shares = keras_private.with_class_weight(shares, class_weight)
+    x, y, weights = keras.utils.unpack_x_y_sample_weight(shares.element_spec)
+    with replicas.scope():
+        keras_private.build_beforehand(model, x.x if isinstance(x, RowsOfUsers) else x, y, weights)
+    given["x"] = replicas.feed(shares)
+    given["steps_per_epoch"] = dataset.num_batches
 
 
 def _foreign_source(

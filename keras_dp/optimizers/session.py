@@ -83,7 +83,7 @@ class Session:
 
     @property
     def _iteration(self) -> int:
-        return int(self._optimizer.iterations)
+        return keras_private.as_int(self._optimizer.iterations)
 
     def warn_once(self, topic: str, message: str) -> None:
         """Warns about a topic, once for this optimizer."""

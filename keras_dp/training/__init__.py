@@ -6,6 +6,7 @@ from .given import PrivateGradients
 from .loops import OwnLoop
 from .mechanism import Mechanism, Watcher
 from .meter import Budget, Meter, Phase
+from .replicated import replicated_train_step
 from .schedules import Schedule, checked
 from .step import Parts, private_train_step
 
@@ -22,6 +23,7 @@ __all__ = [
     "Watcher",
     "checked",
     "private_train_step",
+    "replicated_train_step",
     "require_alone",
     "training_alone",
 ]
