@@ -20,7 +20,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from . import arguments, backend, keras_private, lineage, preprocessing
+from . import arguments, backend, keras_private, lineage, preprocessing, several
 from .compatibility import require_trainable_privately
 from .decisions import raw_decisions
 from .errors import PrivacyError, PrivacyWarning
@@ -29,7 +29,6 @@ from .optimizers import DPOptimizer
 from .sampling import (
     OWN,
     PoissonDataset,
-    RowsOfUsers,
     Sampling,
     as_leaves,
     common_length,
@@ -39,7 +38,7 @@ from .sampling import (
 from .training import training_alone
 from .waiting import said_if_slow
 
-_BOUND = ("train_step", "make_train_function", "_maybe_symbolic_build")
+_BOUND = ("train_step", "make_train_function", "_maybe_symbolic_build", "test_step")
 _DEFAULT_BATCH_SIZE = 32  # as Keras'
 
 
@@ -116,66 +115,13 @@ def _check_can_bind(model: keras.Model, optimizer: DPOptimizer, arguments: dict[
                 "example, and what updates metrics into `compute_metrics`, which it calls for the "
                 "whole batch and which may assign to metrics alone; then remove the override."
             )
-    _require_replicas_can(model, optimizer, backend.replicas_of(model))
+    several.require_possible(model, optimizer, backend.replicas_of(model))
     require_trainable_privately(model)
     if model.built and not model.trainable_variables:
         raise ValueError(
             f"compile(optimizer={type(optimizer).__name__}): the model '{model.name}' has no "
             "trainable weights, so there is nothing to train privately. Add a layer with weights, "
             "or set `trainable = True` on one."
-        )
-
-
-def _require_replicas_can(
-    model: keras.Model, optimizer: DPOptimizer, replicas: backend.Replicas | None
-) -> None:
-    """Refuses what would not be right, or not work, on several replicas.
-
-    Raises:
-        PrivacyError: If the guarantee would not hold.
-        ValueError: If TensorFlow or Keras can't do it.
-    """
-    if keras.distribution.distribution() is not None:
-        raise PrivacyError(
-            f"A keras.distribution.{type(keras.distribution.distribution()).__name__} is set, "
-            "which Keras doesn't carry out on TensorFlow: whether each process would train on its "
-            "own is left to chance. Unset it, keras.distribution.set_distribution(None); for "
-            "several devices make model and optimizer in the scope of a "
-            "tf.distribute.MirroredStrategy."
-        )
-    if replicas is None:
-        return
-    for one in (optimizer, optimizer.inner_optimizer):
-        if not replicas.is_of(keras_private.made_in_scope_of(one)):
-            raise ValueError(
-                f"The model '{model.name}' was made in the scope of a distribution strategy, and "
-                f"its optimizer ({type(one).__name__}) was not, so that it has no state on the "
-                "replicas. Make it in the same scope: with strategy.scope(): ..."
-            )
-    if optimizer.inner_optimizer.gradient_accumulation_steps:
-        raise ValueError(
-            "`gradient_accumulation_steps` of the inner optimizer doesn't work on several "
-            "replicas, in Keras itself. Use a larger batch_size, and microbatch_size to bound "
-            "memory."
-        )
-
-
-def _require_mode_for_replicas(model: keras.Model) -> None:
-    """Refuses ways of running a step that don't work on several replicas.
-
-    Raises:
-        ValueError: For eager steps, and for several in one execution.
-    """
-    if model.run_eagerly:
-        raise ValueError(
-            "run_eagerly=True doesn't work on several replicas. Leave it out, or debug on one "
-            "device."
-        )
-    if model.steps_per_execution != 1:
-        raise ValueError(
-            "steps_per_execution must be 1 on several replicas: TensorFlow can't take several "
-            "distributed batches in one execution. Received: "
-            f"steps_per_execution={model.steps_per_execution}"
         )
 
 
@@ -252,7 +198,7 @@ def _make_train_function(model: keras.Model, force: bool = False) -> Any:
         return model.train_function
     replicas = backend.replicas_of(model)
     if replicas is not None:
-        _require_mode_for_replicas(model)
+        several.require_mode(model)
         step = functools.partial(optimizer.replicated_train_step, model, replicas)
         model.train_function = _TrainFunction(replicas.train_function(step), optimizer)
         return model.train_function
@@ -335,21 +281,33 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
             require_trainable_privately(self)
             optimizer.session.require_same_weights(self)
             replicas = backend.replicas_of(self)
-            _require_replicas_can(self, optimizer, replicas)
+            several.require_possible(self, optimizer, replicas)
             sampling, steps, dataset = _private_source(given, optimizer, self)
+            together = None
             if replicas is not None:
-                _divide_among(replicas, given, dataset, self)
+                together = several.Together(replicas, optimizer)
+                several.divide_among(replicas, given, dataset, self, together.secret)
+                together.prepare(given, dataset, self)
             elif dataset is not None:
                 given["x"] = dataset.feed()
             _renew_train_function(self, sampling.capacity)
             declaration = _FitDeclaration(
-                optimizer, sampling, steps, given.get("initial_epoch", 0), given.get("epochs", 1)
+                optimizer,
+                sampling,
+                steps,
+                given.get("initial_epoch", 0),
+                given.get("epochs", 1),
+                together,
             )
             decided = raw_decisions(given.get("callbacks"))
             if decided is not None:
                 warnings.warn(decided, PrivacyWarning, stacklevel=2)
             try:
-                with _joined(declaration, given, self), _row_errors(dataset, optimizer):
+                with (
+                    _joined(declaration, given, self),
+                    _row_errors(dataset, optimizer),
+                    several.losses_of_workers(replicas, optimizer),
+                ):
                     return original(self, **given)
             finally:
                 optimizer.session.gate.close()
@@ -462,32 +420,6 @@ def _own_dataset(
         given.pop(name, None)
     given["shuffle"] = False  # it is random already
     return dataset.sampling, dataset.num_batches, dataset
-
-
-def _divide_among(
-    replicas: backend.Replicas, given: dict[str, Any], dataset: Any, model: keras.Model
-) -> None:
-    """Feeds each replica its share of every draw.
-
-    Raises:
-        PrivacyError: For a source that isn't drawn from here.
-    """
-    if dataset is None:
-        raise PrivacyError(
-            f"fit on several replicas can't divide the batches of a {type(given['x']).__name__}, "
-            "which TensorFlow might give to more than one of them. Pass arrays, a source with "
-            "rows by index, or a keras_dp.PoissonDataset; keras_dp.spool(examples, 'folder') "
-            "makes one of a pipeline."
-        )
-    shares = dataset.divided_among(replicas.count, replicas.mine).feed()
-    class_weight = given.pop("class_weight", None)
-    if class_weight is not None:
-        shares = keras_private.with_class_weight(shares, class_weight)
-    x, y, weights = keras.utils.unpack_x_y_sample_weight(shares.element_spec)
-    with replicas.scope():
-        keras_private.build_beforehand(model, x.x if isinstance(x, RowsOfUsers) else x, y, weights)
-    given["x"] = replicas.feed(shares)
-    given["steps_per_epoch"] = dataset.num_batches
 
 
 def _foreign_source(
@@ -624,8 +556,10 @@ class _FitDeclaration(keras.callbacks.Callback):
         steps_per_epoch: int | None,
         initial_epoch: int,
         epochs: int,
+        together: several.Together | None = None,
     ) -> None:
         super().__init__()
+        self._together = together
         self._optimizer = optimizer
         self._sampling = sampling
         self._steps_per_epoch = steps_per_epoch
@@ -633,6 +567,10 @@ class _FitDeclaration(keras.callbacks.Callback):
         self._epochs = epochs
 
     def on_train_begin(self, logs: Any = None) -> None:
+        secret = None
+        if self._together is not None:
+            self._together.begin()
+            secret = self._together.secret
         planned = None
         if self._steps_per_epoch is not None:
             first = keras_private.resumed_epoch(self.model) or self._initial_epoch
@@ -640,7 +578,7 @@ class _FitDeclaration(keras.callbacks.Callback):
             planned = max(epochs - first, 0) * self._steps_per_epoch
         what = "Calibrating the noise to the target epsilon"
         with said_if_slow(what, silent=not self.params.get("verbose", 1)):
-            self._optimizer.session.begin_fit(self._sampling, planned)
+            self._optimizer.session.begin_fit(self._sampling, planned, secret)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if _private_optimizer(self.model) is not self._optimizer:

@@ -51,6 +51,7 @@ __all__ = [
     "own_variables",
     "owners_of",
     "replace_sublayers",
+    "resume_at",
     "resumed_epoch",
     "seed_states_of",
     "set_logits",
@@ -372,6 +373,11 @@ def _built(*_: Any, **__: Any) -> None:
 def with_class_weight(batches: Any, class_weight: Any) -> Any:
     """A pipeline whose batches have the sample weights that `fit(class_weight=...)` means."""
     return batches.map(make_class_weight_map_fn(class_weight))
+
+
+def resume_at(model: keras.Model, epoch: int | None) -> None:
+    """Has the `fit` that begins go on from an epoch; `None`: as it would."""
+    model._initial_epoch = epoch
 
 
 # -- optimizers and files -----------------------------------------------------------------------

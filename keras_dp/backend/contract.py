@@ -177,8 +177,11 @@ HOST = {
 
 REPLICAS = {
     "Replicas(strategy)": (
-        "Replicas of a model on several devices. On the host: `.count`, `.mine`, the numbers of "
-        "those that this process feeds, `.is_of()`, `.scope()`, `.feed()`, `.train_function()`. "
+        "Replicas of a model on several devices. On the host: `.count`, `.workers`, the number of "
+        "processes, of which one `.leads`, `.mine`, the numbers of those that this one feeds, "
+        "`.from_chief()` and `.summed()`, which all processes call together, `.is_lost()`, "
+        "`.metrics_of_evaluation()`, `.is_of()`, `.have()`, `.scope()`, `.feed()`, "
+        "`.train_function()`. "
         "In a step: `.each()`, a function run on every replica, and of what it returned `.first()` "
         "and `.joined()`; inside of such a function `.total()`, sums over all replicas."
     ),

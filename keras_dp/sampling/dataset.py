@@ -47,6 +47,7 @@ class Dataset(keras.utils.PyDataset):
     _hands_to_step = False  # whether batches say whose rows are whose
     _replicas = 1  # that a draw is divided among
     _mine = range(1)  # those of them that are fed from here
+    _row_draws: Draws | None = None  # what chooses people's rows, if not what draws people
 
     def __init__(
         self,
@@ -174,8 +175,9 @@ class Dataset(keras.utils.PyDataset):
         if self.secure_mode:
             rows, present = self.users.rows_of(drawn, None)
         else:
-            with self._draws.lock:
-                rows, present = self.users.rows_of(drawn, self._draws.random)
+            draws = self._row_draws or self._draws
+            with draws.lock:
+                rows, present = self.users.rows_of(drawn, draws.random)
         x, *others = self._reader.read(self._parts, rows)
         return (RowsOfUsers(x, present) if self._hands_to_step else x, *others)
 
@@ -194,7 +196,7 @@ class Dataset(keras.utils.PyDataset):
         object.__setattr__(own, "secure_mode", secure)
         return own
 
-    def divided_among(self, count: int, mine: range) -> Any:
+    def divided_among(self, count: int, mine: range, secret: bytes | None = None) -> Any:
         """Returns a copy that feeds some of several replicas their shares of every draw.
 
         A draw is made once for all of them, and cut into parts that differ by one at most.
@@ -202,9 +204,14 @@ class Dataset(keras.utils.PyDataset):
         Args:
             count: How many replicas there are.
             mine: The numbers of those that are fed.
+            secret: What several processes draw the same from.
         """
         own = copy.copy(self)
         own._replicas, own._mine = count, mine
+        if len(mine) < count:  # the draws are those of other processes, too; the rest is not
+            own._row_draws = Draws(None)
+            if secret is not None and self.seed is None:
+                own._draws = Draws.shared(secret)
         return own
 
     # -- what `fit` is fed ---------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -22,7 +21,10 @@ from .step import (
     with_regularizers,
 )
 
-Apply = Callable[[list[Any], list[Any]], None]
+_APART = (
+    "keras_dp: the workers don't agree on whether there is a step, or on its noise, clipping norm "
+    "or batch size. No step was taken. Give all of them the same callbacks and settings."
+)
 
 
 def replicated_train_step(
@@ -71,13 +73,21 @@ def replicated_train_step(
             )
             update_metrics(model, shown)
         engines.append(engine.name)
-        units = ops.reshape(ops.cast(found.rows, "int32"), (1,))
-        return replicas.total(found.sums), found.norms, found.real, found.norms_by_variable, units
+        *sums, together = replicas.total([*found.sums, meter.mind()])
+        return sums, together, found.norms, found.real, found.norms_by_variable
 
     # Gradients, clip, sum: on each; and then over all.
-    sums, *columns = replicas.each(share, shares)
-    norms, real, by_variable, units = (replicas.joined(c) for c in columns)
-    found = Clipped(variables, replicas.first(sums), norms, real, ops.sum(units), by_variable)
+    sums, together, *columns = replicas.each(share, shares)
+    if replicas.workers == 1 or mechanism.looks_at_norms:
+        columns = [replicas.joined(c) for c in columns]
+    norms, real, by_variable = replicas.first(columns)
+    # What is divided by is public: how many examples there are isn't looked at.
+    found = Clipped(variables, replicas.first(sums), norms, real, 0, by_variable)
+    of_one_mind = backend.require(
+        _alike(replicas.first(together), meter.mind() * replicas.count),
+        ops.ones((), "bool"),
+        _APART,
+    )
 
     def apply(_: Any, gradients: list[Any]) -> None:
         parts.apply(with_regularizers(gradients, variables), variables)
@@ -86,5 +96,11 @@ def replicated_train_step(
         replicas.each(apply, mechanism.noised(found, now))  # noise, divide: once
         return ops.zeros(())
 
-    meter.spend(step, lambda: ops.zeros(()), after=[*found.evidence, *like.leaves()])
+    after = [*found.evidence, *like.leaves(), of_one_mind]
+    meter.spend(step, lambda: ops.zeros(()), after=after)
     return model.get_metrics_result(), engines[-1]
+
+
+def _alike(a: Any, b: Any) -> Any:
+    """Whether numbers are the same but for rounding, a scalar bool."""
+    return ops.all(ops.abs(a - b) <= 1e-9 * ops.abs(b))
