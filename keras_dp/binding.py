@@ -20,7 +20,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from . import arguments, backend, keras_private, lineage, preprocessing
+from . import arguments, backend, keras_private, lineage, preprocessing, several
 from .compatibility import require_trainable_privately
 from .decisions import raw_decisions
 from .errors import PrivacyError, PrivacyWarning
@@ -38,7 +38,7 @@ from .sampling import (
 from .training import training_alone
 from .waiting import said_if_slow
 
-_BOUND = ("train_step", "make_train_function")
+_BOUND = ("train_step", "make_train_function", "_maybe_symbolic_build", "test_step")
 _DEFAULT_BATCH_SIZE = 32  # as Keras'
 
 
@@ -115,13 +115,7 @@ def _check_can_bind(model: keras.Model, optimizer: DPOptimizer, arguments: dict[
                 "example, and what updates metrics into `compute_metrics`, which it calls for the "
                 "whole batch and which may assign to metrics alone; then remove the override."
             )
-    replicas = backend.replica_count(model)
-    if replicas > 1:
-        raise PrivacyError(
-            f"The model '{model.name}' was made under a distribution strategy with {replicas} "
-            "replicas, on which the noise would be wrong. Build and compile it outside the "
-            "strategy's scope, on one device."
-        )
+    several.require_possible(model, optimizer, backend.replicas_of(model))
     require_trainable_privately(model)
     if model.built and not model.trainable_variables:
         raise ValueError(
@@ -203,6 +197,12 @@ def _make_train_function(model: keras.Model, force: bool = False) -> Any:
     if model.train_function is not None and not force:
         require_own_train_function(model, optimizer)
         return model.train_function
+    replicas = backend.replicas_of(model)
+    if replicas is not None:
+        several.require_mode(model)
+        step = functools.partial(optimizer.replicated_train_step, model, replicas)
+        model.train_function = _TrainFunction(replicas.train_function(step), optimizer)
+        return model.train_function
     jit_compile = model.jit_compile
     model._jit_compile = False
     try:
@@ -247,6 +247,12 @@ def _train_on_batch_of(original: Callable[..., Any]) -> Callable[..., Any]:
         if optimizer is not None:
             keras_private.seed_states_of(self)  # keras.utils.set_random_seed drops one of them
             optimizer.session.require_same_weights(self)
+            if backend.replicas_of(self) is not None:
+                raise PrivacyError(
+                    "train_on_batch would give the whole batch to each of several replicas, and "
+                    "every example a part in the step of each. Use model.fit on arrays, which "
+                    "divides one draw among them."
+                )
             optimizer.session.begin_train_on_batch()
             with optimizer.session.occupied("train_on_batch"):
                 optimizer.session.gate.open()
@@ -275,16 +281,34 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
             del given["self"]
             require_trainable_privately(self)
             optimizer.session.require_same_weights(self)
+            replicas = backend.replicas_of(self)
+            several.require_possible(self, optimizer, replicas)
             sampling, steps, dataset = _private_source(given, optimizer, self)
+            together = None
+            if replicas is not None:
+                together = several.Together(replicas, optimizer)
+                several.divide_among(replicas, given, dataset, self, together.secret)
+                together.prepare(given, dataset, self)
+            elif dataset is not None:
+                given["x"] = dataset.feed()
             _renew_train_function(self, sampling.capacity)
             declaration = _FitDeclaration(
-                optimizer, sampling, steps, given.get("initial_epoch", 0), given.get("epochs", 1)
+                optimizer,
+                sampling,
+                steps,
+                given.get("initial_epoch", 0),
+                given.get("epochs", 1),
+                together,
             )
             decided = raw_decisions(given.get("callbacks"))
             if decided is not None:
                 warnings.warn(decided, PrivacyWarning, stacklevel=2)
             try:
-                with _joined(declaration, given, self), _row_errors(dataset, optimizer):
+                with (
+                    _joined(declaration, given, self),
+                    _row_errors(dataset, optimizer),
+                    several.losses_of_workers(replicas, optimizer),
+                ):
                     return original(self, **given)
             finally:
                 optimizer.session.gate.close()
@@ -393,7 +417,6 @@ def _own_dataset(
             )
     # Nobody else has what is trained on, so nobody can draw from it or change its order.
     dataset = dataset.for_fit(steps, secure_mode=secure_mode)
-    given["x"] = dataset.feed()
     for name in ("steps_per_epoch", "batch_size"):
         given.pop(name, None)
     given["shuffle"] = False  # it is random already
@@ -534,8 +557,10 @@ class _FitDeclaration(keras.callbacks.Callback):
         steps_per_epoch: int | None,
         initial_epoch: int,
         epochs: int,
+        together: several.Together | None = None,
     ) -> None:
         super().__init__()
+        self._together = together
         self._optimizer = optimizer
         self._sampling = sampling
         self._steps_per_epoch = steps_per_epoch
@@ -543,6 +568,10 @@ class _FitDeclaration(keras.callbacks.Callback):
         self._epochs = epochs
 
     def on_train_begin(self, logs: Any = None) -> None:
+        secret = None
+        if self._together is not None:
+            self._together.begin()
+            secret = self._together.secret
         planned = None
         if self._steps_per_epoch is not None:
             first = keras_private.resumed_epoch(self.model) or self._initial_epoch
@@ -550,7 +579,7 @@ class _FitDeclaration(keras.callbacks.Callback):
             planned = max(epochs - first, 0) * self._steps_per_epoch
         what = "Calibrating the noise to the target epsilon"
         with said_if_slow(what, silent=not self.params.get("verbose", 1)):
-            self._optimizer.session.begin_fit(self._sampling, planned)
+            self._optimizer.session.begin_fit(self._sampling, planned, secret)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if _private_optimizer(self.model) is not self._optimizer:

@@ -116,7 +116,12 @@ class PrivacyBudget(keras.callbacks.Callback):
         self._started = False
         self._limited = False
         self._warned = False
-        self._journal = None if ledger_path is None else _Reservations(ledger_path)
+        self._reservations = None if ledger_path is None else _Reservations(ledger_path)
+
+    @property
+    def _journal(self) -> _Reservations | None:
+        """The journal, where it is kept: of several processes in the chief."""
+        return self._reservations if self._optimizer.session.leads else None
 
     @property
     def _optimizer(self) -> Any:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,16 +18,21 @@ from keras import tree
 from keras.src.backend import compute_output_spec
 from keras.src.backend.common import global_state
 from keras.src.legacy.saving import legacy_h5_format
+from keras.src.losses import loss as loss_module
 from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.random.seed_generator import global_seed_generator
 from keras.src.saving import saving_lib
 from keras.src.trainers.compile_utils import CompileLoss
 from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
+from keras.src.trainers.data_adapters.tf_dataset_adapter import make_class_weight_map_fn
 
 __all__ = [
     "LossFunction",
     "all_layers",
+    "applied_as_they_are",
+    "as_int",
     "beneath",
+    "build_beforehand",
     "build_from_batch",
     "call_name_of",
     "call_of",
@@ -41,12 +47,15 @@ __all__ = [
     "loss_functions_of",
     "loss_of",
     "loss_tracker_of",
+    "losses_unscaled",
+    "made_in_scope_of",
     "mask_of",
     "output_spec_of",
     "own_state_of",
     "own_variables",
     "owners_of",
     "replace_sublayers",
+    "resume_at",
     "resumed_epoch",
     "seed_states_of",
     "set_logits",
@@ -57,6 +66,7 @@ __all__ = [
     "updates_of",
     "watch_files",
     "watch_state_trees",
+    "with_class_weight",
     "without_rematerialization",
 ]
 
@@ -327,6 +337,83 @@ def resumed_epoch(model: keras.Model) -> int | None:
     return model._initial_epoch
 
 
+# -- several replicas ------------------------------------------------------------------------
+
+_unscaled = threading.local()  # `losses`: whether this thread computes examples' own losses
+
+
+@contextlib.contextmanager
+def losses_unscaled() -> Iterator[None]:
+    """Has losses be what they are, also on one of several replicas.
+
+    There Keras divides some losses, those that it reduces by a mean, by the number of replicas.
+    """
+    for name in ("scale_loss_for_distribution", "unscale_loss_for_distribution"):
+        scale = getattr(loss_module, name)
+        if not hasattr(scale, "_keras_dp"):
+            setattr(loss_module, name, _unless_unscaled(scale))
+    before = getattr(_unscaled, "losses", False)
+    _unscaled.losses = True
+    try:
+        yield
+    finally:
+        _unscaled.losses = before
+
+
+def _unless_unscaled(scale: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(scale)
+    def scaled(value: Any) -> Any:
+        return value if getattr(_unscaled, "losses", False) else scale(value)
+
+    scaled._keras_dp = True  # type: ignore[attr-defined]
+    return scaled
+
+
+@contextlib.contextmanager
+def applied_as_they_are(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
+    """Has an optimizer apply gradients that are the same on all of several replicas.
+
+    Keras would add them up over the replicas once more.
+    """
+    name = "_all_reduce_sum_gradients"
+    if not hasattr(type(optimizer), name):
+        raise NotImplementedError(f"keras_dp doesn't know this version of Keras: no {name}")
+    vars(optimizer)[name] = list
+    try:
+        yield
+    finally:
+        del vars(optimizer)[name]
+
+
+def made_in_scope_of(optimizer: keras.optimizers.Optimizer) -> Any:
+    """The strategy in whose scope an optimizer was made; that of one device for none."""
+    return optimizer._distribution_strategy
+
+
+def build_beforehand(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> None:
+    """Builds a model for several replicas from the shapes of batches, and not from a batch.
+
+    Keras would draw one, and take the mean of the replicas' shares, of which each may have
+    another size, or none.
+    """
+    build_from_batch(model, x, y, sample_weight)
+    vars(model)["_maybe_symbolic_build"] = _built
+
+
+def _built(*_: Any, **__: Any) -> None:
+    """Does nothing: the model is built."""
+
+
+def with_class_weight(batches: Any, class_weight: Any) -> Any:
+    """A pipeline whose batches have the sample weights that `fit(class_weight=...)` means."""
+    return batches.map(make_class_weight_map_fn(class_weight))
+
+
+def resume_at(model: keras.Model, epoch: int | None) -> None:
+    """Has the `fit` that begins go on from an epoch; `None`: as it would."""
+    model._initial_epoch = epoch
+
+
 # -- optimizers and files -----------------------------------------------------------------------
 
 
@@ -337,6 +424,11 @@ def innermost(optimizer: Any) -> Any:
     return optimizer
 
 
+def as_int(variable: keras.Variable) -> int:
+    """The value of an integer variable; `int(variable)` fails for one of several replicas."""
+    return int(keras.ops.add(variable, 0))
+
+
 def updates_of(optimizer: keras.optimizers.Optimizer) -> Callable[[], int]:
     """Reads how many updates an optimizer's state says it has made, accumulated ones too.
 
@@ -344,10 +436,7 @@ def updates_of(optimizer: keras.optimizers.Optimizer) -> Callable[[], int]:
     """
     iterations = optimizer._iterations
 
-    def read() -> int:  # `int(iterations)` fails for a variable of several replicas
-        return int(keras.ops.add(iterations, 0))
-
-    return read
+    return lambda: as_int(iterations)
 
 
 def beneath(variable: keras.Variable) -> Any:

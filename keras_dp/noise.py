@@ -54,11 +54,17 @@ class NoiseSource:
             return state.view(np.int64)
         return np.frombuffer(os.urandom(8 * words), np.int64)
 
-    def refresh(self) -> None:
-        """Takes a fresh key, unless the noise is seeded."""
+    def refresh(self, key: bytes | None = None) -> None:
+        """Takes a fresh key, unless the noise is seeded.
+
+        Args:
+            key: One of `NoiseGenerator.STATE_WORDS` 64-bit words, from the operating system's
+                entropy, that several processes share: they add the same noise, once in total.
+        """
         if self.seed is None:
             self._process = os.getpid()
-            self._generator.rekey(self._entropy())
+            entropy = self._entropy() if key is None else np.frombuffer(key, np.int64)
+            self._generator.rekey(entropy)
 
     def refresh_after_fork(self) -> None:
         """Takes a fresh key if this is another process than the one that made the last."""
@@ -113,7 +119,7 @@ class SecureNoiseSource:
         "cryptographic: the operating system's generator; guarded against floating-point attacks"
     )
 
-    def refresh(self) -> None:
+    def refresh(self, key: bytes | None = None) -> None:
         """Does nothing: every number is made from fresh entropy."""
 
     def refresh_after_fork(self) -> None:

@@ -96,6 +96,10 @@ RANDOM = {
         "For each Keras seed generator's state a seed for every example, (rows, 2), or "
         "(rows, views, 2), in the state's type. Advances each state once."
     ),
+    "take_seeds(states)": "The states' values, a tensor each; advances each state once.",
+    "seeds_from(values, rows, views, *, replica)": (
+        "Of these, what `per_example_seeds` returns: other seeds for each replica's number."
+    ),
 }
 
 BATCHES = {
@@ -172,11 +176,29 @@ HOST = {
     "makes_batches(source)": "Whether its elements are batches, as far as can be seen.",
     "elements(source)": "Its elements, of NumPy arrays.",
     "dataset_length(source)": "How many batches it has, where it knows; else `None`.",
-    "replica_count(model)": "How many replicas of a model train at once.",
     "watch_checkpoints(seen)": (
         "Has every layer shown that a checkpoint of the framework's own is about to write."
     ),
 }
 
-CONTRACT = CONTROL | CELLS | RANDOM | BATCHES | GRADIENTS | ROUNDING | LOOKING_THROUGH | HOST
+REPLICAS = {
+    "Replicas(strategy)": (
+        "Replicas of a model on several devices. On the host: `.count`, `.workers`, the number of "
+        "processes, of which one `.leads`, `.mine`, the numbers of those that this one feeds, "
+        "`.from_chief()` and `.summed()`, which all processes call together, `.is_lost()`, "
+        "`.metrics_of_evaluation()`, `.is_of()`, `.have()`, `.scope()`, `.feed()`, "
+        "`.train_function()`. "
+        "In a step: `.each()`, a function run on every replica, and of what it returned `.first()` "
+        "and `.joined()`; inside of such a function `.total()`, sums over all replicas."
+    ),
+    "replicas_of(model)": (
+        "The replicas that a model trains on, or `None` for a single one; a PrivacyError where "
+        "private training isn't known to be right."
+    ),
+    "replicas_within()": "How many replicas run what is done here.",
+}
+
+CONTRACT = (
+    CONTROL | CELLS | RANDOM | BATCHES | GRADIENTS | ROUNDING | LOOKING_THROUGH | HOST | REPLICAS
+)
 NAMES = sorted(signature.partition("(")[0] for signature in CONTRACT)

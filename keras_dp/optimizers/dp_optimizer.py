@@ -23,6 +23,7 @@ from ..training import (
     PrivateGradients,
     Schedule,
     private_train_step,
+    replicated_train_step,
 )
 from .session import Session
 from .settings import AsGiven, Settings, deserialized
@@ -280,23 +281,55 @@ class DPOptimizer(AsGiven, OptimizerWrapper):
                 not calibrated yet, or another training is going on.
         """
         sampling = None
+        if backend.replicas_of(model) is not None or backend.replicas_within() > 1:
+            raise PrivacyError(
+                "train_step was called on one of several replicas, each of which would count a "
+                "step and add noise of its own. Call model.fit, which takes one step on all."
+            )
         if not self._session.gate.inside:
             with backend.outside_graph():
                 self._session.begin_train_on_batch("train_step")
             sampling = UNKNOWN
+        parts = self._parts(self.inner_optimizer.apply)
+        logs, self._engine = private_train_step(parts, model, data, sampling)
+        return logs
+
+    @backend.without_autograph
+    def replicated_train_step(
+        self, model: keras.Model, replicas: backend.Replicas, shares: Any
+    ) -> dict[str, Any]:
+        """Takes the private step of a model on several replicas, for `fit`.
+
+        Args:
+            model: The model that was compiled with this optimizer.
+            replicas: Its replicas.
+            shares: What each of them is given of the batch.
+
+        Returns:
+            The model's metrics by name.
+
+        Raises:
+            PrivacyError: As `train_step`.
+        """
+        inner = self.inner_optimizer
+        with keras_private.applied_as_they_are(inner):
+            logs, self._engine = replicated_train_step(
+                self._parts(inner.apply), model, replicas, shares
+            )
+        return logs
+
+    def _parts(self, apply: Callable[[list[Any], list[Any]], None]) -> Parts:
         if self.noise_multiplier is None:
             raise PrivacyError(_NOT_CALIBRATED)
-        parts = Parts(
+        return Parts(
             self._mechanism,
             self._meter,
             self._settings.options,
             make_ready=self._session.make_ready,
-            apply=self.inner_optimizer.apply,
+            apply=apply,
             warn_once=self._session.warn_once,
             note_unseen=self._session.notes.add_unseen,
         )
-        logs, self._engine = private_train_step(parts, model, data, sampling)
-        return logs
 
     # -- loops of one's own ----------------------------------------------------------------
 
@@ -321,7 +354,7 @@ class DPOptimizer(AsGiven, OptimizerWrapper):
             PrivacyBudgetExceeded: If the target is spent.
         """
         self._session.refuse_while_busy("begin_loop")
-        self._loop.begin(sampling, steps, iteration=int(self.iterations))
+        self._loop.begin(sampling, steps, iteration=keras_private.as_int(self.iterations))
 
     @backend.without_autograph
     def private_gradients(

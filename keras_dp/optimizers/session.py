@@ -16,7 +16,7 @@ from ..clipping import AdaptiveClipping
 from ..errors import PrivacyError, PrivacyWarning
 from ..ledger import PrivacyLedger
 from ..sampling import UNKNOWN, Sampling
-from ..training import Gate, Mechanism, Meter, Phase, Watcher, require_alone
+from ..training import Gate, Mechanism, Meter, Phase, Secret, Watcher, require_alone
 
 __all__ = ["Notes", "Session"]
 
@@ -67,6 +67,7 @@ class Session:
     ) -> None:
         self.gate = Gate()
         self.notes = Notes()
+        self.leads = True  # whether it writes files, of several processes that train together
         self._optimizer = optimizer
         self._mechanism = mechanism
         self._meter = meter
@@ -83,7 +84,7 @@ class Session:
 
     @property
     def _iteration(self) -> int:
-        return int(self._optimizer.iterations)
+        return keras_private.as_int(self._optimizer.iterations)
 
     def warn_once(self, topic: str, message: str) -> None:
         """Warns about a topic, once for this optimizer."""
@@ -233,12 +234,15 @@ class Session:
                 "of fit's random batches, which it is not. Call it before or after `fit`."
             )
 
-    def begin_fit(self, sampling: Sampling, planned_steps: int | None) -> None:
+    def begin_fit(
+        self, sampling: Sampling, planned_steps: int | None, secret: Secret | None = None
+    ) -> None:
         """Declares how the batches to come are drawn; calibrates sigma to a target.
 
         Args:
             sampling: How batches are drawn.
             planned_steps: How many steps `fit` is going to take, where known.
+            secret: What several processes that train together draw the same from.
 
         Raises:
             PrivacyBudgetExceeded: If the target is spent.
@@ -246,9 +250,10 @@ class Session:
                 unknown.
         """
         self.follow_weights()
-        self._mechanism.noise.refresh()
+        self._mechanism.noise.refresh(None if secret is None else secret.noise)
         phase = Phase("fit", sampling, planned_steps)
-        self._meter.begin(phase, iteration=self._iteration)
+        runs = None if secret is None else secret.runs
+        self._meter.begin(phase, iteration=self._iteration, runs=runs)
 
     def at_end_of_fit(self, function: Callable[[], None]) -> None:
         """Has a function called when the `fit` that is running ends, by an error too."""

@@ -45,6 +45,9 @@ class Dataset(keras.utils.PyDataset):
 
     _sealed = False
     _hands_to_step = False  # whether batches say whose rows are whose
+    _replicas = 1  # that a draw is divided among
+    _mine = range(1)  # those of them that are fed from here
+    _row_draws: Draws | None = None  # what chooses people's rows, if not what draws people
 
     def __init__(
         self,
@@ -172,8 +175,9 @@ class Dataset(keras.utils.PyDataset):
         if self.secure_mode:
             rows, present = self.users.rows_of(drawn, None)
         else:
-            with self._draws.lock:
-                rows, present = self.users.rows_of(drawn, self._draws.random)
+            draws = self._row_draws or self._draws
+            with draws.lock:
+                rows, present = self.users.rows_of(drawn, draws.random)
         x, *others = self._reader.read(self._parts, rows)
         return (RowsOfUsers(x, present) if self._hands_to_step else x, *others)
 
@@ -192,6 +196,24 @@ class Dataset(keras.utils.PyDataset):
         object.__setattr__(own, "secure_mode", secure)
         return own
 
+    def divided_among(self, count: int, mine: range, secret: bytes | None = None) -> Any:
+        """Returns a copy that feeds some of several replicas their shares of every draw.
+
+        A draw is made once for all of them, and cut into parts that differ by one at most.
+
+        Args:
+            count: How many replicas there are.
+            mine: The numbers of those that are fed.
+            secret: What several processes draw the same from.
+        """
+        own = copy.copy(self)
+        own._replicas, own._mine = count, mine
+        if len(mine) < count:  # the draws are those of other processes, too; the rest is not
+            own._row_draws = Draws(None)
+            if secret is not None and self.seed is None:
+                own._draws = Draws.shared(secret)
+        return own
+
     # -- what `fit` is fed ---------------------------------------------------------------------
 
     @property
@@ -203,29 +225,40 @@ class Dataset(keras.utils.PyDataset):
         """The indices of each batch of an epoch, drawn when they are asked for."""
         raise NotImplementedError
 
+    def _shares(self) -> Iterator[np.ndarray]:
+        """What is fed in an epoch: the batches; or for several replicas the shares of each."""
+        for drawn in self._epoch():
+            if self._replicas == 1:
+                yield drawn
+            else:
+                parts = np.array_split(drawn, self._replicas)
+                yield from (parts[k] for k in self._mine)
+
     def feed(self) -> Any:
         """A pipeline of TensorFlow that draws and reads the batches of an epoch, ahead of the step.
 
-        Each iteration over it is an epoch of its own. Arrays in memory stand in TensorFlow's
+        Each iteration over it is an epoch of its own. For several replicas its elements are their
+        shares of a batch, one after the other. Arrays in memory stand in TensorFlow's
         memory, as in Keras' own `fit`, and rows are gathered there; all else is read here,
         several batches at a time.
         """
         specs = self._reader.specs
+        elements = self.num_batches * len(self._mine)
         if self.users is not None:
             if self._hands_to_step:
                 present = Spec((self.users.most,), "bool")
                 specs = (RowsOfUsers(specs[0], present), *specs[1:])
-            return backend.one_by_one(self._rows_of, specs, self._epoch, self.num_batches)
+            return backend.one_by_one(self._rows_of, specs, self._shares, elements)
         leaves = [leaf for leaf in tree.flatten(self._parts) if leaf is not None]
         if self._reader.takes_rows_as_they_are and all(_lies_in_memory(leaf) for leaf in leaves):
-            return backend.gathering(self._parts, specs, self._epoch, self.num_batches)
+            return backend.gathering(self._parts, specs, self._shares, elements)
         row_bytes = sum(s.row_bytes for s in tree.flatten(specs) if s is not None)
         steps = max(int(_CHUNK_BYTES / max(row_bytes * self.batch_size, 1)), 1)
         by_python = any(isinstance(leaf, Examples) for leaf in leaves)
         if by_python or not self._reader.takes_rows_as_they_are:
             steps = min(steps, max(_CHUNK_EXAMPLES // self.batch_size, 1))
         chunk = min(steps, _CHUNK_STEPS)
-        return backend.reading(self._rows_of, specs, self._epoch, self.num_batches, chunk=chunk)
+        return backend.reading(self._rows_of, specs, self._shares, elements, chunk=chunk)
 
     def _rows_of(self, indices: np.ndarray) -> Any:
         try:

@@ -57,6 +57,13 @@ class Draws:
         self._process = os.getpid()
         self._random = np.random.default_rng(seed)
 
+    @classmethod
+    def shared(cls, secret: bytes) -> Draws:
+        """One that draws the same in every process that has the secret."""
+        own = cls(None)
+        own._random = np.random.default_rng(np.frombuffer(secret, np.uint32))
+        return own
+
     @property
     def random(self) -> np.random.Generator:
         """The generator; to be used under `lock`."""

@@ -6,8 +6,10 @@ from .given import PrivateGradients
 from .loops import OwnLoop
 from .mechanism import Mechanism, Watcher
 from .meter import Budget, Meter, Phase
+from .replicated import replicated_train_step
 from .schedules import Schedule, checked
 from .step import Parts, private_train_step
+from .workers import Secret, lost_worker, require_agreement, sample_of, take_over
 
 __all__ = [
     "Budget",
@@ -19,9 +21,15 @@ __all__ = [
     "Phase",
     "PrivateGradients",
     "Schedule",
+    "Secret",
     "Watcher",
     "checked",
+    "lost_worker",
     "private_train_step",
+    "replicated_train_step",
+    "require_agreement",
     "require_alone",
+    "sample_of",
+    "take_over",
     "training_alone",
 ]

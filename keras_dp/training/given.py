@@ -205,11 +205,11 @@ def as_models(models: Any) -> list[Any]:
                 f"Received: {one!r}"
             )
         require_trainable_privately(one)
-        if isinstance(one, keras.Model) and backend.replica_count(one) > 1:
+        if isinstance(one, keras.Model) and backend.replicas_of(one) is not None:
             raise PrivacyError(
                 f"The model '{one.name}' was made under a distribution strategy with several "
-                "replicas, on which the noise would be wrong. Build it outside the strategy's "
-                "scope, on one device."
+                "replicas, each of which would count a step and add noise of its own in a loop. "
+                "Train it with model.fit, or build it outside the strategy's scope, on one device."
             )
     return found
 

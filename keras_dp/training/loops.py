@@ -206,6 +206,12 @@ class OwnLoop:
                 f'optimizer with gradients="auto", "vectorized" or "loop": {kind}'
                 '(..., gradients="auto").'
             )
+        if backend.replicas_within() > 1:
+            raise PrivacyError(
+                "private_gradients was called in the scope of a distribution strategy, or on one "
+                "of its replicas, each of which would count a step and add noise of its own. "
+                "Train with model.fit, or write the loop for one device."
+            )
         if self._meter.noise_multiplier is None:
             raise PrivacyError(
                 "The noise is not calibrated yet: with target_epsilon, sigma follows from the "

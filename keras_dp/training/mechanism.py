@@ -22,8 +22,8 @@ class Noise(Protocol):
     def description(self) -> str:
         """Its source of randomness, in words."""
 
-    def refresh(self) -> None:
-        """Takes a fresh key."""
+    def refresh(self, key: bytes | None = None) -> None:
+        """Takes a fresh key, or one that is shared with other processes."""
 
     def refresh_after_fork(self) -> None:
         """Takes a fresh key if this is another process than before."""
@@ -149,6 +149,11 @@ class Mechanism:
             noised = functools.partial(self._watcher.noised, self.strategy)
         sums = noised(self.noise.add_to, list(found.sums), now.noise_multiplier, seen)
         return [s / ops.cast(divisor, s.dtype) for s in sums]
+
+    @property
+    def looks_at_norms(self) -> bool:
+        """Whether `noised` looks at examples' norms, and not only at the sums."""
+        return self._watcher is not None or isinstance(self.strategy, clippings.AdaptiveClipping)
 
     def watch(self, watcher: Watcher) -> bool:
         """Has a watcher see each step. Returns whether it is new.

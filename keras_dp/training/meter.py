@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from keras import ops
 
 from .. import accounting, backend, lineage
 from ..errors import PrivacyBudgetExceeded, PrivacyError
@@ -117,6 +120,7 @@ class Meter:
         self._foreign = 0  # releases of others behind the weights, when it was
         self._seen = lineage.generation()
         self._stale = False  # whether the limit is of other steps than those to come
+        self._runs: bytes | None = None  # what runs are named from, if they are others' too
         self.run_number = 0  # how many runs of steps were begun
         self._process = os.getpid()
         self._busy = threading.Lock()
@@ -195,7 +199,7 @@ class Meter:
         """Whether a training that keeps others out is going on."""
         return self._busy.locked()
 
-    def begin(self, phase: Phase, *, iteration: int) -> None:
+    def begin(self, phase: Phase, *, iteration: int, runs: bytes | None = None) -> None:
         """Begins a phase: calibrates sigma to the target, and declares how batches are drawn.
 
         Forgets the step limit and the budgets of the phase before.
@@ -203,12 +207,15 @@ class Meter:
         Args:
             phase: What the steps to come belong to.
             iteration: The number of the next step, for schedules.
+            runs: What the runs of this phase are named from, where several processes take the
+                same steps: they are the same runs, and count once where their ledgers meet.
 
         Raises:
             PrivacyBudgetExceeded: If the target is spent.
             ValueError: If sigma must be calibrated and the number of steps is
                 unknown.
         """
+        self._runs = runs
         self.phase = phase
         self.budgets = ()
         self._limits = []
@@ -226,6 +233,7 @@ class Meter:
         declared anew what follows.
         """
         spent = self.target is not None or bool(self.budgets)
+        self._runs = None
         self.phase = BATCHES
         if self.noise_multiplier is None:
             return
@@ -378,12 +386,16 @@ class Meter:
         )
 
     def _release(self, sampling: Sampling, sigma: float, max_grad_norm: float) -> Release:
-        return sampling.release(
+        release = sampling.release(
             noise_multiplier=sigma,
             max_grad_norm=max_grad_norm,
             clipping=self._clipping,
             seeded=self._seeded,
         )
+        if self._runs is None:
+            return release
+        name = hashlib.sha256(self._runs + repr(release.mechanism).encode()).hexdigest()[:32]
+        return dataclasses.replace(release, id=name)
 
     def _release_apart(self, sampling: Sampling, sigma: float, max_grad_norm: float) -> Release:
         return self._release(sampling, sigma, max_grad_norm).apart
@@ -435,6 +447,15 @@ class Meter:
         return StepValues(
             self._settings.now("noise_multiplier"), self.max_grad_norm(), self._divisor.tensor
         )
+
+    def mind(self) -> Any:
+        """What processes that train together must agree on in this step, (4,) in float64.
+
+        Whether there is a step; sigma and C; and what it is divided by.
+        """
+        now = self.now()
+        within = ops.cast(self._releases.tensor < self._limit.tensor, "float64")
+        return ops.stack([within, now.noise_multiplier, now.max_grad_norm, now.batch_size])
 
     def spend(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -75,37 +76,18 @@ def private_train_step(
     """
     backend.keep_until_owner_goes(backend.current_graph())
     mechanism, meter = parts.mechanism, parts.meter
-    batch, present = _whose(Batch(*keras.utils.unpack_x_y_sample_weight(data)))
-    _require_same_unit(meter, present)
-    batch = batch.with_leaves(backend.as_tensors(batch.leaves()))
-    rows = arithmetic.row_count(batch.leaves()[0])
-    example_loss = _prepare(parts, model, batch)
-    variables = example_loss.variables
+    batch, present = batch_of(data)
+    require_same_unit(meter, present)
+    variables = prepare(parts, model, batch)
+    example_loss = ExampleLoss(model, variables, batch)
 
     # Gradients, clip, sum.
-    options = dataclasses.replace(
-        parts.options,
-        jit_compile=model.jit_compile,
-        eagerly=model.run_eagerly,
-        batch_capacity=meter.phase.sampling.capacity,
+    seeds_of = functools.partial(
+        backend.per_example_seeds, example_loss.seed_states, views=parts.options.views
     )
-    clip = mechanism.clip(meter.max_grad_norm)
-    if present is None:
-        engine = Engine(example_loss, clip, options)
-        padded, real, seeds = _padded(example_loss, batch, engine.padding, options.views)
-        outcome, units, number = engine(padded, real, seeds), real, rows
-    else:
-        engine = UserEngine(example_loss, clip, options, most=present.shape[1])
-        padded, real, seeds = _padded(example_loss, batch, engine.padding, options.views)
-        users, units = Users.padded(present, arithmetic.row_count(seeds[0]), engine.padding)
-        outcome = engine.of_users(padded, users, units, seeds)
-        number = arithmetic.row_count(present)
-    found = Clipped(
-        variables, outcome.sums, outcome.norms, units, number, outcome.norms_by_variable
-    )
-    penalty = _regularization(variables)  # of the weights that made the losses
+    found, shown, engine = clipped_sums(parts, example_loss, batch, present, seeds_of)
     if model.run_eagerly:
-        seen = _look_through_metrics(model, batch, rows, real, outcome, penalty)
+        seen = _look_through_metrics(model, shown)
         _say_what_is_unseen(parts, model, traced=seen and engine.traced)
 
     def step(now: StepValues) -> Any:
@@ -115,18 +97,71 @@ def private_train_step(
 
     after = [*found.evidence, *batch.leaves()]  # what was found alone may be constants
     meter.spend(step, lambda: ops.zeros(()), after=after, sampling=sampling)
-    return _metrics(model, batch, rows, real, outcome, penalty), engine.name
+    return update_metrics(model, shown), engine.name
 
 
-def _whose(batch: Batch) -> tuple[Batch, Any]:
-    """The batch, and how many rows each person has, as `RowsOfUsers` says it; else `None`."""
-    if not isinstance(batch.x, RowsOfUsers):
-        return batch, None
-    present = ops.convert_to_tensor(batch.x.present)
-    return Batch(batch.x.x, batch.y, batch.sample_weight), present
+def batch_of(data: Any) -> tuple[Batch, Any]:
+    """A batch of tensors, and how many rows each person has, as `RowsOfUsers` says it.
+
+    The latter is `None` where batches don't say whose the rows are.
+    """
+    batch, present = Batch(*keras.utils.unpack_x_y_sample_weight(data)), None
+    if isinstance(batch.x, RowsOfUsers):
+        present = ops.convert_to_tensor(batch.x.present)
+        batch = Batch(batch.x.x, batch.y, batch.sample_weight)
+    return batch.with_leaves(backend.as_tensors(batch.leaves())), present
 
 
-def _require_same_unit(meter: Meter, present: Any) -> None:
+def clipped_sums(
+    parts: Parts,
+    example_loss: ExampleLoss,
+    batch: Batch,
+    present: Any,
+    seeds_of: Callable[[Any], list[Any]],
+    *,
+    replicas: int = 1,
+) -> tuple[Clipped, Shown, Engine]:
+    """Gradients of the examples (or people) of a batch, clipped and added up.
+
+    Args:
+        parts: What the step is made of.
+        example_loss: The loss of one example.
+        batch: The examples.
+        present: How many rows each person has, or `None`.
+        seeds_of: From a number of rows to their seeds, for each generator.
+        replicas: How many replicas the whole batch is divided among.
+
+    Returns:
+        The sums; what metrics see; and the engine that computed them.
+    """
+    meter, model, variables = parts.meter, example_loss.model, example_loss.variables
+    capacity = meter.phase.sampling.capacity
+    options = dataclasses.replace(
+        parts.options,
+        jit_compile=model.jit_compile,
+        eagerly=model.run_eagerly,
+        batch_capacity=None if capacity is None else -(-capacity // replicas),
+    )
+    clip = parts.mechanism.clip(meter.max_grad_norm)
+    rows = arithmetic.row_count(batch.leaves()[0])
+    if present is None:
+        engine = Engine(example_loss, clip, options)
+        padded, real, seeds = _padded(batch, engine.padding, seeds_of)
+        outcome, units, number = engine(padded, real, seeds), real, rows
+    else:
+        engine = UserEngine(example_loss, clip, options, most=present.shape[1])
+        padded, real, seeds = _padded(batch, engine.padding, seeds_of)
+        users, units = Users.padded(present, arithmetic.row_count(seeds[0]), engine.padding)
+        outcome = engine.of_users(padded, users, units, seeds)
+        number = arithmetic.row_count(present)
+    found = Clipped(
+        variables, outcome.sums, outcome.norms, units, number, outcome.norms_by_variable
+    )
+    penalty = _regularization(variables)  # of the weights that made the losses
+    return found, Shown(batch, rows, real, outcome, penalty), engine
+
+
+def require_same_unit(meter: Meter, present: Any) -> None:
     """Refuses a step that clips people and counts rows, or the other way about.
 
     Raises:
@@ -141,13 +176,11 @@ def _require_same_unit(meter: Meter, present: Any) -> None:
 
 
 def _padded(
-    example_loss: ExampleLoss, batch: Batch, multiple: int, views: int
+    batch: Batch, multiple: int, seeds_of: Callable[[Any], list[Any]]
 ) -> tuple[Batch, Any, list[Any]]:
     """The batch with rows added, which of them are real, and seeds for each."""
     leaves, real = backend.pad_examples(batch.leaves(), multiple)
-    rows = arithmetic.row_count(leaves[0])
-    seeds = backend.per_example_seeds(example_loss.seed_states, rows, views)
-    return batch.with_leaves(leaves), real, seeds
+    return batch.with_leaves(leaves), real, seeds_of(arithmetic.row_count(leaves[0]))
 
 
 def with_regularizers(gradients: list[Any], variables: list[Any]) -> list[Any]:
@@ -158,8 +191,12 @@ def with_regularizers(gradients: list[Any], variables: list[Any]) -> list[Any]:
     return [ops.cast(g, v.dtype) for g, v in zip(gradients, variables, strict=True)]
 
 
-def _prepare(parts: Parts, model: keras.Model, batch: Batch) -> ExampleLoss:
-    """Builds what is not built yet, and refuses what can't be private."""
+def prepare(parts: Parts, model: keras.Model, batch: Batch) -> list[Any]:
+    """Builds what is not built yet, and refuses what can't be private.
+
+    Returns:
+        The trainable variables.
+    """
     require_trainable_privately(model)
     with backend.outside_graph():
         keras_private.build_from_batch(model, batch.x, batch.y, batch.sample_weight)
@@ -173,7 +210,6 @@ def _prepare(parts: Parts, model: keras.Model, batch: Batch) -> ExampleLoss:
             )
         parts.make_ready(model, variables)
         require_loss_apart(model, batch)
-        example_loss = ExampleLoss(model, variables, batch)
         views = parts.options.views
         if views > 1 and not keras_private.has_seeds(model):
             parts.warn_once(
@@ -183,7 +219,7 @@ def _prepare(parts: Parts, model: keras.Model, batch: Batch) -> ExampleLoss:
                 "numbers of its own, so each run is the same. Put augmentation layers into the "
                 "model, such as keras.layers.RandomFlip, or leave the argument out.",
             )
-        return example_loss
+        return variables
 
 
 def regularizer_gradients(variables: list[Any]) -> list[Any] | None:
@@ -198,14 +234,26 @@ def _regularization(variables: list[Any]) -> Any:
     return ops.sum(ops.stack([ops.sum(p) for p in penalties])) if penalties else ops.zeros(())
 
 
-def _metrics(
-    model: keras.Model,
-    batch: Batch,
-    rows: Any,
-    real: Any,
-    outcome: Outcome,
-    penalty: Any,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What metrics see of a batch, without noise.
+
+    Attributes:
+        batch: The examples.
+        rows: How many there are.
+        real: Which of the engine's rows are no padding.
+        outcome: What the engine made of them.
+        penalty: That of the weight regularizers.
+    """
+
+    batch: Batch
+    rows: Any
+    real: Any
+    outcome: Outcome
+    penalty: Any
+
+
+def update_metrics(model: keras.Model, shown: Shown) -> dict[str, Any]:
     """Updates the metrics with the real examples of the batch, and returns all of them.
 
     What runs here sees the examples without noise, so nothing but metrics is written.
@@ -216,12 +264,13 @@ def _metrics(
 
     def update() -> dict[str, Any]:
         start = backend.operation_count()
-        logs, written = _updated(model, batch, rows, real, outcome, penalty)
+        logs, written = _updated(model, shown)
         backend.require_nothing_kept(backend.current_graph(), start, of=_UPDATE)
         for variable, value in written:
             variable.assign(value)
         return logs
 
+    rows = shown.rows
     if isinstance(rows, int):
         return update() if rows > 0 else model.get_metrics_result()
 
@@ -241,17 +290,16 @@ def _metrics(
     return dict(zip(names, values, strict=True))
 
 
-def _updated(
-    model: keras.Model, batch: Batch, rows: Any, real: Any, outcome: Outcome, penalty: Any
-) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
+def _updated(model: keras.Model, shown: Shown) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
     """The metrics after a batch of at least one row, and what becomes of their variables.
 
     Raises:
         PrivacyError: If computing them assigns to a variable of anything but a metric.
     """
+    batch, rows, outcome = shown.batch, shown.rows, shown.outcome
     by_engine = {id(v) for v, _ in outcome.metric_updates}
-    loss = arithmetic.mean_over(outcome.losses, real)
-    loss = loss + ops.cast(penalty, loss.dtype)
+    loss = arithmetic.mean_over(outcome.losses, shown.real)
+    loss = loss + ops.cast(shown.penalty, loss.dtype)
     tracker = keras_private.loss_tracker_of(model)
     with keras.StatelessScope() as scope:
         if not any(id(v) in by_engine for v in tracker.variables):
@@ -283,9 +331,7 @@ _UPDATE = "the metrics (`metrics=`, `compute_metrics`)"
 _closed_metrics: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
 
 
-def _look_through_metrics(
-    model: keras.Model, batch: Batch, rows: Any, real: Any, outcome: Outcome, penalty: Any
-) -> bool:
+def _look_through_metrics(model: keras.Model, shown: Shown) -> bool:
     """Traces what updates the metrics, where the step runs eagerly, before anything is released.
 
     Returns:
@@ -295,11 +341,12 @@ def _look_through_metrics(
         PrivacyError: If it writes to anything but metrics, or could carry out what it sees.
     """
     known = [type(model).compute_metrics, *model.metrics]
-    if _closed_metrics.get(model) == known or rows == 0:
+    batch, outcome = shown.batch, shown.outcome
+    if _closed_metrics.get(model) == known or shown.rows == 0:
         return True
 
     # As arguments: with constants, TensorFlow would trace the branch alone that these take.
-    flat = [batch.leaves(), real, outcome.losses, tree.flatten(outcome.outputs)]
+    flat = [batch.leaves(), shown.real, outcome.losses, tree.flatten(outcome.outputs)]
     masks = [keras_private.mask_of(t) for t in flat[-1]]
     given = [*flat, [m for m in masks if m is not None], [u for _, u in outcome.metric_updates]]
 
@@ -315,7 +362,8 @@ def _look_through_metrics(
                 (v, t) for (v, _), t in zip(outcome.metric_updates, updates, strict=True)
             ],
         )
-        logs, written = _updated(model, batch.with_leaves(leaves), rows, real, seen, penalty)
+        now = dataclasses.replace(shown, batch=batch.with_leaves(leaves), real=real, outcome=seen)
+        logs, written = _updated(model, now)
         return [ops.convert_to_tensor(v) for v in (*logs.values(), *(v for _, v in written))]
 
     with backend.graphs_of([]):

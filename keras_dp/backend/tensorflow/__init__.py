@@ -16,6 +16,7 @@ from .loops import *
 from .mapping import *
 from .operations import *
 from .random import *
+from .replicas import *
 from .rounding import *
 from .tapes import *
 

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import tensorflow as tf
 
+from .control import apart
 from .types import Tensor
 
 __all__ = ["Counter", "Scalar", "Summaries", "Table", "Totals"]
+
+Made = TypeVar("Made")
+
+
+def beside_the_model(make: Callable[[], Made]) -> Made:
+    """Makes what no replica has a part of, also in the scope of a `tf.distribute` strategy."""
+    with tf.init_scope():
+        return apart(make) if tf.distribute.has_strategy() else make()
 
 
 class Counter:
     """A 64-bit integer that lives beside the model and that nothing saves or restores."""
 
     def __init__(self, value: int = 0) -> None:
-        with tf.init_scope():
-            self._variable = tf.Variable(value, dtype=tf.int64, trainable=False)
+        self._variable = beside_the_model(
+            lambda: tf.Variable(value, dtype=tf.int64, trainable=False)
+        )
 
     def read(self) -> int:
         with tf.init_scope():
@@ -41,8 +52,9 @@ class Scalar:
     """A number that a step reads when it runs, so that changing it needs no new trace."""
 
     def __init__(self, value: float) -> None:
-        with tf.init_scope():
-            self._variable = tf.Variable(value, dtype=tf.float64, trainable=False)
+        self._variable = beside_the_model(
+            lambda: tf.Variable(value, dtype=tf.float64, trainable=False)
+        )
 
     def read(self) -> float:
         with tf.init_scope():
@@ -65,8 +77,9 @@ class Totals:
     """Numbers that steps add to, and that nothing saves or restores."""
 
     def __init__(self, shape: Sequence[int]) -> None:
-        with tf.init_scope():
-            self._variable = tf.Variable(tf.zeros(shape, tf.float64), trainable=False)
+        self._variable = beside_the_model(
+            lambda: tf.Variable(tf.zeros(shape, tf.float64), trainable=False)
+        )
 
     def add(self, values: Tensor) -> None:
         """Adds to each when the step runs."""
@@ -86,10 +99,11 @@ class Table:
     _BLOCK = 64  # XLA compiles anew for every other size
 
     def __init__(self) -> None:
-        with tf.init_scope():
-            self._variable = tf.Variable(
+        self._variable = beside_the_model(
+            lambda: tf.Variable(
                 [math.nan], dtype=tf.float64, trainable=False, shape=tf.TensorShape([None])
             )
+        )
 
     def set(self, values: Sequence[float]) -> None:
         """Sets the numbers. What follows them is not a number."""

@@ -9,12 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-__all__ = ["dataset_length", "replica_count", "watch_checkpoints"]
-
-
-def replica_count(model: Any) -> int:
-    """How many replicas of a model train at once."""
-    return model.distribute_strategy.num_replicas_in_sync
+__all__ = ["dataset_length", "watch_checkpoints"]
 
 
 def dataset_length(source: Any) -> int | None:

@@ -296,6 +296,21 @@ def graphs_of(owners: list[Any]) -> Iterator[None]:
             weakref.finalize(owners[-1], _take_apart, graphs).atexit = False
 
 
+def graphs_that_are_kept() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Has another thread keep what it traces with what this one does, where it is called."""
+    graphs = getattr(_kept, "graphs", None)
+
+    @contextlib.contextmanager
+    def there() -> Iterator[None]:
+        before, _kept.graphs = getattr(_kept, "graphs", None), graphs
+        try:
+            yield
+        finally:
+            _kept.graphs = before
+
+    return there
+
+
 def _take_apart(graphs: list[Any]) -> None:
     """Breaks the circles in graphs that nobody uses any more, and in their branches and loops.
 

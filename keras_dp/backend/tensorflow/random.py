@@ -8,9 +8,17 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from .cells import beside_the_model
 from .types import Tensor
 
-__all__ = ["NoiseGenerator", "call_numpy", "fixed_normal", "per_example_seeds"]
+__all__ = [
+    "NoiseGenerator",
+    "call_numpy",
+    "fixed_normal",
+    "per_example_seeds",
+    "seeds_from",
+    "take_seeds",
+]
 
 
 class NoiseGenerator:
@@ -23,8 +31,9 @@ class NoiseGenerator:
     STATE_WORDS = 3
 
     def __init__(self, state: np.ndarray) -> None:
-        with tf.init_scope():
-            self._generator = tf.random.Generator.from_state(state, alg="philox")
+        self._generator = beside_the_model(
+            lambda: tf.random.Generator.from_state(state, alg="philox")
+        )
 
     def rekey(self, state: np.ndarray) -> None:
         with tf.init_scope():
@@ -61,20 +70,40 @@ def per_example_seeds(states: Sequence[Any], rows: Tensor, views: int = 1) -> li
     Returns:
         For each state (rows, 2), or (rows, views, 2) for several views of each.
     """
-    shape = [rows, 2] if views == 1 else [rows, views, 2]
-    seeds = []
+    return seeds_from(take_seeds(states), rows, views)
+
+
+def take_seeds(states: Sequence[Any]) -> list[Tensor]:
+    """The values of Keras seed generators' states, each of which advances."""
+    values = []
     for state in states:
         value = tf.convert_to_tensor(state.value)
-        seed = tf.bitcast(tf.cast(value, tf.uint32), tf.int32)
-        seeds.append(
-            tf.cast(
-                tf.random.stateless_uniform(
-                    shape, seed=seed, minval=None, maxval=None, dtype=tf.uint32
-                ),
-                value.dtype,
-            )
-        )
+        values.append(value)
         state.assign(value + tf.constant([0, 1], dtype=value.dtype))
+    return values
+
+
+def seeds_from(
+    values: Sequence[Tensor], rows: Tensor, views: int = 1, *, replica: Any = None
+) -> list[Tensor]:
+    """A seed of its own for every example, from what `take_seeds` returned.
+
+    Args:
+        values: One for each generator.
+        rows: How many examples.
+        views: How many views of each.
+        replica: The number of the replica that has the examples, if there are several.
+    """
+    shape = [rows, 2] if views == 1 else [rows, views, 2]
+    seeds = []
+    for value in values:
+        seed = tf.bitcast(tf.cast(value, tf.uint32), tf.int32)
+        if replica is not None:
+            seed = tf.random.experimental.stateless_fold_in(seed, tf.cast(replica, tf.int32))
+        drawn = tf.random.stateless_uniform(
+            shape, seed=seed, minval=None, maxval=None, dtype=tf.uint32
+        )
+        seeds.append(tf.cast(drawn, value.dtype))
     return seeds
 
 

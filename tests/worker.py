@@ -1,0 +1,79 @@
+"""One of several workers that train a model together, for `test_devices`."""
+
+import argparse
+import json
+import os
+import pathlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+import test_devices
+from test_devices import X, Y, compiled, mlp, seen
+
+import keras_dp
+
+WORKER = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+WORKERS = "workers"  # in the place of a number of replicas
+
+
+def train(folder):
+    """Trains with and without noise, and writes down what came of it."""
+    model = compiled(WORKERS, mlp)
+    history = model.fit(X, Y, batch_size=3, epochs=2, validation_data=(X[:8], Y[:8]), verbose=0)
+    found = {f"weight{k}": w for k, w in enumerate(model.get_weights())} | history.history
+    found["parts"], found["noise"], found["steps"] = seen(WORKERS)
+    model = compiled(WORKERS, mlp, clipping="adaptive", sigma=1.0)
+    for _ in range(2):  # the second fit goes on in the same run
+        model.fit(X, Y, batch_size=6, verbose=0)
+        found.setdefault("norm", model.optimizer.clipping_strategy.max_grad_norm)
+    assert model.optimizer.ledger.steps == 10
+    found["ledger"] = json.dumps(json.loads(model.optimizer.ledger.to_json()), sort_keys=True)
+    np.savez(folder / f"found{WORKER}.npz", **found)
+    try:
+        model.fit(X[:: 1 - 2 * WORKER], Y, batch_size=6, verbose=0)
+    except keras_dp.PrivacyError as error:
+        (folder / f"refused{WORKER}.txt").write_text(str(error))
+
+
+def resume(folder, forever):
+    """Trains with a backup and a journal; the chief says how far it is."""
+    model = compiled(WORKERS, mlp, sigma=1.0, seed=None)
+    before = []
+
+    def taken(*_, **__):
+        if WORKER == 0:
+            (folder / "taken").write_text(str(model.optimizer.releases))
+
+    def epoch(number, logs):
+        if WORKER == 0:
+            (folder / f"epoch{number}").touch()
+
+    watch = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda *_, **__: before.append(model.optimizer.ledger.steps),
+        on_train_batch_end=taken,
+        on_epoch_end=epoch,
+    )
+    callbacks = [
+        keras.callbacks.BackupAndRestore(folder / "backup"),
+        keras_dp.PrivacyBudget(delta=1e-5, ledger_path=folder / f"journal{WORKER}.jsonl"),
+        watch,
+    ]
+    epochs = 100_000 if forever else 1 + len(list(folder.glob("epoch*")))
+    model.fit(X, Y, batch_size=6, epochs=epochs, callbacks=callbacks, verbose=0)
+    ledger = model.optimizer.ledger
+    counts = {"restored": before[0], "after": ledger.steps, "steps": model.optimizer.releases}
+    (folder / f"count{WORKER}.json").write_text(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("what", choices=["train", "resume"])
+    parser.add_argument("--forever", action="store_true")
+    options = parser.parse_args()
+    test_devices._strategies[WORKERS] = tf.distribute.MultiWorkerMirroredStrategy()
+    if options.what == "train":
+        train(options.folder)
+    else:
+        resume(options.folder, options.forever)
