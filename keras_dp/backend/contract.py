@@ -86,7 +86,12 @@ RANDOM = {
     ),
     "call_numpy(function, inputs, like)": (
         "What a function makes of arrays, run in Python each time the step runs; tensors of the "
-        "types and shapes of `like`. What compiles may refuse it, but never leave it out."
+        "types and shapes of `like`, which may be specifications alone. What compiles may refuse "
+        "it, but never leave it out."
+    ),
+    "runs_python()": (
+        "Whether what is done or traced now may `call_numpy` at no loss: nothing compiles it, and "
+        "its tensors are in the processor's memory."
     ),
     "fixed_normal(shape, seed, dtype)": (
         "Normal numbers of a floating-point type, always the same for a pair of numbers: only for "

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
 
 from .cells import beside_the_model
 from .types import Tensor
@@ -16,6 +17,7 @@ __all__ = [
     "call_numpy",
     "fixed_normal",
     "per_example_seeds",
+    "runs_python",
     "seeds_from",
     "take_seeds",
 ]
@@ -44,6 +46,15 @@ class NoiseGenerator:
         return self._generator.normal(tf.TensorShape(shape), dtype=dtype) * stddev
 
 
+def runs_python() -> bool:
+    """Whether what is traced, or done, now can call Python, and stays on the processor."""
+    if not tf.executing_eagerly():
+        graph = tf.compat.v1.get_default_graph()
+        if control_flow_util.GraphOrParentsInXlaContext(graph):
+            return False
+    return all(d.device_type == "CPU" for d in tf.config.list_logical_devices())
+
+
 def call_numpy(
     function: Callable[..., list[np.ndarray]], inputs: Sequence[Any], like: Sequence[Tensor]
 ) -> list[Tensor]:
@@ -52,7 +63,7 @@ def call_numpy(
     It runs in Python, on the CPU. XLA has no such operation and stops with an
     error that names it, so that what is done inside can't be left out.
     """
-    dtypes = [t.dtype for t in like]
+    dtypes = [tf.as_dtype(t.dtype) for t in like]
     found = tf.numpy_function(
         function, list(inputs), dtypes, name="keras_dp_runs_in_python_not_in_XLA"
     )
