@@ -72,7 +72,7 @@ def _from_the_root(app, name, source):
 
 
 def _markdown_in_docstring(app, what, name, obj, options, lines):
-    """Turns fenced blocks of a docstring into indented ones."""
+    """Turns fenced blocks of a docstring into indented ones, and lets `name`s have an s."""
     text = "\n".join(lines)
 
     def indented(block):
@@ -80,6 +80,7 @@ def _markdown_in_docstring(app, what, name, obj, options, lines):
         return f".. code-block:: {block[1] or 'text'}\n\n{code}\n"
 
     text = re.sub(r"^```(\w*)\n(.*?)^```$", indented, text, flags=re.M | re.S)
+    text = re.sub(r"(?<!`)(`[^`\n]+`)(?=\w)", r"\1\\ ", text)
     lines[:] = text.split("\n")
 
 

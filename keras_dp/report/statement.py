@@ -127,7 +127,7 @@ class PrivacyReport:
 
     @property
     def private(self) -> bool:
-        """Whether training had a guarantee at all: a finite epsilon and no chosen seed."""
+        """Whether there is any guarantee, with a finite epsilon and no chosen seed."""
         return not self.seeded and all(map(math.isfinite, self.epsilon.values()))
 
     @property
