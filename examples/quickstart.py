@@ -202,7 +202,7 @@ def main():
 
     spent = optimizer.get_epsilon(DELTA)
     print("\n           test accuracy   epsilon")
-    print(f"ordinary   {accuracy(ordinary_model, test_data):13.1%}   infinite: no promise")
+    print(f"ordinary   {accuracy(ordinary_model, test_data):13.1%}   infinite (no guarantee)")
     print(f"private    {accuracy(private_model, test_data):13.1%}   {spent:.3f}")
     print(
         f"(delta = {DELTA:g}, one image added or removed; {optimizer.ledger.steps} steps, "

@@ -584,7 +584,7 @@ class _FitDeclaration(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if _private_optimizer(self.model) is not self._optimizer:
             raise PrivacyError(
-                f"The model '{self.model.name}' was compiled anew while `fit` is running. Compile "
+                f"The model '{self.model.name}' was compiled again while `fit` is running. Compile "
                 "before or after `fit`."
             )
         require_own_train_function(self.model, self._optimizer)

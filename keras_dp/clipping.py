@@ -432,7 +432,7 @@ class AutomaticClipping(Clipping):
 
     `c_i = C / (||g_i|| + stability)` (Bu et al. 2023, "Automatic clipping",
     arXiv 2206.07136). C then only scales the learning rate; with optimizers that
-    don't heed the scale of a gradient, such as Adam, it has no effect.
+    don't depend on a gradient's scale, such as Adam, it has no effect.
 
     Formal guarantee: `||c_i g_i|| < C` for every example, so adding, removing or
     zeroing one example changes the sum by less than `C` in L2 norm.

@@ -44,7 +44,7 @@ _WRITING = os.O_RDWR | os.O_APPEND | os.O_CREAT
 def read(path: str | os.PathLike[str]) -> tuple[PrivacyLedger, list[str]]:
     """What a journal says was released, and what is wrong with it.
 
-    Every line that can be read is believed, and the larger count wins.
+    Every line that can be read counts, and of two counts the larger one.
 
     Args:
         path: The file that `PrivacyBudget(ledger_path=...)` keeps.
@@ -201,7 +201,7 @@ class Journal:
 def tell(path: str, problem: str) -> None:
     """Warns of what was noticed in a journal."""
     warnings.warn(
-        f"The journal {path}: {problem}. The larger count is believed wherever two differ. If "
+        f"The journal {path}: {problem}. Where two counts differ, the larger one is used. If "
         "lines were lost, epsilon may be larger than what is shown.",
         PrivacyWarning,
         stacklevel=4,

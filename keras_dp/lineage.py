@@ -443,8 +443,8 @@ def _can_not_carry(model: Any, what: str = "tf.train.Checkpoint") -> None:
     steps = of(model).steps
     if steps:
         warnings.warn(
-            f"{what} takes the weights of '{model.name}', and no ledger of the {steps} steps that "
-            "are behind them: a model that is restored from it will not know what they have cost. "
+            f"{what} takes the weights of '{model.name}' without the ledger of the {steps} steps "
+            "behind them: a model that is restored from it will not know what they have cost. "
             "Use model.save (.keras), model.save_weights (.weights.h5) or BackupAndRestore, which "
             "carry it.",
             PrivacyWarning,

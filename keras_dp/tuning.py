@@ -12,7 +12,7 @@ best, choosing costs much less (Papernot and Steinke 2022, arXiv 2110.03620).
 - `Candidate`: draws settings for a function that was written for KerasTuner.
 - `noisy_mean`: a private score, such as accuracy, from private data.
 
-What has to hold, or the guarantee is void:
+What has to hold, for otherwise there is no guarantee:
 
 - **The score is computed on public data, or privately** (with noise, and then it
   is declared: `score_noise_multiplier`). Accuracy on held-out private data,
@@ -326,7 +326,7 @@ class BestOfRuns:
         if not dominated(ledger, self._declared):
             raise PrivacyError(
                 f"{name} cost more than was declared for a run ({_words(ledger)}; declared: "
-                f"{_words(self._declared)}). Declare the dearest of all candidates, or give each "
+                f"{_words(self._declared)}). Declare the most expensive candidate, or give each "
                 "candidate at least the declared noise and at most the declared steps and batch "
                 "size."
             )

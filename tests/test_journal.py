@@ -40,7 +40,7 @@ def counts(path):
     return {r.id: r.steps for r in ledger}, len(problems)
 
 
-# -- what is believed -------------------------------------------------------------------------
+# -- which count holds ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

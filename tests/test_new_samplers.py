@@ -390,7 +390,7 @@ def test_rule_10_the_statement_says_how_batches_were_drawn_and_accounted():
     assert report.epsilon_if_shuffled["pld"] > report.epsilon["pld"]
     text = str(report)
     for said in (
-        "| 12 steps | each example once per epoch, in a batch that chance chose",
+        "| 12 steps | each example once per epoch, in a randomly chosen batch",
         "once in 5 steps",
         "| 3 steps | Poisson sampling, cut to 15 at most",
         "keras_dp's own, with every rounding upwards",

@@ -257,7 +257,7 @@ def test_a_function_made_anew_for_every_step_is_pointed_out(caplog):
                 squared_error_of(model), model.trainable_variables, data[0], sampling=data
             )
     assert [r.message.partition(",")[0] for r in caplog.records] == [
-        "The loss function squared_error is made anew for every step"
+        "The loss function squared_error is defined again for every step"
     ]
 
 

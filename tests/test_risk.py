@@ -204,7 +204,7 @@ def test_renyi_divergences_allow_no_pair_of_rates_that_is_further_apart():
 
 
 def test_no_audit_finds_more_than_the_bound(monkeypatch):
-    """The white-box attack on the easiest prey: at any threshold its rates are allowed ones."""
+    """The white-box attack on the easiest target: at any threshold its rates are allowed ones."""
     seen = {}
     original = auditing.scores_lower_bound
 
@@ -347,7 +347,7 @@ def test_the_sentences_are_as_strong_as_the_promise(release, said):
 def test_rule_13_without_a_guarantee_no_attack_is_limited(release):
     report = keras_dp.privacy_report(of_ledger(release), delta=1e-5)
     assert all(r.true_positive_rates == (1, 1, 1, 1) for r in report.attack_risk)
-    assert "no promise" in report.summary[0] and "| 100 % |" in str(report)
+    assert "no privacy guarantee" in report.summary[0] and "| 100 % |" in str(report)
     assert "hardly" not in str(report)
 
 

@@ -200,7 +200,7 @@ def test_what_comes_otherwise_can_not_go_on(tmp_path, small_parts):
     path = tmp_path / "s"
     broken_off(path)
     shuffled = tf.data.Dataset.from_tensor_slices((ROWS, MARKS)).shuffle(N)
-    with pytest.raises(ValueError, match="come otherwise"):
+    with pytest.raises(ValueError, match="differ from those that were written"):
         spool(shuffled, path)
     with pytest.raises(ValueError, match="were written"):
         spool(lambda: examples(50), path)

@@ -8,8 +8,8 @@ training leaks at least. A lower bound above the claim means that something is
 wrong. One below it proves nothing: a better attack might have found more.
 
 - `audit`: of a model and data of your own, in one training run.
-- `white_box_audit`: of the training step on the easiest prey there is; it comes
-  close to the claim, so it sees noise that is too small by a fifth.
+- `white_box_audit`: of the training step, with the model and data that are easiest to attack;
+  it comes close to the claim, so it sees noise that is too small by a fifth.
 - `guesses_lower_bound`, `scores_lower_bound`: the statistics alone, for attacks
   of your own.
 

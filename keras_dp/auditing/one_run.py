@@ -22,7 +22,7 @@ KINDS = ("mislabelled", "noise")
 def make_canaries(
     x: Any, y: Any = None, *, count: int, kind: str = "mislabelled", seed: int | None = None
 ) -> tuple[Any, Any]:
-    """Examples that a model remembers, if it remembers any: the prey of an audit.
+    """Makes examples that a model remembers, if it remembers any: the canaries of an audit.
 
     Args:
         x: Inputs to make them from, best from held-out data: an array, or a

@@ -40,7 +40,7 @@ class AuditResult:
 
     @property
     def consistent(self) -> bool:
-        """Whether the claim survives: the lower bound is not above it."""
+        """Whether the claim survives, because the lower bound isn't above it."""
         return self.epsilon_lower_bound <= self.claimed_epsilon
 
     def __str__(self) -> str:

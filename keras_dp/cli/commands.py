@@ -142,7 +142,7 @@ def _run_batch(options: argparse.Namespace) -> Answer:
         ),
         shown=lambda size: f"{size:,}",
         fix="even batches of one example exceed it. Raise --noise-multiplier or --epsilon, or "
-        "train for less long",
+        "train for fewer epochs",
     )
 
 

@@ -219,7 +219,7 @@ class Engine:
             if name == "ghost":
                 logger.warning(
                     "The model '%s' is trained with slower per-example gradients, the same "
-                    "numbers, because the ghost engine can't serve it (%s). A rule for the layer "
+                    "numbers, because the ghost engine can't handle it (%s). A rule for the layer "
                     "would fix that: see keras_dp.register_rule.",
                     model.name,
                     reason,

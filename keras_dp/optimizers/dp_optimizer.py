@@ -105,7 +105,7 @@ class DPOptimizer(AsGiven, OptimizerWrapper):
             forward and one backward pass over the batch, by a rule for each
             layer (`register_rule`). `"vectorized"`: by mapping the model over
             the examples. `"loop"`: one at a time. The numbers are the same;
-            each gives way to the next where it can't serve a model, with a
+            each gives way to the next where it can't handle a model, with a
             line in the log. `"auto"` starts from the fastest, `"ghost"`.
         seed: For tests only: makes noise and batches repeatable, which voids
             the guarantee (and the privacy report says so).

@@ -150,7 +150,7 @@ class AsGiven:
         "augmentation_multiplicity", "How many times each example is run in a step."
     )
     gradients = _given("gradients", "The engine to start from.")
-    seed = _given("seed", "The seed of the noise, which voids the guarantee; `None` in earnest.")
+    seed = _given("seed", "The seed of the noise, for tests; it voids the guarantee.")
     secure_mode = _given("secure_mode", "Whether noise and batches are the operating system's.")
 
 

@@ -44,16 +44,16 @@ def doubts_of(ledger: PrivacyLedger, epsilon: dict[str, float], delta: float) ->
         doubts.append(statements.GIVES_MUCH_AWAY)
     if len({r.unit for r in ledger}) > 1:
         doubts.append(
-            "In some steps a person took the place of an example, and in others not: the figures "
-            "hold for people with no more examples than are stated, and count the former as "
-            "dear as the latter."
+            "Some steps protect people, others single examples: the figures hold for people with "
+            "no more examples than are stated, and both kinds of steps are counted at the same "
+            "cost."
         )
     asserted = sum(r.steps for r in ledger if r.asserted)
     if asserted:
         were = f"{count(asserted, 'step')} {'was' if asserted == 1 else 'were'}"
         doubts.append(
-            f"{were} taken in a training loop of your own: you vouch for it that each took one "
-            "fresh draw of the named dataset, as it was, and that nothing else saw the data."
+            f"{were} taken in a training loop of your own: it is your word that each used one "
+            "fresh draw of the named dataset, unchanged, and that nothing else saw the data."
         )
     unknown = sum(r.steps for r in ledger if r.sampler == "unknown")
     if unknown:

@@ -41,8 +41,8 @@ _OPEN = "keras_dp: open source, Apache-2.0"
 SOFTWARE = f"{_OPEN}; every epsilon is computed by dp-accounting."
 _SOFTWARE_BUT = f"{_OPEN}; epsilon is computed by dp-accounting, but for what it has no event for."
 _TUNING = "The choice of hyper-parameters by several runs on the same data."
-_MORE = "Somebody who has more examples in the data than is stated: the promise to them is weaker."
-_SEVERAL_IDS = "Somebody whose examples are under several user ids: the promise to them is weaker."
+_MORE = "Somebody who has more examples in the data than is stated: their guarantee is weaker."
+_SEVERAL_IDS = "Somebody whose examples are under several user ids: their guarantee is weaker."
 NOT_COVERED = (
     "Metrics and losses that training reported, and whatever was decided by looking at them (by "
     "you, or by a callback that stops training, moves the learning rate or chooses a checkpoint): "
@@ -57,7 +57,7 @@ _BOTH = "privacy loss distributions; {} by Renyi differential privacy"
 _THEM = {"it": "it", "they": "them"}
 _RENYI_TOO = (
     "the figure is Renyi differential privacy's here, the smaller bound: privacy loss "
-    "distributions are too coarse for steps that tell so little, or for so small a delta"
+    "distributions are too coarse for steps that reveal so little, or for so small a delta"
 )
 _NO_PLD = (
     "Renyi differential privacy here too: for a choice among several runs no privacy loss "
@@ -127,7 +127,7 @@ class PrivacyReport:
 
     @property
     def private(self) -> bool:
-        """Whether training had a guarantee at all: a finite epsilon and no chosen seed."""
+        """Whether there is any guarantee, with a finite epsilon and no chosen seed."""
         return not self.seeded and all(map(math.isfinite, self.epsilon.values()))
 
     @property
@@ -191,7 +191,7 @@ class PrivacyReport:
         have = "have" if it == "they" else "has"
         if not self.private:
             return (
-                f"{these} {'come' if it == 'they' else 'comes'} with no promise: an attacker who "
+                f"{these} {have} no privacy guarantee: an attacker who "
                 f"sees {_THEM[it]} may find out for certain whether somebody's data were used in "
                 "training, and what they say.",
                 f"The reason: {self._void}.",
@@ -273,7 +273,7 @@ class PrivacyReport:
 
     @property
     def assumptions(self) -> tuple[dict[str, Any], ...]:
-        """What the accounting takes for granted, each with whether keras_dp saw to it."""
+        """What the accounting takes for granted, each with whether keras_dp made sure of it."""
         samplers = {r["sampler"] for r in self.releases}
         protected = "unprotected" not in samplers
         stated = [

@@ -24,9 +24,9 @@ def table_of_risks(risks: Sequence[AttackRisk], private: bool, of_people: bool) 
         "",
         "## What an attacker can find out",
         "",
-        "Somebody who sees all that was released guesses who was in the data. If the guess is "
-        "wrong about so many of those who weren't (the head of a column), it is right about at "
-        "most so many of those who were:",
+        "Somebody who sees all that was released guesses who was in the data. The head of a "
+        "column says how many of those who weren't the guess is wrong about; below it is how "
+        "many of those who were it is right about, at most:",
         "",
         f"| examples of a person | epsilon | {' | '.join(f'at {r} wrong' for r in rates)} "
         "| advantage |",

@@ -64,7 +64,7 @@ class PoissonDataset(Dataset):
             model is given: it decodes, resizes, augments. Several threads may call it at
             once.
         workers: How many threads read and map rows. `None`: one for each core, and one in
-            all for a map-style data set, which need not bear several.
+            all for a map-style data set, which may not be safe to read from several.
         one_example_each: Says of a `keras.utils.PyDataset` that each index holds one
             example, not a batch.
 
@@ -320,7 +320,7 @@ class BallsInBinsDataset(_InPasses):
             model is given: it decodes, resizes, augments. Several threads may call it at
             once.
         workers: How many threads read and map rows. `None`: one for each core, and one in
-            all for a map-style data set, which need not bear several.
+            all for a map-style data set, which may not be safe to read from several.
         one_example_each: Says of a `keras.utils.PyDataset` that each index holds one
             example, not a batch.
         user_ids: Whose each row is, as for `PoissonDataset`.
@@ -417,7 +417,7 @@ class ShuffledDataset(_InPasses):
             model is given: it decodes, resizes, augments. Several threads may call it at
             once.
         workers: How many threads read and map rows. `None`: one for each core, and one in
-            all for a map-style data set, which need not bear several.
+            all for a map-style data set, which may not be safe to read from several.
         one_example_each: Says of a `keras.utils.PyDataset` that each index holds one
             example, not a batch.
 

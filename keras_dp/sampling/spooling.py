@@ -213,8 +213,8 @@ def spool(
     Numbers, text, bytes, and arrays whose shape differs from example to example (bring those
     to one shape by `map=`) all are written; nothing is compressed, since compressed rows can't
     be read alone. What is there already is not written again: a finished spool is opened, and
-    one that was broken off goes on where it stopped, after making sure that the examples
-    come as they came the first time.
+    one that was interrupted goes on where it stopped, after making sure that the examples
+    are the same as the first time.
 
     Args:
         dataset: A finite `tf.data.Dataset`; an iterable or a generator function (or
@@ -384,10 +384,11 @@ class _Writer:
     def _compare(self) -> None:
         if self._digest.hexdigest() != self._form.digests[self._part]:
             raise ValueError(
-                f"The examples of part {self._part} come otherwise than they were written to "
-                f"{str(self._folder)!r} before, so that it can't go on where it stopped: some "
-                "would be missing and others come twice. Take what is random (`.shuffle`, "
-                "augmentation) out of the pipeline, delete that folder, and begin anew."
+                f"The examples of part {self._part} differ from those that were written to "
+                f"{str(self._folder)!r} before, so writing can't go on where it stopped: some "
+                "examples would be missing and others there twice. Take what is random "
+                "(`.shuffle`, augmentation) out of the pipeline, delete that folder, and start "
+                "again."
             )
         self._next()
 
@@ -419,7 +420,7 @@ class _Writer:
         if self._part < self._known:
             raise ValueError(
                 f"There are {self._seen.count} examples, and {sum(self._form.counts)} were "
-                f"written to {str(self._folder)!r} before. Delete that folder, and begin anew."
+                f"written to {str(self._folder)!r} before. Delete that folder, and start again."
             )
         times = self._seen.times
         if times > 1:

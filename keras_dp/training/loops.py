@@ -125,7 +125,7 @@ class TracedSteps:
         self._anew[code] += 1
         if self._anew[code] == _OFTEN:
             logger.warning(
-                "The loss function %s is made anew for every step, and has to be traced anew each "
+                "The loss function %s is defined again for every step, and is traced again each "
                 "time, which is slow. Define it once, before the loop; give it what changes in "
                 "`batch`, a row for each example, or in a keras.Variable.",
                 name_of(loss_fn),
@@ -353,7 +353,7 @@ class OwnLoop:
             self._warn_once(
                 "private_gradients",
                 "private_gradients can't know how you chose the batch, so it is accounted as if "
-                "every example took part in every step, and in no other way than by its own row. "
+                "every example took part in every step (and changed no row but its own). "
                 "Draw the batches from a keras_dp.PoissonDataset and pass it as `sampling`, which "
                 "costs far less privacy.",
             )

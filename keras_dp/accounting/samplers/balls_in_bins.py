@@ -105,7 +105,7 @@ class BallsInBins(Sampler):
 
     @property
     def description(self) -> str:
-        return "each example once per epoch, in a batch that chance chose, drawn by keras_dp"
+        return "each example once per epoch, in a randomly chosen batch, drawn by keras_dp"
 
     @property
     def rate(self) -> str:
@@ -129,9 +129,10 @@ class BallsInBins(Sampler):
     @property
     def computed(self) -> str:
         return (
-            "Balls in bins (each example once per epoch, in a batch that chance chose): an upper "
-            "bound of keras_dp's own, with every rounding upwards (arXiv 2412.16802), for want of "
-            "an event in dp-accounting. RDP can't use the chance in them, and is far above."
+            "Balls in bins (each example once per epoch, in a randomly chosen batch): an upper "
+            "bound of keras_dp's own, with every rounding upwards (arXiv 2412.16802), because "
+            "dp-accounting has no event for them. RDP doesn't count the random choice, so its "
+            "figure is far larger."
         )
 
 

@@ -86,7 +86,8 @@ class TruncatedPoisson(Poisson):
     def computed(self) -> str:
         return (
             f"Batches cut to {self.capacity}: truncated Poisson-subsampled Gaussian mechanisms, by "
-            "dp-accounting (arXiv 2508.15089). RDP can't use the chance in them, and is far above."
+            "dp-accounting (arXiv 2508.15089). RDP doesn't count the random draw, so its figure is "
+            "far larger."
         )
 
 

@@ -123,7 +123,7 @@ class _Cell:
         self.projected = self._project()
 
     def _drops_states(self) -> bool:
-        """Whether the cell heeds `recurrent_dropout`: a fused implementation doesn't."""
+        """Whether the cell uses `recurrent_dropout`: a fused implementation doesn't."""
         return getattr(self.cell, "implementation", 1) == 1
 
     def _per_gate(self, masks: Any) -> list[Any]:

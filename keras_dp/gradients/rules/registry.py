@@ -142,7 +142,7 @@ def register_rule(*layer_classes: type) -> Callable[[Rule], Rule]:
     of what the weights act on (`unit.watch`), and returns the outputs and a
     function. That function gets the gradients it asked for, each of shape
     (B, ...) with one row for each example's own loss, and returns pairs of a
-    weight and its per-example gradients: a tensor of shape (B, *weight.shape),
+    weight and its per-example gradients: a tensor of shape `(B, *weight.shape)`,
     or, where that would be large, `keras_dp.OuterProducts` of two factors.
 
     A layer without a rule trains all the same: the gradient of that layer alone
