@@ -20,6 +20,7 @@ from keras.src.random.seed_generator import global_seed_generator
 from keras.src.saving import saving_lib
 from keras.src.trainers.compile_utils import CompileLoss
 from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
+from keras.src.utils.io_utils import print_msg
 
 __all__ = [
     "all_layers",
@@ -37,17 +38,20 @@ __all__ = [
     "logits_of",
     "loss_of",
     "loss_tracker_of",
+    "losses_are_of_keras",
     "mask_of",
     "output_spec_of",
     "own_state_of",
     "own_variables",
     "owners_of",
+    "print_message",
     "replace_sublayers",
     "resumed_epoch",
     "seed_states_of",
     "set_logits",
     "set_mask",
     "surroundings",
+    "takes_numbers",
     "takes_training_argument",
     "trained_by",
     "updates_of",
@@ -223,6 +227,29 @@ def _name_of(part: Any) -> str:
 
 def compile_loss_of(model: keras.Model) -> CompileLoss | None:
     return model._compile_loss
+
+
+def losses_are_of_keras(model: keras.Model) -> bool:
+    """Whether each loss that a model was compiled with is one of Keras' own."""
+    if type(model).compute_loss is not keras.Model.compute_loss:
+        return False
+    loss = getattr(model._compile_loss, "_user_loss", None)
+    modules = [getattr(part, "__module__", "") or "" for part in tree.flatten(loss)]
+    named = [isinstance(part, str) for part in tree.flatten(loss)]
+    return bool(modules) and all(
+        of_name or module.partition(".")[0] == "keras"
+        for of_name, module in zip(named, modules, strict=True)
+    )
+
+
+def takes_numbers(layer: keras.Layer) -> bool:
+    """Whether a layer is one of Keras' own that makes tensors of numbers of what it is given."""
+    return is_keras_layer(layer) and bool(layer._convert_input_args) and bool(layer.autocast)
+
+
+def print_message(text: str) -> None:
+    """Prints a line as Keras prints its own: to where `keras.config` says."""
+    print_msg(text)
 
 
 def loss_tracker_of(model: keras.Model) -> keras.metrics.Metric:
