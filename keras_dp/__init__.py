@@ -14,7 +14,10 @@ model.fit(
 """
 
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
+from . import names as _names
 from .cli import runs_this_process as _only_plans
 
 __version__ = _version("keras-dp")
@@ -40,6 +43,7 @@ __all__ = [
     "Problem",
     "Release",
     "ShuffledDataset",
+    "WeakPrivacyWarning",
     "accounting",
     "auditing",
     "check_model",
@@ -54,6 +58,8 @@ __all__ = [
     "tuning",
 ]
 
+_MODULES = ("journal", "ledger", "noise")  # public, and reached by their names
+
 # All of it is loaded at once, so that `keras.saving.load_model` never meets a DP optimizer
 # that Keras doesn't know. The command that plans trains nothing, and starts
 # ten times as fast without Keras and TensorFlow.
@@ -66,7 +72,12 @@ if not _only_plans():
     from .binding import install as _install
     from .callbacks import PrivacyBudget
     from .compatibility import Problem, check_model, fix_model
-    from .errors import PrivacyBudgetExceeded, PrivacyError, PrivacyWarning
+    from .errors import (
+        PrivacyBudgetExceeded,
+        PrivacyError,
+        PrivacyWarning,
+        WeakPrivacyWarning,
+    )
     from .gradients import OuterProducts, register_rule
     from .ledger import PrivacyLedger, Release
     from .monitor import PrivacyMonitor
@@ -82,3 +93,15 @@ if not _only_plans():
     from .saving import save_inference_model
 
     _install()
+
+
+def __dir__() -> list[str]:
+    """What users need; the other modules are how it is done."""
+    own = [name for name in globals() if name.startswith("__")]
+    return sorted({*__all__, *_MODULES, *own} & set(globals()))
+
+
+if not _TYPE_CHECKING:  # or every name would do for type checkers
+
+    def __getattr__(name: str) -> _Any:
+        raise AttributeError(_names.of_module(name))

@@ -21,11 +21,13 @@ import keras
 from keras import tree
 
 from . import arguments, backend, keras_private, lineage, preprocessing, several
+from .callbacks import EpsilonFirst
 from .compatibility import require_trainable_privately
 from .decisions import raw_decisions
 from .errors import PrivacyError, PrivacyWarning
 from .ledger import PrivacyLedger
 from .optimizers import DPOptimizer
+from .outlook import Outlook
 from .sampling import (
     OWN,
     PoissonDataset,
@@ -35,6 +37,7 @@ from .sampling import (
     is_source,
     split_for_validation,
 )
+from .text import require_numbers
 from .training import training_alone
 from .waiting import said_if_slow
 
@@ -303,6 +306,8 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
             decided = raw_decisions(given.get("callbacks"))
             if decided is not None:
                 warnings.warn(decided, PrivacyWarning, stacklevel=2)
+            if dataset is not None:
+                require_numbers(self, dataset.specs)
             try:
                 with (
                     _joined(declaration, given, self),
@@ -526,21 +531,26 @@ def _declared_batch_size(x: Any) -> tuple[Any, int]:
 
 @contextlib.contextmanager
 def _joined(
-    declaration: keras.callbacks.Callback, given: dict[str, Any], model: keras.Model
+    declaration: _FitDeclaration, given: dict[str, Any], model: keras.Model
 ) -> Iterator[None]:
-    """Our callback after the user's, so that it starts when all others have."""
-    callbacks = given.get("callbacks")
-    if not isinstance(callbacks, keras.callbacks.CallbackList):
-        given["callbacks"] = [*tree.flatten(callbacks or []), declaration]
+    """Our callbacks around the user's: epsilon is in the logs before they read them, and what
+    starts last knows what they restored and which budget they hold training to."""
+    callbacks: Any = given.get("callbacks")
+    is_list = isinstance(callbacks, keras.callbacks.CallbackList)
+    own = callbacks.callbacks if is_list else list(tree.flatten(callbacks or []))
+    first, last = EpsilonFirst(own), (declaration, Outlook(declaration.optimizer))
+    if not is_list:
+        given["callbacks"] = [first, *own, *last]
         yield
         return
-    declaration.set_model(model)
-    declaration.set_params(callbacks.params)
-    callbacks.callbacks.append(declaration)
+    for ours in (first, *last):
+        ours.set_model(model)
+        ours.set_params(callbacks.params)
+    own[:] = [first, *own, *last]
     try:
         yield
-    finally:
-        callbacks.callbacks.remove(declaration)  # the list is the user's, and may serve again
+    finally:  # the list is the user's, and may serve again
+        own[:] = [c for c in own if c not in (first, *last)]
 
 
 class _FitDeclaration(keras.callbacks.Callback):
@@ -561,7 +571,7 @@ class _FitDeclaration(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         self._together = together
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._sampling = sampling
         self._steps_per_epoch = steps_per_epoch
         self._initial_epoch = initial_epoch
@@ -579,17 +589,17 @@ class _FitDeclaration(keras.callbacks.Callback):
             planned = max(epochs - first, 0) * self._steps_per_epoch
         what = "Calibrating the noise to the target epsilon"
         with said_if_slow(what, silent=not self.params.get("verbose", 1)):
-            self._optimizer.session.begin_fit(self._sampling, planned, secret)
+            self.optimizer.session.begin_fit(self._sampling, planned, secret)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if _private_optimizer(self.model) is not self._optimizer:
+        if _private_optimizer(self.model) is not self.optimizer:
             raise PrivacyError(
                 f"The model '{self.model.name}' was compiled again while `fit` is running. Compile "
                 "before or after `fit`."
             )
-        require_own_train_function(self.model, self._optimizer)
-        self._optimizer.meter.announce(int(self.model.steps_per_execution))
-        self._optimizer.session.gate.open()
+        require_own_train_function(self.model, self.optimizer)
+        self.optimizer.meter.announce(int(self.model.steps_per_execution))
+        self.optimizer.session.gate.open()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._optimizer.session.gate.close()
+        self.optimizer.session.gate.close()

@@ -11,9 +11,10 @@ from typing import Any
 
 import keras
 
-from . import accounting, journal
+from . import accounting, journal, statements
 from .errors import PrivacyBudgetExceeded, PrivacyError, PrivacyWarning
 from .ledger import PrivacyLedger, Release
+from .names import with_our_names
 from .waiting import said_if_slow
 
 _MOST_AHEAD = 1000  # steps that the journal may be ahead of training (or one execution's)
@@ -23,8 +24,8 @@ class PrivacyBudget(keras.callbacks.Callback):
     """Shows epsilon while training, and stops before a budget is overspent.
 
     At the end of every epoch it adds `epsilon` to the logs, so that the progress
-    bar, `History`, `CSVLogger` and `TensorBoard` show it (put it before those
-    in `callbacks`). With a budget it finds, once, how many steps the budget
+    bar, `History`, `CSVLogger` and `TensorBoard` show it, wherever they stand in
+    `callbacks`. With a budget it finds, once, how many steps the budget
     allows; the training step itself then releases that many and no more, in
     every mode, and training stops.
 
@@ -87,6 +88,7 @@ class PrivacyBudget(keras.callbacks.Callback):
     (20, 40)
     """
 
+    @with_our_names
     def __init__(
         self,
         epsilon: float | None = None,
@@ -122,6 +124,15 @@ class PrivacyBudget(keras.callbacks.Callback):
     def _journal(self) -> _Reservations | None:
         """The journal, where it is kept: of several processes in the chief."""
         return self._reservations if self._optimizer.session.leads else None
+
+    def __repr__(self) -> str:
+        at = f"δ = {statements.short(self.delta)}"
+        if self.epsilon is None:
+            return f"PrivacyBudget({at}; only shows ε)"
+        spent = ""
+        if getattr(self, "_model", None) is not None and hasattr(self._optimizer, "ledger"):
+            spent = f"; spent: {statements.rounded_up(self.spent)}"
+        return f"PrivacyBudget(ε = {statements.short(self.epsilon)} at {at}{spent})"
 
     @property
     def _optimizer(self) -> Any:
@@ -181,9 +192,7 @@ class PrivacyBudget(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds epsilon to the logs."""
-        self.spent = self._optimizer.get_epsilon(self.delta, self.accountant)
-        if logs is not None:
-            logs["epsilon"] = self.spent
+        self.add_to(logs)
         passed = self.epsilon is not None and self.spent > self.epsilon
         if passed and not self.stop_training and not self._warned:
             self._warned = True
@@ -193,6 +202,12 @@ class PrivacyBudget(keras.callbacks.Callback):
                 PrivacyWarning,
                 stacklevel=2,
             )
+
+    def add_to(self, logs: dict[str, Any] | None) -> None:
+        """Finds what was spent, and adds it to the logs."""
+        self.spent = self._optimizer.get_epsilon(self.delta, self.accountant)
+        if logs is not None:
+            logs["epsilon"] = self.spent
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Says how training ended, if the budget ended it; writes down how many steps it took."""
@@ -213,6 +228,31 @@ class PrivacyBudget(keras.callbacks.Callback):
             f"{steps} steps have cost epsilon = {spent:.4f} of {self.epsilon:g} at delta = "
             f"{self.delta:g} (one example added or removed)"
         )
+
+
+class EpsilonFirst(keras.callbacks.Callback):
+    """Adds epsilon to the logs of an epoch before any other callback reads them.
+
+    Args:
+        callbacks: All that belong to the training.
+    """
+
+    def __init__(self, callbacks: list[Any]) -> None:
+        super().__init__()
+        self._budgets = [c for c in callbacks if isinstance(c, PrivacyBudget)]
+        self._tables = [c for c in callbacks if isinstance(c, keras.callbacks.CSVLogger)]
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Adds epsilon, and chooses the columns of tables that begin with this epoch."""
+        for budget in self._budgets:
+            budget.add_to(logs)
+        if not logs or "epsilon" not in logs or any(name.startswith("val_") for name in logs):
+            return
+        for table in self._tables:
+            # Keras makes room for validation in later epochs, of which epsilon has none.
+            if getattr(table, "keys", ()) is None:
+                names = sorted(logs)
+                table.keys = names + [f"val_{name}" for name in names if name != "epsilon"]
 
 
 class _Reservations:
@@ -248,7 +288,7 @@ class _Reservations:
             self._journal.append("exact", release)
         found = os.path.exists(self._journal.path)
         problems = journal.read(self._journal.path)[1] if found else None
-        optimizer.absorb(self._journal.read() if own else known)
+        optimizer.session.absorb(self._journal.read() if own else known)
         if problems is not None:
             optimizer.session.notes.add_problems(problems)
 

@@ -14,3 +14,7 @@ class PrivacyBudgetExceeded(PrivacyError):
 
 class PrivacyWarning(UserWarning):
     """Training goes on, but the user should know something about its privacy."""
+
+
+class WeakPrivacyWarning(PrivacyWarning):
+    """Training goes on, but what it promises is little or nothing."""

@@ -25,6 +25,7 @@ from keras.src.saving import saving_lib
 from keras.src.trainers.compile_utils import CompileLoss
 from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
 from keras.src.trainers.data_adapters.tf_dataset_adapter import make_class_weight_map_fn
+from keras.src.utils.io_utils import print_msg
 
 __all__ = [
     "LossFunction",
@@ -47,6 +48,7 @@ __all__ = [
     "loss_functions_of",
     "loss_of",
     "loss_tracker_of",
+    "losses_are_of_keras",
     "losses_unscaled",
     "made_in_scope_of",
     "mask_of",
@@ -54,6 +56,7 @@ __all__ = [
     "own_state_of",
     "own_variables",
     "owners_of",
+    "print_message",
     "replace_sublayers",
     "resume_at",
     "resumed_epoch",
@@ -61,6 +64,7 @@ __all__ = [
     "set_logits",
     "set_mask",
     "surroundings",
+    "takes_numbers",
     "takes_training_argument",
     "trained_by",
     "updates_of",
@@ -267,6 +271,29 @@ def loss_functions_of(loss: CompileLoss) -> list[LossFunction]:
         function, settings = (one.fn, one._fn_kwargs) if plain else (None, {})
         found.append(LossFunction(function, settings, getattr(one, "reduction", None)))
     return found
+
+
+def losses_are_of_keras(model: keras.Model) -> bool:
+    """Whether each loss that a model was compiled with is one of Keras' own."""
+    if type(model).compute_loss is not keras.Model.compute_loss:
+        return False
+    loss = getattr(model._compile_loss, "_user_loss", None)
+    modules = [getattr(part, "__module__", "") or "" for part in tree.flatten(loss)]
+    named = [isinstance(part, str) for part in tree.flatten(loss)]
+    return bool(modules) and all(
+        of_name or module.partition(".")[0] == "keras"
+        for of_name, module in zip(named, modules, strict=True)
+    )
+
+
+def takes_numbers(layer: keras.Layer) -> bool:
+    """Whether a layer is one of Keras' own that makes tensors of numbers of what it is given."""
+    return is_keras_layer(layer) and bool(layer._convert_input_args) and bool(layer.autocast)
+
+
+def print_message(text: str) -> None:
+    """Prints a line as Keras prints its own: to where `keras.config` says."""
+    print_msg(text)
 
 
 def loss_tracker_of(model: keras.Model) -> keras.metrics.Metric:

@@ -150,6 +150,19 @@ class Release:
         return tuple(getattr(self, name) for name in names)
 
     @property
+    def in_short(self) -> str:
+        """How many steps there were of what kind, in a line."""
+        if self.choice is not None:
+            return f"the best of {self.choice.mean_runs:g} runs on average"
+        said = [f"{self.steps:,} {self.sampler}", f"σ={self.noise_multiplier:.4g}"]
+        if self.sampling_rate is not None:
+            said.append(f"q={self.sampling_rate:.3g}")
+        if self.num_examples is not None:
+            said.append(f"n={self.num_examples:,}{'' if self.unit == 'example' else ' people'}")
+        said += ["chosen seed"] if self.seeded else []
+        return ", ".join(said)
+
+    @property
     def apart(self) -> Release:
         """The same steps, where others may have drawn their batches by the same choice."""
         if self.sampler != "balls_in_bins":
@@ -231,6 +244,13 @@ class PrivacyLedger:
 
     def __iter__(self) -> Iterator[Release]:
         return iter(self.releases)
+
+    def __repr__(self) -> str:
+        steps = f"{self.steps:,} step{'' if self.steps == 1 else 's'}"
+        runs = [release.in_short for release in self.releases if release.steps]
+        more = [f"and {len(runs) - 4} more runs"] if len(runs) > 5 else []
+        shown = [*runs[: 4 if more else 5], *more]
+        return f"PrivacyLedger({steps}{': ' if shown else ''}{'; '.join(shown)})"
 
     @property
     def steps(self) -> int:

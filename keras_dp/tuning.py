@@ -349,7 +349,7 @@ class BestOfRuns:
             paid = PrivacyLedger((*ledger, Release("choice", 0.0, 1, choice=procedure.choice)))
             optimizer = getattr(model, "optimizer", None)
             if isinstance(optimizer, DPOptimizer):
-                optimizer.absorb(paid)
+                optimizer.session.absorb(paid)
             else:
                 lineage.add(paid, model)
         return Selected(model, candidate, score, procedure)

@@ -145,7 +145,7 @@ def test_the_statement_says_which_accountant_a_figure_is_from():
     model = tiny.compiled(tiny.sgd(noise_multiplier=2.0))
     few = keras_dp.privacy_report(model, delta=1e-7)
     assert few.accounting["pld"].startswith("privacy loss distributions")
-    model.optimizer.absorb(PrivacyLedger((poisson(2.0, 10**6, 1e-4),)))
+    model.optimizer.session.absorb(PrivacyLedger((poisson(2.0, 10**6, 1e-4),)))
     report = keras_dp.privacy_report(model, delta=1e-7)
     assert report.epsilon["pld"] == report.epsilon["rdp"]
     assert "Renyi differential privacy's here" in report.accounting["pld"]

@@ -384,7 +384,7 @@ def test_rule_10_after_a_fork_both_may_go_on_with_the_same_choice():
 def test_rule_10_the_statement_says_how_batches_were_drawn_and_accounted():
     model = tiny.compiled()
     releases = (bins(2.0, 12, 5, num_examples=50), truncated(2.0, 3, 5, 50, 15))
-    model.optimizer.absorb(PrivacyLedger(releases))
+    model.optimizer.session.absorb(PrivacyLedger(releases))
     report = keras_dp.privacy_report(model, delta=DELTA)
     assert report.epsilon["pld"] == epsilon(*releases)
     assert report.epsilon_if_shuffled["pld"] > report.epsilon["pld"]
@@ -410,7 +410,7 @@ def test_rule_10_the_statement_says_how_batches_were_drawn_and_accounted():
 def test_rule_13_what_is_asserted_or_seeded_is_not_said_to_be_seen_to():
     for more in ({"asserted": True}, {"seeded": True}):
         model = tiny.compiled()
-        model.optimizer.absorb(PrivacyLedger((bins(2.0, 12, 5, **more),)))
+        model.optimizer.session.absorb(PrivacyLedger((bins(2.0, 12, 5, **more),)))
         drawn = [
             a
             for a in keras_dp.privacy_report(model, delta=DELTA).assumptions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ..names import with_our_names
 from . import persons
 from .accountants import check_accountant
 from .arguments import check_delta, real, whole
@@ -42,6 +43,7 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-n // b)
 
 
+@with_our_names
 def compute_epsilon(
     *,
     num_examples: int,
@@ -95,6 +97,7 @@ def compute_epsilon(
     return persons.epsilon(_counts(rate, sigma, total), delta, accountant, examples_per_person)
 
 
+@with_our_names
 def calibrate_noise_multiplier(
     *,
     target_epsilon: float,
@@ -145,6 +148,7 @@ def calibrate_noise_multiplier(
     return least_noise(lambda sigma: _counts(rate, sigma, total), target, delta, accountant)
 
 
+@with_our_names
 def calibrate_steps(
     *,
     target_epsilon: float,
@@ -199,6 +203,7 @@ def calibrate_steps(
     return most_steps(counts, target, delta, accountant, MOST_STEPS)
 
 
+@with_our_names
 def calibrate_batch_size(
     *,
     target_epsilon: float,

@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from .. import statements
+
 ACCOUNTANTS = ("pld", "rdp")
 _MOST = 10**12
 DESCRIPTIONS = {
@@ -285,9 +287,8 @@ def delta_of(options: argparse.Namespace) -> tuple[float, str]:
     """delta, and where it comes from."""
     if options.delta is not None:
         return options.delta, "as given"
-    n = options.num_examples
-    # With exact integers: the number of digits of n is where its power of ten ends.
-    return float(f"1e-{len(str(n))}"), "not given: the largest power of ten below 1/n"
+    chosen = statements.usual_delta(options.num_examples)
+    return chosen, "not given: the largest power of ten below 1/n"
 
 
 def accountants_of(options: argparse.Namespace) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from .. import accounting, backend
+from .. import accounting, backend, statements
+from ..names import with_our_names
 from ..planning import require_matplotlib
 from .picture import Picture
 from .statistics import RAW, NoisedStatistics, RawStatistics, Statistics
@@ -116,6 +117,7 @@ class PrivacyMonitor(keras.callbacks.Callback):
     >>> figure = monitor.plot()  # a Matplotlib figure; figure.savefig("monitor.png")
     """
 
+    @with_our_names
     def __init__(
         self,
         delta: float,
@@ -145,6 +147,10 @@ class PrivacyMonitor(keras.callbacks.Callback):
         self._summaries: backend.Summaries | None = None
         self._read_at = 0
         self._epoch = 0
+
+    def __repr__(self) -> str:
+        kind = "private" if self.private else "not private: don't release what it shows"
+        return f"PrivacyMonitor(δ = {statements.short(self.delta)}; {kind})"
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts to gather."""

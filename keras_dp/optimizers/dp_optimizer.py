@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ from keras import ops
 
 from .. import accounting, backend, keras_private
 from ..clipping import Clipping
-from ..errors import PrivacyError
+from ..errors import PrivacyError, PrivacyWarning
 from ..ledger import PrivacyLedger
+from ..names import with_our_names
 from ..noise import NoiseSource, SecureNoiseSource
 from ..sampling import UNKNOWN
 from ..training import (
@@ -25,8 +27,9 @@ from ..training import (
     private_train_step,
     replicated_train_step,
 )
+from .description import Described
 from .session import Session
-from .settings import AsGiven, Settings, deserialized
+from .settings import Settings, deserialized
 from .wrapper import OptimizerWrapper
 
 _UNEXPLAINED = (
@@ -53,7 +56,7 @@ _ORDINARY = (
 
 
 @keras.saving.register_keras_serializable(package="keras_dp")
-class DPOptimizer(AsGiven, OptimizerWrapper):
+class DPOptimizer(Described, OptimizerWrapper):
     """Makes the training of a Keras model differentially private.
 
     Wraps an ordinary Keras optimizer. Compiling a model with it replaces the
@@ -133,6 +136,7 @@ class DPOptimizer(AsGiven, OptimizerWrapper):
     True
     """
 
+    @with_our_names
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer,
@@ -188,6 +192,8 @@ class DPOptimizer(AsGiven, OptimizerWrapper):
             note_unseen=self._session.notes.add_unseen,
         )
         self._engine: str | None = None
+        # Set here, not properties of the class: `help` shows what users need.
+        self.meter, self.session = self._meter, self._session
 
     @property
     def noise_multiplier(self) -> float | None:
@@ -205,20 +211,11 @@ class DPOptimizer(AsGiven, OptimizerWrapper):
         return self._mechanism.strategy
 
     @property
-    def meter(self) -> Meter:
-        """What counts the steps, and limits them."""
-        return self._meter
-
-    @property
-    def session(self) -> Session:
-        """What leads it through its trainings."""
-        return self._session
-
-    @property
     def ledger(self) -> PrivacyLedger:
         """Every release that is behind the weights that this optimizer trains. It only grows."""
         return self._meter.ledger
 
+    @with_our_names
     def get_epsilon(
         self, delta: float, accountant: str = "pld", examples_per_person: int = 1
     ) -> float:
@@ -475,10 +472,6 @@ class DPOptimizer(AsGiven, OptimizerWrapper):
         """Whether no further step may be released."""
         return self._meter.limit_reached
 
-    def absorb(self, ledger: PrivacyLedger) -> None:
-        """Adds what another ledger knows: every release, with the larger count."""
-        self._session.absorb(ledger)
-
     def save_own_variables(self, store: Any) -> None:
         """Writes the ledger; the inner optimizer writes its own state. No key, no seed."""
         self._session.save(store)
@@ -562,4 +555,13 @@ def _check_inner(inner: Any) -> None:
         raise ValueError(
             "`inner_optimizer` scales the loss, which would change what is clipped. Give the "
             "optimizer without loss scaling (no LossScaleOptimizer, loss_scale_factor=None)."
+        )
+    clips = [n for n in ("clipnorm", "clipvalue", "global_clipnorm") if getattr(inner, n, None)]
+    if clips:
+        warnings.warn(
+            f"`{clips[0]}` cuts the gradient of the whole batch once more, after the noise. It "
+            "protects nobody, and it takes signal away: the clip that privacy rests on is "
+            f"`max_grad_norm`. Leave `{clips[0]}` out.",
+            PrivacyWarning,
+            stacklevel=keras_private.outside(),
         )

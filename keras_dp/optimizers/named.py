@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from ..clipping import Clipping
+from ..names import with_our_names
 from ..training import Schedule
 from .dp_optimizer import DPOptimizer
 from .settings import deserialized
@@ -18,6 +19,7 @@ class _Named(DPOptimizer):
 
     _keras_class: type[keras.optimizers.Optimizer]
 
+    @with_our_names
     def __init__(
         self,
         *args: Any,

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from .. import keras_private, lineage
+from .. import keras_private, lineage, statements
 from ..clipping import AdaptiveClipping
 from ..errors import PrivacyError, PrivacyWarning
 from ..ledger import PrivacyLedger
@@ -86,11 +86,25 @@ class Session:
     def _iteration(self) -> int:
         return keras_private.as_int(self._optimizer.iterations)
 
-    def warn_once(self, topic: str, message: str) -> None:
+    def first_time(self, topic: str) -> bool:
+        """Whether nothing was said of a topic yet with this optimizer. From now on it was."""
+        first = topic not in self._warned
+        self._warned.add(topic)
+        return first
+
+    def warn_once(
+        self, topic: str, message: str, category: type[PrivacyWarning] = PrivacyWarning
+    ) -> None:
         """Warns about a topic, once for this optimizer."""
-        if topic not in self._warned:
-            self._warned.add(topic)
-            warnings.warn(message, PrivacyWarning, stacklevel=keras_private.outside())
+        if self.first_time(topic):
+            warnings.warn(message, category, stacklevel=keras_private.outside())
+
+    def delta_of(self, ledger: PrivacyLedger) -> float:
+        """The delta that training is watched at, or aimed at; else the usual one for its n."""
+        target = self._meter.target
+        given = self.notes.delta or (None if target is None else target.delta)
+        sizes = [r.num_examples for r in ledger if r.num_examples]
+        return given or statements.usual_delta(max(sizes, default=None))
 
     def occupied(self, what: str) -> Any:
         """Keeps other trainings with this optimizer out while a `with` block runs.

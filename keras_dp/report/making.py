@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from .. import accounting, people, risk, tuning
+from .. import accounting, people, risk, statements, tuning
 from ..binding import ledger_of
 from ..ledger import PrivacyLedger
 from ..optimizers import DPOptimizer
@@ -75,7 +75,7 @@ def privacy_report(
         deltas = [o.session.notes.delta or o.target_delta for o in optimizers if o is not None]
         delta = min((d for d in deltas if d), default=None)
     if delta is None:
-        delta = 10.0 ** -(math.floor(math.log10(max(sizes))) + 1) if sizes else 1e-5
+        delta = statements.usual_delta(max(sizes, default=None))
     delta = accounting.check_delta(delta)
     selections = tuple(chosen)
     epsilon = epsilon_of(ledger, selections, delta, examples)

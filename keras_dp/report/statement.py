@@ -240,6 +240,8 @@ class PrivacyReport:
         """The guarantee as a formal sentence; epsilon rounded up."""
         if not self.private:
             return f"No guarantee holds: {self._void}."
+        if not self.steps:
+            return "No private step taken: there is nothing to promise yet."
         bound = math.ceil(self.epsilon["pld"] * 1e6) / 1e6
         differ = statements.whose(self.examples_per_person, of_people=self._of_people)
         return (
@@ -383,6 +385,21 @@ class PrivacyReport:
         }
         return json.dumps(strict(data), indent=2, allow_nan=False)
 
+    def __repr__(self) -> str:
+        names = ", ".join(map(repr, self.models))
+        if not self.steps:
+            return f"PrivacyReport({names}: no private step taken)"
+        epsilon = self.epsilon["pld"]
+        said = statements.cost(epsilon, self.delta, self.steps)
+        if not self.private:
+            said = f"no promise, since {self._void}; {self.steps:,} steps"
+        doubts = count(len(self.warnings), "doubt")
+        return f"PrivacyReport({names}: {said}; {doubts}; print it for the statement)"
+
+    def _repr_markdown_(self) -> str:
+        """The statement, as notebooks show it."""
+        return str(self)
+
     def __str__(self) -> str:
         pld, rdp = (as_text(self.epsilon[name]) for name in ("pld", "rdp"))
         several = len(self.models) > 1
@@ -400,7 +417,7 @@ class PrivacyReport:
         if not self.private:
             promise = f"{whose} training is NOT private: see the doubts below."
         elif not self.steps:
-            promise = f"No private step taken. {promise}"
+            promise = "No private step taken, so there is nothing to promise yet."
         names = "', '".join(self.models)
         lines = [
             f"# Privacy statement of the model{'s' if several else ''} '{names}'",

@@ -122,6 +122,18 @@ class Dataset(keras.utils.PyDataset):
             raise AttributeError(f"{type(self).__name__}.{name} can't be deleted.")
         super().__delattr__(name)
 
+    def __repr__(self) -> str:
+        of = "examples" if self.users is None else "people"
+        said = [f"n = {self.num_units:,} {of}", f"batch_size={self.batch_size:,}"]
+        said.append(f"{self.steps_per_epoch:,} steps an epoch")
+        q = getattr(self, "sampling_rate", None)
+        said += [] if q is None else [f"q = {q:.3g}"]
+        capacity = getattr(self, "batch_capacity", None)
+        said += [] if capacity is None else [f"batch_capacity={capacity:,}"]
+        said += ["secure_mode=True"] if self.secure_mode else []
+        said += [] if self.seed is None else ["seed=...: no promise"]
+        return f"{type(self).__name__}({', '.join(said)})"
+
     @property
     def num_units(self) -> int:
         """n: how many there are of what is drawn, examples or people."""
@@ -143,6 +155,11 @@ class Dataset(keras.utils.PyDataset):
 
     def __len__(self) -> int:
         return self.num_batches
+
+    @property
+    def specs(self) -> tuple[Any, ...]:
+        """What each row is like that the model is given, as the parts of a batch."""
+        return tuple(self._reader.specs)
 
     @property
     def _parts(self) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import arguments
+from ..names import with_our_names
 from . import draws
 from .dataset import Dataset
 from .declaration import Sampling
@@ -94,6 +95,7 @@ class PoissonDataset(Dataset):
     (3, True)
     """
 
+    @with_our_names
     def __init__(
         self,
         x: Any,
@@ -338,6 +340,7 @@ class BallsInBinsDataset(_InPasses):
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
 
+    @with_our_names
     def __init__(
         self,
         x: Any,
@@ -433,6 +436,7 @@ class ShuffledDataset(_InPasses):
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
 
+    @with_our_names
     def __init__(
         self,
         x: Any,

@@ -166,6 +166,17 @@ class Meter:
         return self._settings.noise_multiplier
 
     @property
+    def upcoming(self) -> tuple[float, float]:
+        """sigma and C of the next step, as they were given."""
+        return self._settings.upcoming
+
+    @property
+    def planned(self) -> int | None:
+        """How many steps of this phase are to come, the limit heeded; `None` if unknown."""
+        left = self._limit.read() - self.releases if self.limited else None
+        return min((n for n in (self.phase.steps, left) if n is not None), default=None)
+
+    @property
     def scheduled(self) -> bool:
         """Whether sigma or C depends on the step."""
         return self._settings.scheduled

@@ -15,10 +15,13 @@ from .host import *
 from .loops import *
 from .mapping import *
 from .operations import *
+from .quiet import look_for_devices_quietly as _look_for_devices_quietly
 from .random import *
 from .replicas import *
 from .rounding import *
 from .tapes import *
+
+_look_for_devices_quietly()
 
 if not TYPE_CHECKING:
     __all__ = NAMES  # the door imports these: one that is missing is an error then
