@@ -202,7 +202,7 @@ class Together:
         if not self.several:
             return
         replicas, optimizer = self._replicas, self._optimizer
-        model = optimizer.session.model
+        model: Any = optimizer.session.model
         here = {"ledger": optimizer.ledger.to_json(), "epoch": keras_private.resumed_epoch(model)}
         chief = json.loads(replicas.from_chief(json.dumps(here).encode()))
         optimizer.absorb(PrivacyLedger.from_json(chief["ledger"]))

@@ -180,7 +180,7 @@ class Replicas:
 
 def _workers_of(strategy: Any) -> tuple[int, int]:
     """How many processes a strategy has, and the number of this one; the chief's is 0."""
-    resolver = getattr(strategy, "cluster_resolver", None)
+    resolver: Any = getattr(strategy, "cluster_resolver", None)
     jobs = {} if resolver is None else resolver.cluster_spec().as_dict()
     if not jobs:
         return 1, 0
