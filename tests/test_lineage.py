@@ -921,7 +921,7 @@ def test_rule_16_a_legacy_file_of_an_older_version_is_taken_for_unprotected(comp
 
 
 def state_tree(model, other):
-    with pytest.warns(keras_dp.PrivacyWarning, match="get_state_tree.* no ledger of the 4 steps"):
+    with pytest.warns(keras_dp.PrivacyWarning, match="get_state_tree.* without the ledger"):
         tree = model.get_state_tree()
     other.set_state_tree(tree)
 
@@ -935,7 +935,7 @@ def optimizer_weights(model, other):
 def tensorflow_checkpoint(model, other, folder):
     import tensorflow as tf
 
-    with pytest.warns(keras_dp.PrivacyWarning, match="no ledger of the 4 steps"):
+    with pytest.warns(keras_dp.PrivacyWarning, match="without the ledger of the 4 steps"):
         path = tf.train.Checkpoint(model=model).save(str(folder / "c"))
     tf.train.Checkpoint(model=other).restore(path).expect_partial()
 
