@@ -90,6 +90,7 @@ def private_train_step(
         jit_compile=model.jit_compile,
         eagerly=model.run_eagerly,
         batch_capacity=meter.phase.sampling.capacity,
+        batch_size=meter.phase.sampling.batch_size,
     )
     clip = mechanism.clip(meter.max_grad_norm)
     if present is None:

@@ -14,6 +14,7 @@ from .filters import *
 from .host import *
 from .loops import *
 from .mapping import *
+from .memory import *
 from .operations import *
 from .random import *
 from .rounding import *
