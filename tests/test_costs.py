@@ -1,49 +1,18 @@
-"""What is chosen for its cost: still the gradients of one example at a time."""
+"""What is chosen for its cost changes no number."""
 
 from pathlib import Path
-from unittest import mock
 
 import keras
 import numpy as np
 import pytest
 from keras import layers
 from reference import engine_outcome, relative_error
-from test_rules import normal, require_as_one_at_a_time
+from test_rules import normal
 
 import keras_dp
 from keras_dp import backend
 from keras_dp.gradients import engine, mapped
-from keras_dp.gradients.forms import OuterProducts
 from keras_dp.gradients.microbatches import rows_that_fit
-from keras_dp.gradients.rules import recurrent
-
-
-@pytest.mark.parametrize(
-    ("layer", "inputs", "pairs"),
-    [
-        (layers.LSTM(24), 12, {"inputs": True, "states": True}),
-        (layers.SimpleRNN(40), 8, {"inputs": True, "states": True}),
-        (layers.LSTM(3), 12, {"inputs": False, "states": False}),
-        # The recurrent kernel sees another gradient than the kernel: nothing to share.
-        (layers.GRU(32), 8, {"inputs": False, "states": True}),
-    ],
-)
-def test_both_kernels_of_a_cell_share_the_pairs_of_their_gradient(layer, inputs, pairs):
-    made = []
-
-    class Spied(OuterProducts):
-        def squares(self):
-            found = super().squares()
-            made.append((self.left.shape[-1], "_products" not in self.__dict__))
-            return found
-
-    with mock.patch.object(recurrent, "OuterProducts", Spied):
-        x = normal(8, inputs)
-        model = keras.Sequential([keras.Input(x.shape[1:]), layer])
-        require_as_one_at_a_time(model, x, "rules alone", tolerance=5e-5)
-    widths = {"inputs": inputs, "states": layer.units}
-    assert {name: dict(made)[width] for name, width in widths.items()} == pairs
-
 
 # -- microbatch_size="auto" -----------------------------------------------------------------------
 

@@ -32,8 +32,6 @@ class OuterProducts(PerExample):
         shape: The shape of [d, p] or [K, d, p] with its axes taken apart, if
             the weight's differs.
         order: Then the order in which the weight has these axes.
-        pairs_known: Whether the products of all pairs of `right` are computed for
-            another weight, too, by its norms: then theirs cost nothing here.
 
     Example:
 
@@ -51,11 +49,9 @@ class OuterProducts(PerExample):
         *,
         shape: Sequence[int] | None = None,
         order: Sequence[int] | None = None,
-        pairs_known: bool = False,
     ) -> None:
         self.left = left
         self.right = right
-        self.pairs_known = pairs_known
         self.shape = None if shape is None else tuple(shape)
         self.order = None if order is None else tuple(order)
 
@@ -73,9 +69,11 @@ class OuterProducts(PerExample):
             most = (1 + left.relative) * (1 + right.relative) - 1
             lost = left.most * right.slack + right.most * left.slack
             return Squares(left.value * right.value, most, lost)
-        if self.left.shape[-2] is not None:
-            return self._gram() if self.takes_pairs else Squares.of(self._products)
-        d, p = self.left.shape[-1], self.right.shape[-1]
+        d, p, positions = self.left.shape[-1], self.right.shape[-1], self.left.shape[-2]
+        if positions is not None:
+            if d * p <= positions * (d + p):
+                return Squares.of(self._products)
+            return self._gram()
         length = ops.shape(self.left)[-2]
 
         def parts(found: Squares, linear: Any) -> list[Any]:
@@ -92,21 +90,6 @@ class OuterProducts(PerExample):
             lambda: parts(Squares.of(self._multiplied()), 2 * self.sum_off()),
         )
         return Squares(value, 0.0, slack, linear)
-
-    @property
-    def takes_pairs(self) -> bool:
-        """Whether norms are known to come from products of pairs of positions.
-
-        With those of `right` at hand, their costs are compared: a number that is
-        written out is moved three times, one in a T x T matrix six times, and in the
-        time that moving one takes about 32 are multiplied and added.
-        """
-        d, p, positions = self.left.shape[-1], self.right.shape[-1], self.left.shape[-2]
-        if len(self.left.shape) == 2 or positions is None:
-            return False
-        if d * p > positions * (d + p):
-            return True
-        return self.pairs_known and positions**2 * (6 + d / 16) <= 3 * d * p
 
     def _gram(self) -> Squares:
         left, right = self._exact()
@@ -168,20 +151,16 @@ class OuterProducts(PerExample):
 
     def with_tensors(self, tensors: list[Any]) -> PerExample:
         if len(tensors) == 1:
-            other = self._of(self.left, self.right)
+            other = OuterProducts(self.left, self.right, shape=self.shape, order=self.order)
             other.__dict__["_products"] = tensors[0]
             return other
-        return self._of(*tensors)
-
-    def _of(self, left: Any, right: Any) -> OuterProducts:
-        return OuterProducts(
-            left, right, shape=self.shape, order=self.order, pairs_known=self.pairs_known
-        )
+        return OuterProducts(*tensors, shape=self.shape, order=self.order)
 
     def folded(self, rows_each: int) -> PerExample:
         if rows_each == 1:
             return self
-        return self._of(*(with_rows_as_positions(t, rows_each) for t in self.factors()))
+        left, right = (with_rows_as_positions(t, rows_each) for t in self.factors())
+        return OuterProducts(left, right, shape=self.shape, order=self.order)
 
     def factors(self) -> tuple[Any, Any]:
         """Left and right with an axis of positions: (B, T, d) and (B, T, p), or with blocks."""

@@ -171,13 +171,12 @@ class _Cell:
     def gradients(self, d: Any, previous: Any) -> list[tuple[Any, Any]]:
         """From the gradient of what was projected, and the states before each step."""
         cell = self.cell
-        of_inputs = self._products(self._dropped(self.sequences, self.masks), d)
-        of_states = self._products(self._dropped(previous, self.recurrent_masks), d)
-        if of_inputs.right is of_states.right:  # one product of its pairs is computed for both
-            of_inputs.pairs_known = of_states.takes_pairs
         return [
-            (cell.kernel, of_inputs),
-            (cell.recurrent_kernel, of_states),
+            (cell.kernel, self._products(self._dropped(self.sequences, self.masks), d)),
+            (
+                cell.recurrent_kernel,
+                self._products(self._dropped(previous, self.recurrent_masks), d),
+            ),
             *([] if cell.bias is None else [(cell.bias, ops.sum(d, axis=1))]),
         ]
 
