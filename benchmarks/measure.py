@@ -90,8 +90,13 @@ def training_step(model, x, y):
 
     iterator = iter(tf.data.Dataset.from_tensors((x, y)).map(of_unknown_size).repeat())
     model.make_train_function()
+    session = getattr(model.optimizer, "session", None)
+    if session is not None:  # as for `train_on_batch`
+        session.begin_train_on_batch()
 
     def step():
+        if session is not None:
+            session.gate.open()
         model.train_function(iterator)
         tf.test.experimental.sync_devices()
 

@@ -171,6 +171,18 @@ LOOKING_THROUGH = {
     "Unknown(why, way_back)": "A state: nothing is known of it, or of its gradient.",
 }
 
+MEMORY = {
+    "memory_left()": (
+        "How many bytes of the processor's memory are left; `None` where another device computes, "
+        "or where that can't be known."
+    ),
+    "memory_taken(compute)": (
+        "Computes, and returns how many bytes that took at its height, of the processor's memory; "
+        "`None` where that can't be known."
+    ),
+    "OutOfMemory(args)": "Raised where a device has too little memory for what it is to compute.",
+}
+
 HOST = {
     "gathering(parts, specs, epoch, steps)": "Batches of rows of arrays in memory, read ahead.",
     "reading(rows_of, specs, epoch, steps, *, chunk)": "Batches of rows that Python reads.",
@@ -204,6 +216,15 @@ REPLICAS = {
 }
 
 CONTRACT = (
-    CONTROL | CELLS | RANDOM | BATCHES | GRADIENTS | ROUNDING | LOOKING_THROUGH | HOST | REPLICAS
+    CONTROL
+    | CELLS
+    | RANDOM
+    | BATCHES
+    | GRADIENTS
+    | ROUNDING
+    | LOOKING_THROUGH
+    | MEMORY
+    | HOST
+    | REPLICAS
 )
 NAMES = sorted(signature.partition("(")[0] for signature in CONTRACT)

@@ -6,9 +6,12 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from keras import ops
 
 from .. import backend
 from ..errors import PrivacyError
@@ -16,10 +19,14 @@ from . import mapped, trial
 from .example import Batch, ExampleLoss, MeanOfViews, Outcome
 from .forms import Instantiated, clipped_sums
 from .ghost import GhostEngine, Replanned
+from .made_up import made_up_like
+from .microbatches import rows_that_fit
 
 __all__ = ["ENGINES", "Engine", "EngineOptions", "Run"]
 
 ENGINES = ("auto", "ghost", "vectorized", "loop")
+_BATCH = 256  # examples where no batch size is known
+_LENGTH = 128  # of what has a length that isn't known
 
 Run = Callable[[list[Any]], Any]
 
@@ -33,7 +40,9 @@ class EngineOptions:
 
     Attributes:
         gradients: The engine to start from; `"auto"` is `"ghost"`.
-        microbatch_size: How many examples are in memory at once, or `None`.
+        microbatch_size: How many examples are in memory at once, or `None` for all;
+            `"auto"`: as many as fit.
+        batch_size: The expected number of examples in a batch; 0 where it isn't known.
         views: How often each example is run, with random numbers of its own each
             time; its gradient, before it is clipped, is the mean.
         jit_compile: Whether to compile with XLA.
@@ -42,11 +51,12 @@ class EngineOptions:
     """
 
     gradients: str = "auto"
-    microbatch_size: int | None = None
+    microbatch_size: int | str | None = None
     views: int = 1
     jit_compile: bool = False
     eagerly: bool = False
     batch_capacity: int | None = None
+    batch_size: float = 0.0
 
 
 class Engine:
@@ -85,7 +95,11 @@ class Engine:
         # What one example's loss is to the slower engines.
         self._one = example_loss if views == 1 else MeanOfViews(example_loss, views)
         self._gradients = options.gradients
-        self._microbatch_size = options.microbatch_size
+        size = options.microbatch_size
+        self._microbatch_size = size if isinstance(size, int) else None
+        # In debugging nothing is traced, so there is nothing to try.
+        self._finds_size = size == "auto" and not options.eagerly
+        self._batch_size = options.batch_capacity or options.batch_size
         self._jit_compile = options.jit_compile
         self._eagerly = options.eagerly
         self._batch_capacity = options.batch_capacity or 1
@@ -134,7 +148,7 @@ class Engine:
                 continue
             self.name = name.split(",")[0]
             self._tell(failures)
-            return run
+            return self._in_microbatches(run, leaves) if self._finds_size else run
         raise AssertionError("unreachable: the loop engine either runs or raises")
 
     def _candidates(self) -> Iterator[tuple[str, Callable[[list[Any]], Run]]]:
@@ -195,6 +209,45 @@ class Engine:
                 with contextlib.suppress(trial.Untried):  # its gradients were tried above
                     self._require_agreement(run, leaves)
             return run
+
+    def _in_microbatches(self, run: Run, leaves: list[Any]) -> Run:
+        """The traced engine, on as many examples at once as fit into memory."""
+        known = leaves[0].shape[0]
+        expected = self._batch_size or known or _BATCH
+        # Nearly no Poisson sample is larger.
+        most = int(known or expected + 6 * math.sqrt(expected) * (self._batch_capacity == 1))
+        most = -(-most // self.padding) * self.padding
+
+        def on_made_up(rows: int) -> None:
+            results = run(self._made_up(leaves, -(-rows // self.padding) * self.padding))
+            ops.convert_to_numpy(results[1])  # waits for it
+
+        try:
+            found = backend.apart(lambda: rows_that_fit(on_made_up, most))
+        except (MemoryError, PrivacyError):
+            raise
+        except Exception as error:  # made-up values mean nothing to this model
+            logger.debug("microbatch_size='auto' couldn't be tried.", exc_info=error)
+            found = None
+        name = self.example_loss.model.name
+        if found is None:
+            logger.warning(
+                "microbatch_size='auto': how much memory the model '%s' takes can't be measured "
+                "here, so batches are taken whole. Give a number if they don't fit.",
+                name,
+            )
+        elif found < most:
+            logger.info(
+                "The model '%s' is trained on %d examples at a time (microbatch_size='auto').",
+                name,
+                found,
+            )
+            self._microbatch_size = found
+        return self._whole(run)
+
+    def _made_up(self, leaves: list[Any], rows: int) -> list[Any]:
+        """Leaves of that many made-up examples."""
+        return [*made_up_like(leaves[:-1], rows, size=_LENGTH), ops.ones((rows,), "bool")]
 
     def _ghost_chunk(self, ghost: GhostEngine) -> Callable[[list[Any]], Any]:
         def chunk(leaves: list[Any]) -> Any:

@@ -154,6 +154,12 @@ class UserEngine(Engine):
                 "that draws random numbers without a keras.random.SeedGenerator"
             )
 
+    def _made_up(self, leaves: list[Any], rows: int) -> list[Any]:
+        """As many people as rows, one each."""
+        present = np.arange(self._most) < np.ones((rows, 1))
+        users, real = Users.padded(present, rows, self.padding)
+        return [*made_up_like(leaves[:-3], rows), users.of_rows, users.counts, real]
+
     def _whole(self, chunk: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
         size, most = self._microbatch_size, self._most
         if size is None:

@@ -91,7 +91,9 @@ class DPOptimizer(Described, OptimizerWrapper):
             sigma is calibrated when `fit` starts.
         target_delta: The delta that belongs to `target_epsilon`.
         microbatch_size: How many examples are in memory at once. Bounds memory
-            and changes no number. `None`: the whole batch.
+            and changes no number. `None`: the whole batch. `"auto"`: as many as
+            fit, found before the first step, on made-up examples: on a processor
+            those that take half of the memory that is left.
         augmentation_multiplicity: How many times each example runs through the
             model in a step, with dropout and augmentation of its own each time.
             Its gradients are averaged before they are clipped (De et al. 2022,
@@ -145,7 +147,7 @@ class DPOptimizer(Described, OptimizerWrapper):
         noise_multiplier: Schedule | None = None,
         target_epsilon: float | None = None,
         target_delta: float | None = None,
-        microbatch_size: int | None = None,
+        microbatch_size: int | str | None = None,
         augmentation_multiplicity: int = 1,
         clipping: str | Clipping = "flat",
         gradients: str = "auto",

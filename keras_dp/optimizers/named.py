@@ -27,7 +27,7 @@ class _Named(DPOptimizer):
         noise_multiplier: Schedule | None = None,
         target_epsilon: float | None = None,
         target_delta: float | None = None,
-        microbatch_size: int | None = None,
+        microbatch_size: int | str | None = None,
         augmentation_multiplicity: int = 1,
         clipping: str | Clipping = "flat",
         gradients: str = "auto",

@@ -70,9 +70,11 @@ class Settings:
                 arguments.positive("target_epsilon", target_epsilon, "a privacy budget"),
                 accounting.check_delta(target_delta, "target_delta"),
             )
-        if microbatch_size is not None:
+        if microbatch_size not in (None, "auto"):
             microbatch_size = arguments.positive_integer(
-                "microbatch_size", microbatch_size, "how many examples are in memory at once"
+                "microbatch_size",
+                microbatch_size,
+                'how many examples are in memory at once, or "auto"',
             )
         options = EngineOptions(
             arguments.one_of("gradients", gradients, ENGINES),

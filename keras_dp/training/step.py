@@ -135,12 +135,13 @@ def clipped_sums(
         The sums; what metrics see; and the engine that computed them.
     """
     meter, model, variables = parts.meter, example_loss.model, example_loss.variables
-    capacity = meter.phase.sampling.capacity
+    sampling = meter.phase.sampling
     options = dataclasses.replace(
         parts.options,
         jit_compile=model.jit_compile,
         eagerly=model.run_eagerly,
-        batch_capacity=None if capacity is None else -(-capacity // replicas),
+        batch_capacity=None if sampling.capacity is None else -(-sampling.capacity // replicas),
+        batch_size=sampling.batch_size / replicas,
     )
     clip = parts.mechanism.clip(meter.max_grad_norm)
     rows = arithmetic.row_count(batch.leaves()[0])

@@ -14,6 +14,7 @@ from .filters import *
 from .host import *
 from .loops import *
 from .mapping import *
+from .memory import *
 from .operations import *
 from .quiet import look_for_devices_quietly as _look_for_devices_quietly
 from .random import *

@@ -1,0 +1,138 @@
+"""What is chosen for its cost changes no number."""
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from reference import engine_outcome, relative_error
+from test_rules import normal
+
+import keras_dp
+from keras_dp import backend
+from keras_dp.gradients import engine, mapped
+from keras_dp.gradients.microbatches import rows_that_fit
+
+# -- microbatch_size="auto" -----------------------------------------------------------------------
+
+
+def on_a_processor(monkeypatch, *, left, each, always=0, counted=True):
+    """Memory of which each row takes some, and each run some; which rows were run."""
+    ran = []
+
+    def taken(compute):
+        compute()
+        return always + each * ran[-1] if counted else None
+
+    monkeypatch.setattr(backend, "memory_left", lambda: left)
+    monkeypatch.setattr(backend, "memory_taken", taken)
+    return ran
+
+
+@pytest.mark.parametrize(
+    ("left", "most", "wanted"),
+    [
+        (10**9, 1000, 1000),  # all fit
+        (10**5, 1000, 48),  # 49 rows take half of it less the 100; 21 times 48 make 1000
+        (10**5, 20, 20),
+        (100, 1000, 1),
+    ],
+)
+def test_what_fits_follows_from_how_memory_grows(left, most, wanted, monkeypatch):
+    ran = on_a_processor(monkeypatch, left=left, each=1000, always=100)
+    assert rows_that_fit(ran.append, most) == wanted
+    assert len(ran) <= 4
+    assert max(ran) <= min(most, 32)  # nothing is run that might not fit
+
+
+def test_what_fits_is_not_known_where_memory_cannot_be_measured(monkeypatch):
+    ran = on_a_processor(monkeypatch, left=10**9, each=1, counted=False)
+    assert rows_that_fit(ran.append, 100) is None
+
+
+@pytest.mark.parametrize(
+    ("room", "wanted"), [(1000, 1000), (600, 500), (400, 250), (70, 59), (20, 15)]
+)
+def test_what_fits_on_a_gpu_is_what_still_runs(room, wanted, monkeypatch):
+    ran = []
+
+    def run(rows):
+        ran.append(rows)
+        if rows > room:
+            raise backend.OutOfMemory(None, None, "no room")
+
+    monkeypatch.setattr(backend, "memory_left", lambda: None)
+    assert rows_that_fit(run, 1000) == wanted <= room
+    assert len(ran) <= 4
+
+
+def test_a_model_of_which_nothing_fits_is_refused(monkeypatch):
+    def run(rows):
+        raise backend.OutOfMemory(None, None, "no room")
+
+    monkeypatch.setattr(backend, "memory_left", lambda: None)
+    with pytest.raises(MemoryError, match="even 15 examples"):
+        rows_that_fit(run, 1000)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says")
+def test_the_memory_that_is_taken_and_left():
+    taken = backend.memory_taken(lambda: np.ones(2**24))  # 128 MiB
+    assert 0.9 < taken / 2**27 < 1.5
+    assert backend.memory_taken(lambda: None) < 2**24
+    assert backend.memory_left() > 2**24
+
+
+@pytest.mark.parametrize("mode", [{}, {"jit_compile": True}, {"gradients": "vectorized"}])
+def test_microbatches_of_a_size_that_was_found_change_no_number(mode, monkeypatch):
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(2)])
+    model.compile("sgd", "mse")
+    x, y = normal(3, rows=11), normal(2, rows=11)
+    chunks = []
+    whole, chunked = engine.rows_that_fit, mapped.chunked_sum
+
+    def few(run, most):
+        run(5)  # on made-up examples
+        assert whole(run, most) is None or whole(run, most) <= most
+        return 4
+
+    def seen(run, leaves, size):
+        chunks.append(size)
+        return chunked(run, leaves, size)
+
+    wanted, _ = engine_outcome(model, x, y, max_grad_norm=0.3, **mode)
+    monkeypatch.setattr(engine, "rows_that_fit", few)
+    monkeypatch.setattr(mapped, "chunked_sum", seen)
+    got, _ = engine_outcome(model, x, y, max_grad_norm=0.3, microbatch_size="auto", **mode)
+    assert set(chunks) == {4}
+    assert relative_error(got.sums, wanted.sums) < 1e-5
+    np.testing.assert_allclose(got.norms[:11], wanted.norms[:11], rtol=1e-5)
+
+
+@pytest.mark.parametrize("people", [False, True])
+def test_fit_finds_a_size_before_the_first_step(people, monkeypatch):
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+    optimizer = keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=1.0, microbatch_size="auto")
+    assert optimizer.get_config()["microbatch_size"] == "auto"
+    model.compile(optimizer, "mse")
+    asked = []
+
+    def few(run, most):
+        asked.append((most, optimizer.ledger.steps))
+        run(6)
+        return 3
+
+    monkeypatch.setattr(engine, "rows_that_fit", few)
+    x, y = normal(3, rows=40), normal(1, rows=40)
+    whose = {"user_ids": np.arange(40) // 2, "max_examples_per_user": 2} if people else {}
+    data = keras_dp.PoissonDataset(x, y, batch_size=10, **whose)
+    model.fit(data, epochs=2, verbose=0)
+    assert asked == [(28, 0)]  # 10 and six standard deviations of a Poisson sample
+    assert optimizer.ledger.steps == 2 * (2 if people else 4)
+
+
+@pytest.mark.parametrize("wrong", ["all", 0, True])
+def test_other_sizes_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"`microbatch_size` must be a positive integer.*auto"):
+        keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=1.0, microbatch_size=wrong)
