@@ -14,6 +14,8 @@ tf.config.set_logical_device_configuration(
 # Layers that a test module makes while it is imported choose their weights there.
 keras.utils.set_random_seed(0)
 
+collect_ignore = ["worker.py"]  # a program of its own
+
 # Where numbers are compared, TensorFlow rewrites graphs as it does for users.
 # Elsewhere it runs them as they are, which takes a quarter less time.
 AS_FOR_USERS = {
