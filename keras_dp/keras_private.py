@@ -20,6 +20,7 @@ from keras.src.backend.common import global_state
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.losses import loss as loss_module
 from keras.src.losses.losses import LossFunctionWrapper
+from keras.src.models.functional import Functional
 from keras.src.random.seed_generator import global_seed_generator
 from keras.src.saving import saving_lib
 from keras.src.trainers.compile_utils import CompileLoss
@@ -315,7 +316,32 @@ def spec_of(tensor: Any) -> Any:
 
 def build_from_batch(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> None:
     """Creates the variables of model, loss, metrics and optimizer from a batch's shapes."""
-    model._symbolic_build(data_batch=tree.map_structure(spec_of, (x, y, sample_weight)))
+    batch = tree.map_structure(spec_of, (x, y, sample_weight))
+    outputs = _known_outputs(model)
+    if outputs is not None:
+        _build_around(model, outputs, *batch)
+    model._symbolic_build(data_batch=batch)
+
+
+def _known_outputs(model: keras.Model) -> Any:
+    """What a model returns, where that is known without running it; else `None`."""
+    graph = getattr(model, "_functional", None) if type(model) is keras.Sequential else model
+    if type(graph) is not Functional or not all(x.built for x in all_layers(model)):
+        return None
+    if any(None in t.shape[1:] for t in graph.outputs):
+        return None
+    return tree.map_structure(spec_of, graph._outputs_struct)
+
+
+def _build_around(model: keras.Model, outputs: Any, x: Any, y: Any, sample_weight: Any) -> None:
+    """As `_symbolic_build` does once it has run the model."""
+    metrics, loss = model._compile_metrics, model._compile_loss
+    if metrics is not None and not metrics.built:
+        compute_output_spec(model.compute_metrics, x, y, outputs, sample_weight=sample_weight)
+    if loss is not None and not loss.built:
+        compute_output_spec(
+            model._compute_loss, x, y, outputs, sample_weight=sample_weight, training=False
+        )
 
 
 def seed_states_of(layer: keras.Layer) -> list[keras.Variable]:
