@@ -181,7 +181,7 @@ def _works_along_examples(layer: Any) -> bool:
 
 
 def fix_model(model: keras.Model, *, batch_normalization: str = "group") -> keras.Model:
-    """A copy of a model, with everything fixed that `check_model` finds.
+    """Returns a copy of a model, with everything fixed that `check_model` finds.
 
     - `BatchNormalization` (and its subclasses) becomes `GroupNormalization`, over
       the same axis. Its scale and offset are set so that inputs which are

@@ -42,7 +42,7 @@ _WRITING = os.O_RDWR | os.O_APPEND | os.O_CREAT
 
 
 def read(path: str | os.PathLike[str]) -> tuple[PrivacyLedger, list[str]]:
-    """What a journal says was released, and what is wrong with it.
+    """Reads what a journal says was released, and what is wrong with it.
 
     Every line that can be read counts, and of two counts the larger one.
 

@@ -103,7 +103,7 @@ _passed_over: weakref.WeakSet[keras.Model] = weakref.WeakSet()
 
 
 def procedure_of(model: keras.Model) -> Procedure | None:
-    """How a model was chosen among several runs, if it was: the last time, by its ledger."""
+    """Returns how a model was chosen among several runs the last time, by its ledger, if it was."""
     found = [release.choice for release in ledger_of(model) if release.choice is not None]
     if not found:
         return None
@@ -117,7 +117,7 @@ def procedure_of(model: keras.Model) -> Procedure | None:
 
 
 def was_passed_over(model: keras.Model) -> bool:
-    """Whether a model was one of several runs, and another was chosen."""
+    """Says whether a model was one of several runs, and another was chosen."""
     return model in _passed_over
 
 
@@ -441,7 +441,7 @@ def plan(
     epochs: int | None = None,
     steps: int | None = None,
 ) -> PrivacyLedger:
-    """What one run of `fit` on arrays will cost, to be declared before any.
+    """States what one run of `fit` on arrays will cost, to be declared before any.
 
     Args:
         num_examples: Examples in the training data.
@@ -490,7 +490,7 @@ def plan(
 
 
 def noisy_mean(values: Any, noise_multiplier: float) -> float:
-    """The mean of a number for each example, with noise: a private score.
+    """Returns the mean of a number for each example, with noise: a private score.
 
     Formal guarantee: one Gaussian mechanism of sensitivity 1 with noise of
     standard deviation `noise_multiplier` on the sum, for zero-out adjacency

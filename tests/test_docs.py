@@ -8,6 +8,7 @@ have tests of their own.
 import ast
 import importlib
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,31 @@ def test_a_wrong_number_in_a_comment_is_found():
     run("a = 2\na / 3  # 0.667", {})
     with pytest.raises(AssertionError, match="a / 3"):
         run("a = 2\na / 3  # 0.666", {})
+
+
+def test_the_figures_of_the_readme_are_those_of_the_pages_that_measured_them():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    pictures = runpy.run_path(str(ROOT / "docs/pictures.py"))
+    guide = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (?:ordinary|private) \|.*\| ([\d.]+) % \|.*\| ([\d.]+) \|$", guide, re.M
+    )
+    measured = sorted((float(ours), float(opacus)) for ours, opacus in rows)
+    shown = pictures["ACCURACY"].values()
+    assert sorted((row["keras_dp"], row["Opacus 1.6"]) for row in shown) == measured
+    for row in shown:
+        assert f"{row['keras_dp']:.1f} %" in readme
+        assert re.search(rf"Opacus .*{row['Opacus 1.6']}", readme)
+
+    benchmarks = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    for model, name in {
+        "mlp": "dense network",
+        "transformer": "transformer",
+        "lstm": "LSTM",
+        "cnn": "convolutions",
+    }.items():
+        r = re.search(rf"^\| {model} \| ghost \|[^|]*\|[^|]*\| ([\d.]+) \|", benchmarks, re.M)[1]
+        assert f"{r} times ({name})" in readme
 
 
 def anchors(text):

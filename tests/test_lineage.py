@@ -971,7 +971,7 @@ def test_rule_16_a_tensorflow_checkpoint_says_that_it_keeps_no_ledger(kind, tmp_
     checkpoint = held.get(kind, lambda: tf.train.Checkpoint(model=model))()
     manager = tf.train.CheckpointManager(checkpoint, str(tmp_path), 1)
     write = {"write": lambda: checkpoint.write(path), "manager": manager.save}
-    with pytest.warns(keras_dp.PrivacyWarning, match=r"no ledger.*weights\.h5"):
+    with pytest.warns(keras_dp.PrivacyWarning, match=r"without the ledger.*weights\.h5"):
         write.get(kind, lambda: checkpoint.save(path))()
     tf.train.Checkpoint(model=train(tiny.model(), "sgd")).save(path)  # an ordinary one
 

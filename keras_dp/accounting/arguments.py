@@ -8,7 +8,7 @@ from typing import Any
 
 
 def check_delta(value: Any, name: str = "delta") -> float:
-    """delta as a float in (0, 1).
+    """Checks delta, and returns it as a float in (0, 1).
 
     Raises:
         ValueError: If it is none; `name` is what the message calls it.

@@ -24,7 +24,7 @@ def ledger_epsilon(
     accountant: str = "pld",
     examples_per_person: int = 1,
 ) -> float:
-    """The epsilon of everything that a ledger says was released.
+    """Computes the epsilon of everything that a ledger says was released.
 
     Each release is accounted as what its sampler really did: `"poisson"` as
     Poisson-subsampled Gaussians; `"truncated_poisson"` likewise, with what it
@@ -79,7 +79,7 @@ def accountant_of(
     delta: float,
     examples_per_person: int = 1,
 ) -> str:
-    """Which accountant the default epsilon of a ledger is from.
+    """Says which accountant the default epsilon of a ledger is from.
 
     Privacy loss distributions are tight, but can't resolve steps that tell far less
     than the grid of losses, or a delta next to the rounding of double precision. The
@@ -115,7 +115,7 @@ def privacy_loss(
     examples_per_person: int = 1,
     accountant: str = "pld",
 ) -> losses.Loss:
-    """What everything that a ledger says was released tells about one person.
+    """Returns what all that a ledger says was released tells about one person.
 
     Args:
         ledger: The releases.
@@ -153,7 +153,7 @@ def remaining_steps(
     accountant: str = "pld",
     at_most: int | None = None,
 ) -> int:
-    """How many more steps of a kind a ledger has room for.
+    """Finds how many more steps of a kind a ledger has room for.
 
     Args:
         ledger: The releases made so far.
@@ -202,7 +202,7 @@ def most_further_steps(
     accountant: str = "pld",
     at_most: int | None = None,
 ) -> int:
-    """`remaining_steps`, for steps that need not be alike.
+    """Does what `remaining_steps` does, for steps that need not be alike.
 
     Args:
         after: From a number of further steps to all that will have been released.
@@ -229,7 +229,7 @@ def calibrate_release(
     delta: float,
     accountant: str = "pld",
 ) -> float:
-    """The least noise with which further steps fit into a ledger's budget.
+    """Finds the least noise with which further steps fit into a ledger's budget.
 
     Args:
         ledger: The releases made so far.

@@ -13,7 +13,7 @@ from .search import MOST_STEPS, cross, excesses, least_noise, most_steps
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Steps in one epoch: the number of examples over the batch size, rounded up.
+    """Returns the steps in one epoch: the number of examples over the batch size, rounded up.
 
     Args:
         num_examples: Examples in the training data.
@@ -55,7 +55,7 @@ def compute_epsilon(
     accountant: str = "pld",
     examples_per_person: int = 1,
 ) -> float:
-    """The epsilon that DP-SGD on Poisson-sampled batches will have spent.
+    """Computes the epsilon that DP-SGD on Poisson-sampled batches will have spent.
 
     The mechanism is that of Abadi et al. 2016 (arXiv 1607.00133): in every step
     each example joins the batch independently with probability
@@ -108,7 +108,7 @@ def calibrate_noise_multiplier(
     steps: int | None = None,
     accountant: str = "pld",
 ) -> float:
-    """The least noise with which a plan stays within an epsilon.
+    """Finds the least noise with which a plan stays within an epsilon.
 
     Poisson-sampled batches and zero-out (add or remove one example) adjacency,
     as in `compute_epsilon`.
@@ -158,7 +158,7 @@ def calibrate_steps(
     noise_multiplier: float,
     accountant: str = "pld",
 ) -> int:
-    """The most optimizer steps that stay within an epsilon.
+    """Finds the most optimizer steps that stay within an epsilon.
 
     Poisson-sampled batches and zero-out (add or remove one example) adjacency,
     as in `compute_epsilon`.
@@ -214,7 +214,7 @@ def calibrate_batch_size(
     steps: int | None = None,
     accountant: str = "pld",
 ) -> int:
-    """The largest batch size with which a plan stays within an epsilon.
+    """Finds the largest batch size with which a plan stays within an epsilon.
 
     Poisson-sampled batches and zero-out (add or remove one example) adjacency,
     as in `compute_epsilon`.

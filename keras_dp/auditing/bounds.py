@@ -21,7 +21,7 @@ MOST_THRESHOLDS = 50
 def guesses_lower_bound(
     correct: int, guesses: int, canaries: int, *, delta: float, confidence: float = 0.95
 ) -> float:
-    """A lower bound on epsilon from how many canaries of one run were guessed rightly.
+    """Bounds epsilon from below by how many canaries of one run were guessed rightly.
 
     Each of `canaries` examples was in or out by a fair coin of its own; the
     attacker, who sees what one training run released, guessed about `guesses`
@@ -88,7 +88,7 @@ def scores_lower_bound(
     method: str = "gaussian",
     threshold: float | None = None,
 ) -> float:
-    """A lower bound on epsilon from an attack's scores in many independent trials.
+    """Bounds epsilon from below by an attack's scores in many independent trials.
 
     The attacker says "in" where the score is above a threshold. How often it is
     wrong in either way is bounded from above (Clopper and Pearson, SciPy's

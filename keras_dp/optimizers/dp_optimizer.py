@@ -84,8 +84,9 @@ class DPOptimizer(Described, OptimizerWrapper):
             or more. At 0 nothing is private: epsilon is infinite. Or a schedule:
             a function from the number of the step (`iterations`, from 0 on) to
             sigma, such as a `keras.optimizers.schedules.LearningRateSchedule`,
-            which must not depend on private data. Its values are rounded to
-            three significant digits, sigma upwards, and accounted one by one.
+            which must not depend on private data. Its values are rounded up
+            on a public grid of two significant digits (with halves between 1 and 2; C
+            to three digits), and accounted one by one.
         target_epsilon: Instead of `noise_multiplier`: the epsilon that a
             planned `fit` may cost, together with all that was spent before.
             sigma is calibrated when `fit` starts.

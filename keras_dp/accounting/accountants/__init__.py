@@ -61,7 +61,7 @@ def descriptions() -> dict[str, str]:
 
 
 def check_accountant(value: Any) -> str:
-    """The name of an accountant.
+    """Checks the name of an accountant, and returns it.
 
     Raises:
         ValueError: If it is none.
