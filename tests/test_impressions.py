@@ -244,6 +244,14 @@ CALLS = {
         lambda: accounting.compute_epsilon(n=9, batch_size=3, sigma=1.0, epochs=1, delta=0.1),
         "`num_examples`.*`noise_multiplier`",
     ),
+    "the noise in compile": (
+        lambda: tiny.model().compile(tiny.sgd(), loss="mse", l2_norm_clip=1.0),
+        "compile knows no argument `l2_norm_clip`.*the optimizer, as `max_grad_norm`",
+    ),
+    "a target in fit": (
+        lambda: tiny.compiled().fit(X, Y, target_epsilon=3.0),
+        "fit knows no argument `target_epsilon`.*PrivacyBudget",
+    ),
     "nothing like it": (lambda: keras_dp.PrivacyBudget(delta=1e-5, colour=1), "It takes epsilon"),
 }
 
