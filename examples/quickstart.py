@@ -112,8 +112,12 @@ def _averaging(settings):
     return {"use_ema": True, "ema_momentum": settings.averaging}
 
 
-def train(settings, optimizer, data, *, callbacks=(), seed=0, verbose=0):
-    """A trained model and its history. Nothing here knows about privacy."""
+def train(settings, optimizer, data, *, test_data=None, callbacks=(), seed=0, verbose=0):
+    """A trained model and its history. Nothing here knows about privacy.
+
+    Whatever is chosen by looking at test data is not private with respect to them: they are
+    for the picture.
+    """
     keras.utils.set_random_seed(seed)  # the initial weights; never the noise
     model = build_model(settings)
     model.compile(optimizer=optimizer, loss="sparse_categorical_crossentropy", metrics=["accuracy"])
@@ -121,6 +125,7 @@ def train(settings, optimizer, data, *, callbacks=(), seed=0, verbose=0):
         *data,
         batch_size=settings.batch_size,
         epochs=settings.epochs,
+        validation_data=test_data,
         callbacks=list(callbacks),
         verbose=verbose,
     )
@@ -131,24 +136,36 @@ def accuracy(model, data):
     return model.evaluate(*data, verbose=0, return_dict=True)["accuracy"]
 
 
-def draw(path, ordinary, private, steps, budget):
-    """One picture: the loss of both by epoch, and the epsilon of the private one by step."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    epochs = range(1, len(private["loss"]) + 1)
-    for name, history, colour in (("ordinary", ordinary, "C0"), ("private", private, "C1")):
-        left.plot(epochs, history["loss"], color=colour, label=name)
-    left.set(xlabel="epoch", ylabel="training loss", title="Loss", xlim=(0, None), ylim=(0, None))
-    left.legend(frameon=False)
+def draw(path, histories, reached, budget):
+    """One picture: the test accuracy of both by epoch, and the epsilon of the private one."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
+    looks = {"ordinary": ("C0", 7), "private": ("C1", -16)}  # a colour, and where the figure goes
+    for name, (colour, above) in looks.items():
+        percent = [100 * share for share in histories[name]["val_accuracy"]]
+        left.plot(range(1, len(percent) + 1), percent, color=colour, label=name)
+        # The weights that training ends with may be an average, which is better than the last.
+        end, figure_at_end = (len(percent), 100 * reached[name]), f"{reached[name]:.1%}"
+        left.plot(*end, "o", color=colour, clip_on=False, zorder=3)
+        left.annotate(
+            figure_at_end,
+            end,
+            (0, above),
+            textcoords="offset points",
+            ha="center",
+            color=colour,
+        )
+    left.set(xlabel="epoch", ylabel="test images recognised, %", title="Accuracy", ylim=(0, 105))
+    left.legend(frameon=False, loc="lower right")
 
-    steps_per_epoch = steps / len(epochs)
-    spent = [0, *private["epsilon"]]
-    right.plot([k * steps_per_epoch for k in range(len(spent))], spent, color="C1")
+    spent = [0, *histories["private"]["epsilon"]]
+    right.plot(range(len(spent)), spent, color="C1")
     right.axhline(budget, color="black", linestyle="--", label=f"budget: ε = {budget:g}")
-    right.set(xlabel="step", ylabel="ε", title=f"Privacy spent, at δ = {DELTA:g}")
+    right.set(xlabel="epoch", ylabel="ε", title=f"Privacy spent, at δ = {DELTA:g}")
     right.set(xlim=(0, None), ylim=(0, budget * 1.08))
     right.legend(frameon=False, loc="lower right")
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -189,7 +206,11 @@ def main():
 
     print(f"Ordinary training, {settings.epochs} epochs ...", flush=True)
     ordinary_model, ordinary = train(
-        settings, ordinary_optimizer(settings), train_data, verbose=arguments.verbose
+        settings,
+        ordinary_optimizer(settings),
+        train_data,
+        test_data=test_data,
+        verbose=arguments.verbose,
     )
 
     print(f"Private training, {settings.epochs} epochs ...", flush=True)
@@ -197,20 +218,29 @@ def main():
     optimizer = private_optimizer(settings, arguments.epsilon)
     budget = keras_dp.PrivacyBudget(epsilon=arguments.epsilon, delta=DELTA, verbose=0)
     private_model, private = train(
-        settings, optimizer, train_data, callbacks=[budget], verbose=arguments.verbose
+        settings,
+        optimizer,
+        train_data,
+        test_data=test_data,
+        callbacks=[budget],
+        verbose=arguments.verbose,
     )
 
     spent = optimizer.get_epsilon(DELTA)
+    reached = {
+        "ordinary": accuracy(ordinary_model, test_data),
+        "private": accuracy(private_model, test_data),
+    }
     print("\n           test accuracy   epsilon")
-    print(f"ordinary   {accuracy(ordinary_model, test_data):13.1%}   infinite (no guarantee)")
-    print(f"private    {accuracy(private_model, test_data):13.1%}   {spent:.3f}")
+    print(f"ordinary   {reached['ordinary']:13.1%}   infinite (no guarantee)")
+    print(f"private    {reached['private']:13.1%}   {spent:.3f}")
     print(
         f"(delta = {DELTA:g}, one image added or removed; {optimizer.ledger.steps} steps, "
         f"noise multiplier {optimizer.noise_multiplier:.2f})\n"
     )
 
     picture = arguments.output / "quickstart.png"
-    draw(picture, ordinary, private, optimizer.ledger.steps, arguments.epsilon)
+    draw(picture, {"ordinary": ordinary, "private": private}, reached, arguments.epsilon)
 
     # To go on training later: the file remembers what was spent.
     checkpoint = arguments.output / "private.keras"
@@ -218,13 +248,12 @@ def main():
 
     # To deploy: a plain Keras file, which loads where keras_dp isn't installed,
     # with the statement of what was spent beside it.
-    deployed = arguments.output / "deploy.keras"
-    keras_dp.save_inference_model(private_model, deployed)
+    files = keras_dp.save_inference_model(private_model, arguments.output / "deploy.keras")
 
     print(f"Picture:                {picture}")
     print(f"Model to train further: {checkpoint}")
-    print(f"Model to deploy:        {deployed}")
-    print(f"Privacy statement:      {deployed.with_suffix('.privacy.md')}")
+    print(f"Model to deploy:        {files.model}")
+    print(f"Privacy statement:      {files.statement}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from . import arguments, backend, keras_private, lineage, preprocessing, several
+from . import arguments, backend, keras_private, lineage, names, preprocessing, several
 from .callbacks import EpsilonFirst
 from .compatibility import require_trainable_privately
 from .decisions import raw_decisions
@@ -64,7 +64,9 @@ def install() -> None:
 
 def _compile_of(original: Callable[..., Any]) -> Callable[..., Any]:
     def compile(self: keras.Model, *args: Any, **kwargs: Any) -> None:
-        arguments = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        signature = inspect.signature(original)
+        names.require_own_arguments("compile", signature.parameters, kwargs)
+        arguments = signature.bind(self, *args, **kwargs).arguments
         chosen = arguments.get("optimizer", "rmsprop")
         optimizer = _resolve(chosen)
         if isinstance(optimizer, DPOptimizer):
@@ -280,7 +282,9 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
                 return original(self, *args, **kwargs)
         with optimizer.session.occupied("fit"), training_alone(self):
             keras_private.seed_states_of(self)  # keras.utils.set_random_seed drops one of them
-            given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
+            signature = inspect.signature(original)
+            names.require_own_arguments("fit", signature.parameters, kwargs)
+            given = dict(signature.bind(self, *args, **kwargs).arguments)
             del given["self"]
             require_trainable_privately(self)
             optimizer.session.require_same_weights(self)

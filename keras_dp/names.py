@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from . import statements
 
-__all__ = ["of_module", "with_our_names"]
+__all__ = ["of_module", "require_own_arguments", "with_our_names"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -119,6 +119,35 @@ def with_our_names(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return checked
+
+
+def require_own_arguments(of: str, known: Iterable[str], given: Iterable[str]) -> None:
+    """Refuses arguments of `compile` or `fit` that belong to the optimizer or the budget.
+
+    Args:
+        of: The method.
+        known: The arguments that it has.
+        given: Those that it was given.
+
+    Raises:
+        ValueError: Naming where the argument goes.
+    """
+    ours = ("max_grad_norm", "noise_multiplier", "microbatch_size", "clipping", "secure_mode")
+    for name in sorted(set(given) - set(known)):
+        meant = next((n for n in (name, *_RENAMED.get(name, ())) if n in ours), None)
+        if name in ("epsilon", "delta", "target_epsilon", "target_delta"):
+            raise ValueError(
+                f"{of} knows no argument `{name}`. A budget is a callback, "
+                "fit(callbacks=[keras_dp.PrivacyBudget(epsilon=3.0, delta=1e-5)]); a target for "
+                "the noise belongs to the optimizer, keras_dp.DPSGD(0.1, max_grad_norm=1.0, "
+                "target_epsilon=3.0, target_delta=1e-5)."
+            )
+        if meant is not None:
+            raise ValueError(
+                f"{of} knows no argument `{name}`. It belongs to the optimizer, as `{meant}`: "
+                "model.compile(optimizer=keras_dp.DPSGD(0.1, max_grad_norm=1.0, "
+                "noise_multiplier=1.1), loss=...)."
+            )
 
 
 def _check(

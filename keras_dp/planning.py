@@ -360,12 +360,13 @@ def draw(cells: Iterable[Cell], path: str) -> None:
                 if line == (c.target_epsilon if aimed else c.plan.noise_multiplier)
             )
             known = [(x, y) for x, y in points if 0 < y < math.inf]
+            color = _COLORS[shade % len(_COLORS)]
             axes.plot(
                 [x for x, _ in known],
                 [y for _, y in known],
                 marker="o",
                 markersize=4,
-                color=_COLORS[shade % len(_COLORS)],
+                color=color,
                 label=f"{'ε' if aimed else 'σ'} = {line:g}",
             )
         ticks = sorted({c.epochs for c in here})
@@ -378,13 +379,57 @@ def draw(cells: Iterable[Cell], path: str) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    # Of panels that share an axis, all have the limits of the widest by now.
+    for axes in panels:
+        label_lines(axes, [line for line in axes.lines if len(line.get_xdata())])
+        if not aimed:
+            _shade_much(axes)
     plan = cells[0].plan
     panels[0].set_ylabel("noise multiplier σ" if aimed else "ε")
-    panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(
-        f"n = {plan.num_examples:,}, δ = {plan.delta:g}, {plan.sampling} sampling", fontsize=10
+        f"n = {plan.num_examples:,}, δ = {statements.short(plan.delta)}, {plan.sampling} sampling",
+        fontsize=10,
     )
     figure.savefig(path, dpi=150)
+
+
+def label_lines(axes: Any, lines: Sequence[Any]) -> None:
+    """Writes the label of each line at its right end, in its color, none over another."""
+    log = axes.get_yscale() == "log"
+    low, high = (math.log(y) if log else y for y in axes.get_ylim())
+    least = 0.055 * (high - low)  # the height of a label
+    ends = [(math.log(y) if log else y, i) for i, y in enumerate(x.get_ydata()[-1] for x in lines)]
+    free = -math.inf
+    for place, i in sorted(ends):
+        free = max(place, free + least)
+        axes.annotate(
+            lines[i].get_label(),
+            (lines[i].get_xdata()[-1], math.exp(free) if log else free),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=lines[i].get_color(),
+            annotation_clip=False,
+        )
+
+
+def _shade_much(axes: Any) -> None:
+    """Shades where epsilon promises little."""
+    low, high = axes.get_ylim()
+    if high <= statements.MUCH_EPSILON:
+        return
+    axes.axhspan(statements.MUCH_EPSILON, high, color="#b00020", alpha=0.08, linewidth=0)
+    axes.text(
+        0.02,
+        0.98,
+        f"ε above {statements.MUCH_EPSILON}: promises little",
+        transform=axes.transAxes,
+        va="top",
+        fontsize=8,
+        color="#b00020",
+    )
+    axes.set_ylim(low, high)
 
 
 def draw_risk(plan: Plan, examples_per_person: Sequence[int], path: str) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from .keras_private import all_layers
+from .keras_private import all_layers, is_keras_layer
 from .report import privacy_report
 
 
@@ -102,13 +102,15 @@ def _require_loadable(file: pathlib.Path, model: keras.Model) -> None:
                 f"{what}, but its file needs keras_dp to be loaded, since a layer or a function "
                 "of it is keras_dp's. Make the model without it for deployment."
             )
+    layers = [x for x in all_layers(model) if not is_keras_layer(x)]
+    own_classes = {type(x).__name__: type(x) for x in layers}  # which whoever loads it has to have
     try:
-        loaded = keras.saving.load_model(file, compile=False)
+        loaded = keras.saving.load_model(file, own_classes, compile=False)
     except Exception as error:
         raise ValueError(
-            f"{what}, but not loaded again: {error} A class of yours needs `get_config` (and "
-            "@keras.saving.register_keras_serializable), and a Lambda a layer in its place. For a "
-            "SavedModel, which needs neither, use model.export(path)."
+            f"{what}, but not loaded again: {error} A class of yours needs a `get_config` that "
+            "has all its arguments, and a Lambda a layer in its place. For a SavedModel, which "
+            "needs neither, use model.export(path)."
         ) from error
     before, after = model.get_weights(), loaded.get_weights()
     same = len(before) == len(after) and all(

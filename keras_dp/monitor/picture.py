@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..planning import require_matplotlib
+from ..planning import label_lines, require_matplotlib
 from .statistics import RAW
 
 
@@ -25,7 +25,9 @@ class Picture:
 
     _MOST_LAYERS = 12
     _UNSURE = "no clear difference from 0 below"
-    _COLOR, _OTHER = "#1b6ca8", "#d98e04"
+    _COLOR, _SPREAD = "#1b6ca8", "#b7d3e8"
+    _OF_LAYERS = ("#d98e04", "#3a923a", "#b04a5a", "#5a5a5a", "#7a5ba8", "#8c6d3f")
+    _STYLES = ("-", "--", ":")
 
     def __init__(
         self,
@@ -44,7 +46,8 @@ class Picture:
         self._private = private
         self._raw = "" if private else RAW
         shape = (2, 2) if private else (2, 3)
-        figure = require_matplotlib()(figsize=(4.2 * shape[1], 7), layout="constrained")
+        figure = require_matplotlib()(figsize=(4.8 * shape[1], 7.6), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.06, hspace=0.06)
         self._panels = iter(figure.subplots(*shape).ravel())
         layers = self._shown_layers()
         self._draw_epsilon()
@@ -117,11 +120,28 @@ class Picture:
             axes.legend(frameon=False, fontsize=8)
             return
         by_layer = [self._all(f"clipped_share/{layer}") for layer in layers]
-        for values in by_layer:
-            axes.plot(self._steps, values, color=self._OTHER, linewidth=0.8, alpha=0.6)
-        if by_layer:
-            axes.plot([], [], color=self._OTHER, linewidth=0.8, label="each layer")
-        axes.legend(frameon=False, fontsize=8)
+        if by_layer and all(np.array_equal(values, shares) for values in by_layer):
+            axes.lines[0].set_label("in all, and in each layer")
+            by_layer = []
+        for k, (values, name) in enumerate(zip(by_layer, _short(layers), strict=False)):
+            axes.plot(
+                self._steps,
+                values,
+                self._STYLES[k // len(self._OF_LAYERS) % len(self._STYLES)],
+                color=self._OF_LAYERS[k % len(self._OF_LAYERS)],
+                linewidth=1,
+                label=name,
+            )
+        if not by_layer:
+            axes.legend(frameon=False, fontsize=8)
+            return
+        axes.legend(
+            frameon=False,
+            fontsize=8,
+            loc="upper left",
+            bbox_to_anchor=(0, -0.16),
+            ncols=3 if len(layers) < 6 else 4,
+        )
 
     def _draw_signal(self) -> None:
         about = "from noised sums" if self._private else "not private"
@@ -134,19 +154,43 @@ class Picture:
         axes.set_ylim(0, None)
 
     def _draw_norms(self) -> None:
-        axes = self._panel("gradient norms before clipping (not private)", xlabel="step")
-        for q in self._quantiles:
-            values = self._all(f"gradient_norm/{q:g}")
-            style = "-" if q == self._middle() else ":"
-            axes.plot(self._steps, values, style, color=self._COLOR, label=f"quantile {q:g}")
-        axes.plot(
-            self._steps, self._history["max_grad_norm"], "--", color="black", label="C", linewidth=1
+        axes = self._panel(
+            "gradient norms before clipping (not private)", xlabel="step", ylabel="L2 norm"
         )
-        axes.set_yscale("log")
-        axes.legend(frameon=False, fontsize=8)
+        lines = []
+        for q in self._quantiles:
+            middle = q == self._middle()
+            lines += axes.plot(
+                self._steps,
+                self._all(f"gradient_norm/{q:g}"),
+                "-" if middle else ("--" if q < self._middle() else "-."),
+                color=self._COLOR,
+                linewidth=2 if middle else 1,
+                label=_share_below(q),
+            )
+        lines += axes.plot(
+            self._steps, self._history["max_grad_norm"], color="black", label="C", linewidth=1
+        )
+        lowest, highest = (self._all(f"gradient_norm/{q:g}") for q in self._between)
+        axes.fill_between(self._steps, lowest, highest, color=self._SPREAD, alpha=0.4, linewidth=0)
+        known = [y for line in lines for y in line.get_ydata() if 0 < y < math.inf]
+        axes.set_yscale("log" if known else "linear")
+        label_lines(axes, [line for line in lines if 0 < line.get_ydata()[-1] < math.inf])
+
+    @property
+    def _between(self) -> tuple[float, float]:
+        """The smallest and the largest quantile."""
+        return self._quantiles[0], self._quantiles[-1]
 
     def _draw_norms_by_layer(self, layers: list[str]) -> None:
-        axes = self._rows("norms by layer, last time (not private)", layers)
+        low, high = self._between
+        axes = self._rows(
+            "norms by layer, last time (not private)",
+            layers,
+            xlabel=f"L2 norm: median, and from quantile {low:g} to {high:g}"
+            if self._middle() == 0.5
+            else f"L2 norm: quantile {self._middle():g}, and from {low:g} to {high:g}",
+        )
         for row, layer in enumerate(layers):
             values = [self._last(f"gradient_norm/{q:g}", layer) for q in self._quantiles]
             known = [v for v in values if 0 < v < math.inf]
@@ -155,10 +199,22 @@ class Picture:
                 middle = self._last(f"gradient_norm/{self._middle():g}", layer)
                 axes.plot(middle, row, "o", color=self._COLOR)
         axes.set_xscale("log")
+        if 0 < self._history["max_grad_norm"][-1] < math.inf:
+            axes.axvline(self._history["max_grad_norm"][-1], color="black", linewidth=1)
+            axes.annotate(
+                "C",
+                (self._history["max_grad_norm"][-1], 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, -9),
+                textcoords="offset points",
+                fontsize=8,
+            )
 
     def _draw_signal_by_layer(self, layers: list[str]) -> None:
         about = "from noised sums" if self._private else "not private"
-        axes = self._rows(f"signal to noise by layer, last time ({about})", layers)
+        axes = self._rows(
+            f"signal to noise by layer, last time ({about})", layers, xlabel="signal-to-noise ratio"
+        )
         values = [self._last("signal_to_noise", layer) for layer in layers]
         known = [v if math.isfinite(v) else 0.0 for v in values]
         axes.barh(range(len(layers)), known, color=self._COLOR, height=0.6)
@@ -167,16 +223,35 @@ class Picture:
             axes.plot(least, range(len(layers)), "k|", markersize=20, label=self._UNSURE)
             axes.legend(frameon=False, fontsize=8)
 
-    def _rows(self, title: str, layers: list[str]) -> Any:
+    def _rows(self, title: str, layers: list[str], **labels: Any) -> Any:
         """A panel with a row for each layer."""
         count = len(self._layers)
         if count > len(layers):
             title += f"\n{len(layers)} of {count} layers, the largest"
-        axes = self._panel(title)
-        axes.set_yticks(range(len(layers)), [_short(layer) for layer in layers], fontsize=8)
+        axes = self._panel(title, **labels)
+        axes.set_yticks(range(len(layers)), _short(layers), fontsize=8)
         axes.set_ylim(len(layers) - 0.5, -0.5)
         return axes
 
 
-def _short(path: str, most: int = 24) -> str:
-    return path if len(path) <= most else "…" + path[-most + 1 :]
+def _share_below(quantile: float) -> str:
+    """What a quantile is, in words."""
+    return "median" if quantile == 0.5 else f"{100 * quantile:g} % are below"
+
+
+def _short(paths: Sequence[str], most: int = 24) -> list[str]:
+    """Names that can be told apart: what the paths end with, and what they begin with if need be.
+
+    Args:
+        paths: Paths of layers, all different.
+        most: How many letters to keep if that is enough.
+    """
+    for kept in range(most, max(map(len, paths), default=0) + 1):
+        ends = [path if len(path) <= kept else "…" + path[-kept + 1 :] for path in paths]
+        if len(set(ends)) == len(ends):
+            return ends
+        half = kept // 2
+        middles = [p if len(p) <= kept else f"{p[:half]}…{p[-half + 1 :]}" for p in paths]
+        if len(set(middles)) == len(middles):
+            return middles
+    return list(paths)
