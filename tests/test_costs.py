@@ -5,12 +5,13 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 from reference import engine_outcome, relative_error
 from test_rules import normal
 
 import keras_dp
 from keras_dp import backend
+from keras_dp.backend.tensorflow import filters
 from keras_dp.gradients import engine, mapped
 from keras_dp.gradients.microbatches import rows_that_fit
 
@@ -136,3 +137,20 @@ def test_fit_finds_a_size_before_the_first_step(people, monkeypatch):
 def test_other_sizes_are_refused(wrong):
     with pytest.raises(ValueError, match=r"`microbatch_size` must be a positive integer.*auto"):
         keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=1.0, microbatch_size=wrong)
+
+
+@pytest.mark.parametrize(("set_to", "noted"), [(None, 1), ("0", 0)])
+def test_convolutions_without_onednn_are_noted_once(set_to, noted, monkeypatch, caplog):
+    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
+    if set_to is not None:
+        monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", set_to)
+    monkeypatch.setattr(filters, "apart", lambda attempt: False)
+    filters._folded_filter_gradients_work.cache_clear()
+    try:
+        x, g = ops.ones((2, 4, 4, 1)), ops.ones((2, 3, 3, 2))
+        for _ in range(2):
+            found = backend.filter_gradients(x, g, (2, 2, 1, 2), (1, 1), "valid", (1, 1), 1)
+        np.testing.assert_allclose(found, 9.0)  # by the slower way
+        assert caplog.text.count("Set the environment variable TF_ENABLE_ONEDNN_OPTS=1") == noted
+    finally:
+        filters._folded_filter_gradients_work.cache_clear()
