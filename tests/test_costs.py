@@ -154,3 +154,43 @@ def test_convolutions_without_onednn_are_noted_once(set_to, noted, monkeypatch, 
         assert caplog.text.count("Set the environment variable TF_ENABLE_ONEDNN_OPTS=1") == noted
     finally:
         filters._folded_filter_gradients_work.cache_clear()
+
+
+# -- the benchmarks -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+
+
+@pytest.mark.filterwarnings("ignore:train_on_batch can't know")
+def test_benchmarks_take_ordinary_and_private_steps(benchmarks):
+    import measure
+
+    for variant, released in (("ordinary", None), ("ghost", 2), ("noise", None)):
+        step, model = measure.make_step("mlp", variant, {"batch": 4, "width": 8})
+        before = [w.copy() for w in model.get_weights()]
+        step()
+        step()
+        if released is not None:
+            assert model.optimizer.ledger.steps == released
+            assert measure.engine_of(model) == "ghost"
+        if variant != "noise":
+            moved = [np.any(a != b) for a, b in zip(before, model.get_weights(), strict=True)]
+            assert all(moved)
+
+
+def test_benchmarks_say_how_figures_grow(benchmarks, capsys, monkeypatch):
+    import run
+
+    def figures(name, variants, options, sizes):
+        (size,) = sizes.values()
+        return {v: {"ms": 2.0 * size**1.5, "bytes": 2**20 * size, "note": ""} for v in variants}
+
+    monkeypatch.setattr(run, "measure_model", figures)
+    monkeypatch.setattr("sys.argv", ["run.py", "--what", "batch", "--largest", "1024"])
+    grown = run.measure_growth(["cnn", "mlp"], "ghost", run.arguments())
+    assert [g["size"] for g in grown] == [256, 1024]
+    assert "65,536 (1.50)" in capsys.readouterr().out
+    assert run.exponent(*reversed(grown), "ghost", "bytes") == 1.0
