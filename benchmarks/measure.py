@@ -43,13 +43,17 @@ import tensorflow as tf
 from zoo import ZOO
 
 import keras_dp
+from keras_dp.backend.tensorflow.filters import _folded_filter_gradients_work
 from keras_dp.noise import NoiseSource
 
 XLA = ", XLA"
+SETTINGS = json.loads(os.environ.get("KERAS_DP_BENCHMARKS", '{"clock": "wall"}'))  # of run.py
 
 
 def main():
     request = json.loads(sys.argv[1])
+    keras.config.set_dtype_policy(SETTINGS.get("policy", "float32"))
+    tf.config.experimental.enable_tensor_float_32_execution(SETTINGS.get("tf32", True))
     logging.getLogger("keras_dp").setLevel(logging.ERROR)  # the table names what engine ran
     do = {"about": about, "time": measure_time, "memory": measure_memory}[request.pop("do")]
     print(json.dumps(do(**request)), flush=True)
@@ -167,10 +171,11 @@ def first_steps(name, variant, sizes):
 
 
 def timed(step):
-    """Milliseconds of one step."""
-    start = time.perf_counter()
+    """Milliseconds of one step, by the clock of `run.py --clock`."""
+    clock = time.process_time if SETTINGS["clock"] == "cpu" else time.perf_counter
+    start = clock()
     step()
-    return (time.perf_counter() - start) * 1e3
+    return (clock() - start) * 1e3
 
 
 def first_line(error):
@@ -227,6 +232,10 @@ def about():
     """Versions, and the name of the device."""
     return {
         "device": device(),
+        "date": time.strftime("%Y-%m-%d"),
+        "onednn": _folded_filter_gradients_work(),
+        "settings": SETTINGS,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "versions": {
             "python": platform.python_version(),
             "keras": keras.__version__,

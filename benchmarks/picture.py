@@ -1,4 +1,4 @@
-"""The picture of `run.py`: r by model and engine."""
+"""The pictures of `run.py`: r by model and engine; time and memory by size."""
 
 COLORS = ("#1b6ca8", "#d98e04", "#7fb2d8", "#f0c674", "#5a5a5a", "#a0a0a0")
 
@@ -29,6 +29,41 @@ def draw(results, path):
     axes.set_title(title(results["about"]), fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=len(variants), loc="upper right")
+    figure.savefig(path, dpi=150)
+
+
+def draw_growth(results, path):
+    """Time and memory of ordinary and private steps against each size, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    growth = results["growth"]
+    kinds = list(dict.fromkeys(g["what"] for g in growth))
+    shape = {"figsize": (max(3.2 * len(kinds), 4), 5.6), "layout": "constrained"}
+    figure, axes = plt.subplots(2, len(kinds), squeeze=False, sharex="col", **shape)
+    for column, what in enumerate(kinds):
+        rows = [g for g in growth if g["what"] == what]
+        for row, (key, scale) in enumerate((("ms", 1), ("bytes", 2**20))):
+            ax = axes[row][column]
+            for variant, color in zip(rows[0]["figures"], COLORS, strict=False):
+                known = [
+                    (g["size"], g["figures"][variant][key] / scale)
+                    for g in rows
+                    if g["figures"][variant].get(key)
+                ]
+                if known:
+                    ax.plot(*zip(*known, strict=True), "o-", color=color, ms=4, label=variant)
+            ax.set_xscale("log", base=2 if rows[-1]["size"] < 100_000 else 10)
+            ax.set_yscale("log")
+            ax.spines[["top", "right"]].set_visible(False)
+        axes[0][column].set_title(f"{what} ({rows[0]['model']})", fontsize=10)
+        axes[1][column].set_xlabel(what)
+    axes[0][0].set_ylabel("ms")
+    axes[1][0].set_ylabel("MiB")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title(results["about"]), fontsize=9)
     figure.savefig(path, dpi=150)
 
 

@@ -23,16 +23,21 @@ Printed are, as tables in Markdown:
 `--microbatches` instead prints what memory a private step needs in microbatches of
 64, while the logical batch grows to 16,384 (peak MiB, beside the batch itself).
 
-`--growth` doubles the batch, the length, the width and the vocabulary, and
-shows how time and memory follow. On a GPU the same commands measure the GPU.
+`--growth` lets the batch, the length, the width and the vocabulary grow, and
+shows how time and memory follow: beside each figure the exponent since the size
+before, 1 for what doubles when the size does. `--largest 1024` leaves out what
+is larger, `--what batch,length` takes some. On a GPU the same commands measure
+the GPU; `--policy mixed_bfloat16` and `--tf32 off` are for there.
 """
 
 import argparse
 import json
+import math
+import os
 import statistics
 from pathlib import Path
 
-from picture import draw
+from picture import draw, draw_growth
 from tables import (
     RETURN_MEMORY,
     mebibytes,
@@ -48,17 +53,18 @@ XLA = ", XLA"
 MICROBATCH = 64
 LOGICAL_BATCHES = (256, 1024, 4096, 16384)
 COLUMNS = ("model", "variant", "ms", "× ordinary", "r", "compile s", "peak MiB", "note")
-GROWTH = (  # what doubles, in which model, from where
-    ("batch", "cnn", 128),
-    ("length", "transformer", 64),
-    ("width", "mlp", 256),
-    ("vocabulary", "text", 10_000),
+GROWTH = (  # what grows, in which model, through which sizes, the others being these
+    ("batch", "cnn", (256, 1024, 4096, 16384), {}),
+    ("length", "transformer", (64, 256, 1024, 4096), {"batch": 2}),
+    ("width", "mlp", (256, 512, 1024, 2048, 4096), {}),
+    ("vocabulary", "text", (10_000, 100_000, 1_000_000), {"width": 64}),
 )
-DOUBLINGS = 4
 
 
 def main():
     options = arguments()
+    settings = {"clock": options.clock, "policy": options.policy, "tf32": options.tf32 == "on"}
+    os.environ["KERAS_DP_BENCHMARKS"] = json.dumps(settings)  # for measure.py
     about = run_measure({"do": "about"})
     if "error" in about:
         raise SystemExit(about["error"])
@@ -83,6 +89,8 @@ def main():
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if options.picture:
         draw(results, options.picture)
+    if options.growth_picture:
+        draw_growth(results, options.growth_picture)
 
 
 def arguments():
@@ -95,9 +103,20 @@ def arguments():
     parser.add_argument("--xla", action="store_true", help="also with jit_compile=True")
     parser.add_argument("--growth", action="store_true", help="also while sizes double")
     parser.add_argument("--only-growth", action="store_true", help="nothing else than that")
+    parser.add_argument("--what", help="what grows, of batch,length,width,vocabulary; all of it")
+    parser.add_argument("--largest", type=int, help="the largest size to measure")
+    parser.add_argument("--growth-picture", type=Path, help="draw the growth into this file")
     parser.add_argument(
         "--microbatches", action="store_true", help="only memory, while the logical batch grows"
     )
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=("wall", "cpu"),
+        help="cpu: processor time of all threads, fairer on a machine that others use as well",
+    )
+    parser.add_argument("--policy", default="float32", help="dtype policy, such as mixed_bfloat16")
+    parser.add_argument("--tf32", default="on", choices=("on", "off"), help="on a GPU, in float32")
     parser.add_argument("--no-memory", action="store_true", help="spares a process for each")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--picture", type=Path, help="draw r by model into this file")
@@ -210,33 +229,48 @@ def measure_microbatches(names, options):
 
 def measure_growth(names, engine, options):
     """Measures and prints how an ordinary and a private step grow with each size."""
-    columns = ("what doubles", "model", "ordinary ms", f"{engine} ms", "r")
+    columns = ("what grows", "model", "ordinary ms", f"{engine} ms", "r")
     print_head(*columns, "ordinary MiB", f"{engine} MiB", "note")
+    wanted = None if options.what is None else options.what.split(",")
     found = []
-    for keyword, name, start in GROWTH:
-        if name not in names:
+    for what, name, sizes, others in GROWTH:
+        if name not in names or (wanted is not None and what not in wanted):
             continue
         before = None
-        for size in (start * 2**k for k in range(DOUBLINGS)):
-            figures = measure_model(name, ["ordinary", "noise", engine], options, {keyword: size})
-            print_growth(keyword, size, name, figures, before)
-            found.append({"what": keyword, "size": size, "model": name, "figures": figures})
-            before = figures
+        for size in sizes:
+            if options.largest is not None and size > options.largest:
+                break
+            variants = ["ordinary", "noise", engine]
+            figures = measure_model(name, variants, options, {**others, what: size})
+            growth = {"what": what, "size": size, "model": name, "figures": figures}
+            print_growth(growth, before)
+            found.append(growth)
+            before = growth
     return found
 
 
-def print_growth(keyword, size, name, figures, before):
-    """A row, with the growth since the row before in parentheses."""
+def exponent(growth, before, variant, key):
+    """By which power of the size a figure has grown since the size before; `None` if unknown."""
+    if before is None:
+        return None
+    value, last = (g["figures"][variant].get(key) for g in (growth, before))
+    if not value or not last:
+        return None
+    return math.log(value / last) / math.log(growth["size"] / before["size"])
+
+
+def print_growth(growth, before):
+    """A row, with the exponents since the row before in parentheses."""
+    figures = growth["figures"]
+    engine = list(figures)[-1]
 
     def cell(variant, key, show):
-        value = figures[variant].get(key)
-        last = before[variant].get(key) if before else None
-        return show(value) + (f" (×{value / last:.1f})" if value and last else "")
+        power = exponent(growth, before, variant, key)
+        return show(figures[variant].get(key)) + ("" if power is None else f" ({power:.2f})")
 
-    engine = list(figures)[-1]
     print_row(
-        f"{keyword} {size:,}",
-        name,
+        f"{growth['what']} {growth['size']:,}",
+        growth["model"],
         cell("ordinary", "ms", number),
         cell(engine, "ms", number),
         number(figures[engine].get("r")),

@@ -71,6 +71,9 @@ def run_measure(request, environment=None):
 
 
 def print_about(about):
-    """Versions and device."""
-    print(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
-    print(about["device"], flush=True)
+    """Date, versions, and the device and its state."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    print(f"{about['date']}: {versions}")
+    load = "" if about["load"] is None else f"; load before: {about['load']:.1f}"
+    print(f"{about['device']}; oneDNN {'on' if about['onednn'] else 'off'}{load}")
+    print(", ".join(f"{name} {value}" for name, value in about["settings"].items()), flush=True)

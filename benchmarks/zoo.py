@@ -2,7 +2,7 @@
 
 Each function takes a NumPy generator and returns `(model, x, y, loss)`: a built,
 not compiled Keras model and one batch of made-up examples. Its keywords are the
-sizes that `run.py --growth` doubles.
+sizes that `run.py --growth` lets grow.
 """
 
 import keras
@@ -68,12 +68,12 @@ def lstm(random, *, batch=128):
     return model, _tokens(random, 100, batch, 60), _labels(random, batch, 18), _loss()
 
 
-def text(random, *, batch=128, vocabulary=20_000):
+def text(random, *, batch=128, vocabulary=20_000, width=128):
     """Text classifier: Embedding(20,000, 128), mean over 100 words, two dense layers, batch 128."""
     model = keras.Sequential(
         [
             keras.Input((100,), dtype="int32"),
-            layers.Embedding(vocabulary, 128),
+            layers.Embedding(vocabulary, width),
             layers.GlobalAveragePooling1D(),
             layers.Dense(64, activation="relu"),
             layers.Dense(4),

@@ -5,12 +5,13 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 from reference import engine_outcome, relative_error
 from test_rules import normal
 
 import keras_dp
 from keras_dp import backend
+from keras_dp.backend.tensorflow import filters
 from keras_dp.gradients import engine, mapped
 from keras_dp.gradients.microbatches import rows_that_fit
 
@@ -136,3 +137,60 @@ def test_fit_finds_a_size_before_the_first_step(people, monkeypatch):
 def test_other_sizes_are_refused(wrong):
     with pytest.raises(ValueError, match=r"`microbatch_size` must be a positive integer.*auto"):
         keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=1.0, microbatch_size=wrong)
+
+
+@pytest.mark.parametrize(("set_to", "noted"), [(None, 1), ("0", 0)])
+def test_convolutions_without_onednn_are_noted_once(set_to, noted, monkeypatch, caplog):
+    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
+    if set_to is not None:
+        monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", set_to)
+    monkeypatch.setattr(filters, "apart", lambda attempt: False)
+    filters._folded_filter_gradients_work.cache_clear()
+    try:
+        x, g = ops.ones((2, 4, 4, 1)), ops.ones((2, 3, 3, 2))
+        for _ in range(2):
+            found = backend.filter_gradients(x, g, (2, 2, 1, 2), (1, 1), "valid", (1, 1), 1)
+        np.testing.assert_allclose(found, 9.0)  # by the slower way
+        assert caplog.text.count("Set the environment variable TF_ENABLE_ONEDNN_OPTS=1") == noted
+    finally:
+        filters._folded_filter_gradients_work.cache_clear()
+
+
+# -- the benchmarks -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+
+
+@pytest.mark.filterwarnings("ignore:train_on_batch can't know")
+def test_benchmarks_take_ordinary_and_private_steps(benchmarks):
+    import measure
+
+    for variant, released in (("ordinary", None), ("ghost", 2), ("noise", None)):
+        step, model = measure.make_step("mlp", variant, {"batch": 4, "width": 8})
+        before = [w.copy() for w in model.get_weights()]
+        step()
+        step()
+        if released is not None:
+            assert model.optimizer.ledger.steps == released
+            assert measure.engine_of(model) == "ghost"
+        if variant != "noise":
+            moved = [np.any(a != b) for a, b in zip(before, model.get_weights(), strict=True)]
+            assert all(moved)
+
+
+def test_benchmarks_say_how_figures_grow(benchmarks, capsys, monkeypatch):
+    import run
+
+    def figures(name, variants, options, sizes):
+        (size,) = sizes.values()
+        return {v: {"ms": 2.0 * size**1.5, "bytes": 2**20 * size, "note": ""} for v in variants}
+
+    monkeypatch.setattr(run, "measure_model", figures)
+    monkeypatch.setattr("sys.argv", ["run.py", "--what", "batch", "--largest", "1024"])
+    grown = run.measure_growth(["cnn", "mlp"], "ghost", run.arguments())
+    assert [g["size"] for g in grown] == [256, 1024]
+    assert "65,536 (1.50)" in capsys.readouterr().out
+    assert run.exponent(*reversed(grown), "ghost", "bytes") == 1.0
