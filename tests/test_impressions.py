@@ -1,4 +1,4 @@
-"""First impressions: what users see, and what they are told when they get something wrong."""
+"""First impressions: what users see, and what they read when they get something wrong."""
 
 import csv
 import importlib.util
@@ -500,7 +500,7 @@ def test_the_trade_off_shades_what_promises_little_and_labels_its_lines(tmp_path
     assert axes.get_legend() is None
 
 
-def test_the_lines_of_the_monitor_can_be_told_apart():
+def test_the_lines_of_the_monitor_differ():
     paths = [f"model/block_{k}/attention/output_projection/dense" for k in range(8)]
     assert len(set(_short(paths))) == 8 and max(map(len, _short(paths))) < 50
     assert _short(["dense", "dense_1"]) == ["dense", "dense_1"]

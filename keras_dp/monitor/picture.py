@@ -240,7 +240,7 @@ def _share_below(quantile: float) -> str:
 
 
 def _short(paths: Sequence[str], most: int = 24) -> list[str]:
-    """Names that can be told apart: what the paths end with, and what they begin with if need be.
+    """Names that differ: what the paths end with, and what they begin with if need be.
 
     Args:
         paths: Paths of layers, all different.
