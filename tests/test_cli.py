@@ -13,6 +13,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import cases
 import keras
 import numpy as np
 import pytest
@@ -437,7 +438,7 @@ OPTIONS = [
 ]
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=cases.examples(150), deadline=None, derandomize=True)
 @given(
     command=st.sampled_from(["epsilon", "noise", "steps", "batch", "table", "risk", "select"]),
     wrong=st.dictionaries(st.sampled_from(OPTIONS), TEXTS, max_size=3),
