@@ -39,6 +39,7 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 
+highlight_language = "text"  # of blocks that name none
 html_theme = "furo"
 html_title = f"keras_dp {version}"
 html_static_path = ["static"]

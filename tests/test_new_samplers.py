@@ -394,8 +394,8 @@ def test_rule_10_the_statement_says_how_batches_were_drawn_and_accounted():
         "once in 5 steps",
         "| 3 steps | Poisson sampling, cut to 15 at most",
         "keras_dp's own, with every rounding upwards",
-        "chosen uniformly, independently of all other examples and epochs. (seen to by keras_dp)",
-        "above the public capacity of 15, a uniformly random part was kept. (seen to by keras_dp)",
+        "chosen uniformly, independently of all other examples and epochs. (verified by keras_dp)",
+        "above the public capacity of 15, a uniformly random part was kept. (verified by keras_dp)",
         "had the batches been shuffled",
         "but for what it has no event for",
     ):

@@ -476,8 +476,8 @@ class PrivacyReport:
         )
         lines += ["", "It rests on this:", ""]
         for assumption in self.assumptions:
-            seen_to = "seen to by keras_dp" if assumption["verified"] else "not verified"
-            lines.append(f"- {assumption['text']} ({seen_to})")
+            known = "verified by keras_dp" if assumption["verified"] else "not verified"
+            lines.append(f"- {assumption['text']} ({known})")
         lines += section("What the guarantee does not cover", self.not_covered)
         made_with = ", ".join(f"{name} {v}" for name, v in self.versions.items())
         return "\n".join([*lines, "", f"{self._software} Made with {made_with}."])
