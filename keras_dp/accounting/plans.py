@@ -285,15 +285,3 @@ def _plan(
 
 def _counts(rate: float, sigma: float, steps: int) -> Counts:
     return ((SampledGaussian(sigma, rate), steps),) if steps else ()
-
-
-# doctest passes over functions that are wrapped.
-__test__ = {
-    function.__name__: function.__doc__ or ""
-    for function in (
-        compute_epsilon,
-        calibrate_noise_multiplier,
-        calibrate_steps,
-        calibrate_batch_size,
-    )
-}
