@@ -18,6 +18,7 @@ import argparse
 import importlib.util
 import json
 import os
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no notes from TensorFlow about itself
@@ -49,7 +50,9 @@ def served_by_litert(path, images):
         from ai_edge_litert.interpreter import Interpreter
     except ImportError:  # the same, as TensorFlow brings it along
         Interpreter = tf.lite.Interpreter
-    interpreter = Interpreter(str(path))
+    with warnings.catch_warnings():  # that it will move to the package ai-edge-litert
+        warnings.filterwarnings("ignore", message=r"\s*Warning: tf.lite.Interpreter")
+        interpreter = Interpreter(str(path))
     [entry], [end] = interpreter.get_input_details(), interpreter.get_output_details()
     interpreter.resize_tensor_input(entry["index"], images.shape)
     interpreter.allocate_tensors()
