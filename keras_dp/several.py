@@ -205,9 +205,12 @@ class Together:
         model = optimizer.session.model
         here = {"ledger": optimizer.ledger.to_json(), "epoch": keras_private.resumed_epoch(model)}
         chief = json.loads(replicas.from_chief(json.dumps(here).encode()))
+        book = optimizer.meter.book
+        book.settle()
         optimizer.absorb(PrivacyLedger.from_json(chief["ledger"]))
         keras_private.resume_at(model, chief["epoch"])
         take_over(replicas, [*model.variables, *optimizer.variables])
+        book.resume()  # what the chief's ledger knows explains the chief's count of updates
         strategy = optimizer.clipping_strategy
         if isinstance(strategy, AdaptiveClipping):
             norm = replicas.from_chief(json.dumps(strategy.max_grad_norm).encode())

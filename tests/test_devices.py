@@ -565,6 +565,7 @@ def test_rule_06_a_killed_worker_ends_the_run_and_a_restart_counts_all_its_steps
     assert codes == [0, 0], logs
     counts = [json.loads((tmp_path / f"count{k}.json").read_text()) for k in range(2)]
     assert counts[0] == counts[1]
+    assert counts[0]["epsilon"] < 1000
     assert counts[0]["restored"] >= taken  # the journal's block, of which not all steps were taken
     assert counts[0]["after"] == counts[0]["restored"] + counts[0]["steps"]
     assert not list(tmp_path.glob("*1.jsonl"))

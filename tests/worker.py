@@ -63,6 +63,7 @@ def resume(folder, forever):
     model.fit(X, Y, batch_size=6, epochs=epochs, callbacks=callbacks, verbose=0)
     ledger = model.optimizer.ledger
     counts = {"restored": before[0], "after": ledger.steps, "steps": model.optimizer.releases}
+    counts["epsilon"] = model.optimizer.get_epsilon(1e-5, "rdp")
     (folder / f"count{WORKER}.json").write_text(json.dumps(counts))
 
 
