@@ -19,9 +19,23 @@ from .errors import PrivacyError
 from .ledger import PrivacyLedger
 from .optimizers import DPOptimizer
 from .sampling import RowsOfUsers
-from .training import Secret, lost_worker, require_agreement, sample_of, take_over
+from .training import (
+    Secret,
+    lost_worker,
+    replicated_train_step,
+    require_agreement,
+    sample_of,
+    take_over,
+)
 
-__all__ = ["Together", "divide_among", "losses_of_workers", "require_mode", "require_possible"]
+__all__ = [
+    "Together",
+    "divide_among",
+    "losses_of_workers",
+    "require_mode",
+    "require_possible",
+    "step",
+]
 
 
 def require_possible(
@@ -142,6 +156,31 @@ def losses_of_workers(replicas: backend.Replicas | None, optimizer: DPOptimizer)
         raise lost_worker(optimizer.ledger.steps - before) from error
 
 
+@backend.without_autograph
+def step(
+    optimizer: DPOptimizer, model: keras.Model, replicas: backend.Replicas, shares: Any
+) -> dict[str, Any]:
+    """Takes the private step of a model on several replicas.
+
+    Args:
+        optimizer: The optimizer that it was compiled with.
+        model: The model.
+        replicas: Its replicas.
+        shares: What each of them is given of the batch.
+
+    Returns:
+        The model's metrics by name.
+
+    Raises:
+        PrivacyError: As `DPOptimizer.train_step`.
+    """
+    with keras_private.applied_as_they_are(optimizer.inner_optimizer):
+        parts = optimizer.session.parts
+        logs, engine = replicated_train_step(parts, model, replicas, shares)
+    optimizer.session.used(engine)
+    return logs
+
+
 class Together:
     """What the processes that train one model agree on, in a `fit`; nothing for one process.
 
@@ -203,6 +242,7 @@ class Together:
             return
         replicas, optimizer = self._replicas, self._optimizer
         model = optimizer.session.model
+        assert model is not None
         here = {"ledger": optimizer.ledger.to_json(), "epoch": keras_private.resumed_epoch(model)}
         chief = json.loads(replicas.from_chief(json.dumps(here).encode()))
         book = optimizer.meter.book

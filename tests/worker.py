@@ -36,30 +36,38 @@ def train(folder):
         (folder / f"refused{WORKER}.txt").write_text(str(error))
 
 
-def resume(folder, forever):
+class EndAfterOneEpoch(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = True
+
+
+def resume(folder, life, forever):
     """Trains with a backup and a journal; the chief says how far it is."""
     model = compiled(WORKERS, mlp, sigma=1.0, seed=None)
     before = []
 
-    def taken(*_, **__):
+    def say(name, number):
         if WORKER == 0:
-            (folder / "taken").write_text(str(model.optimizer.releases))
+            (folder / "new").write_text(str(number))
+            (folder / "new").rename(folder / f"{name}{life}")
 
-    def epoch(number, logs):
-        if WORKER == 0:
-            (folder / f"epoch{number}").touch()
+    def begun(epoch, logs):
+        before.append(model.optimizer.ledger.steps)
+        if len(before) == 1:
+            say("restored", before[0])
 
     watch = keras.callbacks.LambdaCallback(
-        on_epoch_begin=lambda *_, **__: before.append(model.optimizer.ledger.steps),
-        on_train_batch_end=taken,
-        on_epoch_end=epoch,
+        on_epoch_begin=begun,
+        on_train_batch_end=lambda *_, **__: say("taken", model.optimizer.releases),
     )
     callbacks = [
         keras.callbacks.BackupAndRestore(folder / "backup"),
         keras_dp.PrivacyBudget(delta=1e-5, ledger_path=folder / f"journal{WORKER}.jsonl"),
         watch,
     ]
-    epochs = 100_000 if forever else 1 + len(list(folder.glob("epoch*")))
+    epochs = 100_000
+    if not forever:
+        callbacks.append(EndAfterOneEpoch())
     model.fit(X, Y, batch_size=6, epochs=epochs, callbacks=callbacks, verbose=0)
     ledger = model.optimizer.ledger
     counts = {"restored": before[0], "after": ledger.steps, "steps": model.optimizer.releases}
@@ -71,10 +79,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("what", choices=["train", "resume"])
+    parser.add_argument("--life", type=int)
     parser.add_argument("--forever", action="store_true")
     options = parser.parse_args()
     test_devices._strategies[WORKERS] = tf.distribute.MultiWorkerMirroredStrategy()
     if options.what == "train":
         train(options.folder)
     else:
-        resume(options.folder, options.forever)
+        resume(options.folder, options.life, options.forever)
