@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import platform
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -24,7 +25,6 @@ from .training import (
     lost_worker,
     replicated_train_step,
     require_agreement,
-    sample_of,
     take_over,
 )
 
@@ -219,13 +219,14 @@ class Together:
                 "work on several workers. Leave it out."
             )
         facts = {
-            "the versions of keras_dp, Keras and NumPy": (
+            "the versions of keras_dp, Keras and NumPy, or the kind of machine": (
                 version("keras-dp"),
                 keras.__version__,
                 np.__version__,
+                platform.machine(),
             ),
             "the sampling": (dataset.sampling, dataset.num_batches),
-            "the data": sample_of([leaf for leaf in tree.flatten(dataset._parts)]),
+            "the data": dataset.digest,
             "the optimizer": self._optimizer.get_config(),
             "the model": [(v.path, tuple(v.shape), v.dtype) for v in model.variables],
             "the epochs": (given.get("epochs", 1), given.get("initial_epoch", 0)),

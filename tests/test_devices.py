@@ -396,7 +396,7 @@ def test_rule_08_examples_on_two_replicas_have_dropout_masks_of_their_own():
 
 def test_rule_06_what_was_trained_on_replicas_goes_on_on_another_number(tmp_path):
     path = str(tmp_path / "model.keras")
-    two = compiled(2, mlp, sigma=1.0, seed=None)
+    two = compiled(2, mlp, sigma=1.0, seed=None, secure_mode=True)
     two.fit(X, Y, batch_size=6, validation_data=(X[:7], Y[:7]), verbose=0)
     two.save(path)
     one = keras.saving.load_model(path)
@@ -509,7 +509,7 @@ def test_two_workers_train_as_one_device_on_one_draw_with_one_noise(tmp_path):
     assert found[0]["val_loss"] == pytest.approx(history.history["val_loss"], rel=1e-4)
     check_seen(found[0]["parts"], found[0]["noise"], int(found[0]["steps"]))
     # Adaptive clipping counts the examples of both workers.
-    adaptive = compiled(1, mlp, clipping="adaptive", sigma=1.0)
+    adaptive = compiled(1, mlp, clipping="adaptive", sigma=lambda step: 1.0 + step // 7)
     adaptive.fit(X, Y, batch_size=6, verbose=0)
     norm = adaptive.optimizer.clipping_strategy.max_grad_norm
     assert found[0]["norm"] == pytest.approx(norm, rel=1e-6)

@@ -23,7 +23,7 @@ def train(folder):
     history = model.fit(X, Y, batch_size=3, epochs=2, validation_data=(X[:8], Y[:8]), verbose=0)
     found = {f"weight{k}": w for k, w in enumerate(model.get_weights())} | history.history
     found["parts"], found["noise"], found["steps"] = seen(WORKERS)
-    model = compiled(WORKERS, mlp, clipping="adaptive", sigma=1.0)
+    model = compiled(WORKERS, mlp, clipping="adaptive", sigma=lambda step: 1.0 + step // 7)
     for _ in range(2):  # the second fit goes on in the same run
         model.fit(X, Y, batch_size=6, verbose=0)
         found.setdefault("norm", model.optimizer.clipping_strategy.max_grad_norm)
