@@ -196,7 +196,7 @@ def _make_train_function(model: keras.Model, force: bool = False) -> Any:
     replicas = backend.replicas_of(model)
     if replicas is not None:
         several.require_mode(model)
-        step = functools.partial(optimizer.replicated_train_step, model, replicas)
+        step = functools.partial(several.step, optimizer, model, replicas)
         model.train_function = _TrainFunction(replicas.train_function(step), optimizer)
         return model.train_function
     jit_compile = model.jit_compile
@@ -246,8 +246,8 @@ def _train_on_batch_of(original: Callable[..., Any]) -> Callable[..., Any]:
             if backend.replicas_of(self) is not None:
                 raise PrivacyError(
                     "train_on_batch would give the whole batch to each of several replicas, and "
-                    "every example a part in the step of each. Use model.fit on arrays, which "
-                    "divides one draw among them."
+                    "every example a part in the step of each. Under a distribution strategy use "
+                    "model.fit on arrays, which divides one draw among the replicas."
                 )
             optimizer.session.begin_train_on_batch()
             with optimizer.session.occupied("train_on_batch"):

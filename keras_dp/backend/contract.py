@@ -209,7 +209,7 @@ REPLICAS = {
         "and `.joined()`; inside of such a function `.total()`, sums over all replicas."
     ),
     "replicas_of(model)": (
-        "The replicas that a model trains on, or `None` for a single one; a PrivacyError where "
+        "The replicas that a model trains on, or `None` for none but itself; a PrivacyError where "
         "private training isn't known to be right."
     ),
     "replicas_within()": "How many replicas run what is done here.",

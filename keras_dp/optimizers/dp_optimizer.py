@@ -21,11 +21,9 @@ from ..training import (
     Mechanism,
     Meter,
     OwnLoop,
-    Parts,
     PrivateGradients,
     Schedule,
     private_train_step,
-    replicated_train_step,
 )
 from .description import Described
 from .session import Session
@@ -38,11 +36,6 @@ _UNEXPLAINED = (
     "optimizer was used by itself. What they have cost is unknown, so epsilon is infinite. Load "
     "a .keras or .weights.h5 file, which carry the ledger, or begin with a new model and a new "
     "optimizer."
-)
-_NOT_CALIBRATED = (
-    "The noise is not calibrated yet: with target_epsilon, sigma follows from the number of "
-    "examples, batch size and epochs, which only `fit` knows. Call `fit`, or give "
-    "noise_multiplier instead of target_epsilon."
 )
 _ORDINARY = (
     "was given ordinary gradients, which are neither clipped nor noised: applying them would "
@@ -185,7 +178,7 @@ class DPOptimizer(Described, OptimizerWrapper):
             target=settings.target,
             updates=_updates_of(inner_optimizer),
         )
-        self._session = Session(self, self._mechanism, self._meter)
+        self._session = Session(self, self._mechanism, self._meter, settings.options)
         self._loop = OwnLoop(
             self._mechanism,
             self._meter,
@@ -194,7 +187,6 @@ class DPOptimizer(Described, OptimizerWrapper):
             warn_once=self._session.warn_once,
             note_unseen=self._session.notes.add_unseen,
         )
-        self._engine: str | None = None
         # Set here, not properties of the class: `help` shows what users need.
         self.meter, self.session = self._meter, self._session
 
@@ -248,7 +240,7 @@ class DPOptimizer(Described, OptimizerWrapper):
     @property
     def engine(self) -> str | None:
         """The engine that computed the last step's gradients; `None` before the first."""
-        return self._loop.engine or self._engine
+        return self._loop.engine or self._session.engine
 
     @property
     def random_source(self) -> str:
@@ -290,46 +282,9 @@ class DPOptimizer(Described, OptimizerWrapper):
             with backend.outside_graph():
                 self._session.begin_train_on_batch("train_step")
             sampling = UNKNOWN
-        parts = self._parts(self.inner_optimizer.apply)
-        logs, self._engine = private_train_step(parts, model, data, sampling)
+        logs, engine = private_train_step(self._session.parts, model, data, sampling)
+        self._session.used(engine)
         return logs
-
-    @backend.without_autograph
-    def replicated_train_step(
-        self, model: keras.Model, replicas: backend.Replicas, shares: Any
-    ) -> dict[str, Any]:
-        """Takes the private step of a model on several replicas, for `fit`.
-
-        Args:
-            model: The model that was compiled with this optimizer.
-            replicas: Its replicas.
-            shares: What each of them is given of the batch.
-
-        Returns:
-            The model's metrics by name.
-
-        Raises:
-            PrivacyError: As `train_step`.
-        """
-        inner = self.inner_optimizer
-        with keras_private.applied_as_they_are(inner):
-            logs, self._engine = replicated_train_step(
-                self._parts(inner.apply), model, replicas, shares
-            )
-        return logs
-
-    def _parts(self, apply: Callable[[list[Any], list[Any]], None]) -> Parts:
-        if self.noise_multiplier is None:
-            raise PrivacyError(_NOT_CALIBRATED)
-        return Parts(
-            self._mechanism,
-            self._meter,
-            self._settings.options,
-            make_ready=self._session.make_ready,
-            apply=apply,
-            warn_once=self._session.warn_once,
-            note_unseen=self._session.notes.add_unseen,
-        )
 
     # -- loops of one's own ----------------------------------------------------------------
 

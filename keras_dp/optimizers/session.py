@@ -14,11 +14,18 @@ import numpy as np
 from .. import keras_private, lineage, statements
 from ..clipping import AdaptiveClipping
 from ..errors import PrivacyError, PrivacyWarning
+from ..gradients import EngineOptions
 from ..ledger import PrivacyLedger
 from ..sampling import UNKNOWN, Sampling
-from ..training import Gate, Mechanism, Meter, Phase, Secret, Watcher, require_alone
+from ..training import Gate, Mechanism, Meter, Parts, Phase, Secret, Watcher, require_alone
 
 __all__ = ["Notes", "Session"]
+
+_NOT_CALIBRATED = (
+    "The noise is not calibrated yet: with target_epsilon, sigma follows from the number of "
+    "examples, batch size and epochs, which only `fit` knows. Call `fit`, or give "
+    "noise_multiplier instead of target_epsilon."
+)
 
 
 @dataclasses.dataclass
@@ -60,10 +67,18 @@ class Session:
         optimizer: The optimizer around the inner one.
         mechanism: Its mechanism.
         meter: Its meter.
+        options: How per-example gradients are computed.
+
+    Attributes:
+        engine: The engine that computed the last step's gradients, if there was one.
     """
 
     def __init__(
-        self, optimizer: keras.optimizers.Optimizer, mechanism: Mechanism, meter: Meter
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        mechanism: Mechanism,
+        meter: Meter,
+        options: EngineOptions,
     ) -> None:
         self.gate = Gate()
         self.notes = Notes()
@@ -71,11 +86,36 @@ class Session:
         self._optimizer = optimizer
         self._mechanism = mechanism
         self._meter = meter
+        self._options = options
+        self.engine: str | None = None
         self._warned: set[str] = set()
         self._endings: list[Callable[[], None]] = []
         self._model: weakref.ref[keras.Model] | None = None
         self._trained: list[Any] | None = None  # the weights of the step, once it has run
         lineage.drive(optimizer.inner_optimizer)
+
+    @property
+    def parts(self) -> Parts:
+        """What a private step is made of.
+
+        Raises:
+            PrivacyError: If the noise is not calibrated yet.
+        """
+        if self._meter.noise_multiplier is None:
+            raise PrivacyError(_NOT_CALIBRATED)
+        return Parts(
+            self._mechanism,
+            self._meter,
+            self._options,
+            make_ready=self.make_ready,
+            apply=self._optimizer.inner_optimizer.apply,
+            warn_once=self.warn_once,
+            note_unseen=self.notes.add_unseen,
+        )
+
+    def used(self, engine: str | None) -> None:
+        """Takes note of the engine that computed the last step's gradients."""
+        self.engine = engine
 
     @property
     def model(self) -> keras.Model | None:

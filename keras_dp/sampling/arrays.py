@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -114,3 +115,22 @@ def split_for_validation(
         return tree.map_structure(lambda t: None if t is None else t[start:end], arrays)
 
     return rows(0, at), rows(at, n)
+
+
+_ROWS = 4096  # of which a digest is made at a time
+
+
+def digest_of(leaves: list[Any]) -> str:
+    """A digest of arrays in memory, by which other data, or another order, is seen."""
+    found = hashlib.blake2b()
+    for leaf in leaves:
+        if isinstance(leaf, np.ndarray):
+            found.update(repr((leaf.shape, leaf.dtype)).encode())
+            for start in range(0, len(leaf), _ROWS):
+                rows = leaf[start : start + _ROWS]
+                found.update(repr(rows.tolist()).encode() if rows.dtype.hasobject else _bytes(rows))
+    return found.hexdigest()
+
+
+def _bytes(rows: np.ndarray) -> Any:
+    return np.ascontiguousarray(rows).view(np.uint8).data if rows.size else b""

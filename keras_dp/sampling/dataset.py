@@ -11,7 +11,7 @@ import numpy as np
 from keras import tree
 
 from .. import arguments, backend
-from .arrays import common_length
+from .arrays import common_length, digest_of
 from .draws import Draws
 from .reading import Reader, RowError, Spec
 from .sources import Examples, Rows, as_rows
@@ -212,6 +212,12 @@ class Dataset(keras.utils.PyDataset):
         secure = self.secure_mode or (secure_mode and self.seed is None)
         object.__setattr__(own, "secure_mode", secure)
         return own
+
+    @property
+    def digest(self) -> str:
+        """By which other arrays in memory, other people, or another order of them is seen."""
+        whose = [] if self.users is None else self.users.layout
+        return digest_of([*tree.flatten(self._parts), *whose])
 
     def divided_among(self, count: int, mine: range, secret: bytes | None = None) -> Any:
         """Returns a copy that feeds some of several replicas their shares of every draw.

@@ -83,6 +83,11 @@ class Users:
         """How many people there are."""
         return len(self.counts)
 
+    @property
+    def layout(self) -> list[np.ndarray]:
+        """Whose each row is, as numbers."""
+        return [self._order, self.counts]
+
     def rows_of(
         self, people: np.ndarray, random: np.random.Generator | None
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from .meter import Budget, Meter, Phase
 from .replicated import replicated_train_step
 from .schedules import Schedule, checked
 from .step import Parts, private_train_step
-from .workers import Secret, lost_worker, require_agreement, sample_of, take_over
+from .workers import Secret, lost_worker, require_agreement, take_over
 
 __all__ = [
     "Budget",
@@ -29,7 +29,6 @@ __all__ = [
     "replicated_train_step",
     "require_agreement",
     "require_alone",
-    "sample_of",
     "take_over",
     "training_alone",
 ]

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,18 +68,8 @@ def require_agreement(replicas: backend.Replicas, facts: Mapping[str, Any]) -> N
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()
-
-
-def sample_of(leaves: list[Any], rows: int = 64) -> str:
-    """A digest of some rows of arrays in memory, by which other data or another order is seen."""
-    found = hashlib.sha256()
-    for leaf in leaves:
-        if isinstance(leaf, np.ndarray):
-            chosen = leaf[np.linspace(0, len(leaf) - 1, min(rows, len(leaf)), dtype=int)]
-            text = repr(chosen.tolist()) if chosen.dtype.kind == "O" else None
-            found.update(chosen.tobytes() if text is None else text.encode())
-    return found.hexdigest()
+    shown = re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # a function has another place in each
+    return hashlib.sha256(shown.encode()).hexdigest()
 
 
 def take_over(replicas: backend.Replicas, variables: list[keras.Variable]) -> None:

@@ -180,9 +180,8 @@ class Replicas:
 
 def _workers_of(strategy: Any) -> tuple[int, int]:
     """How many processes a strategy has, and the number of this one; the chief's is 0."""
-    resolver: Any = getattr(strategy, "cluster_resolver", None)
-    jobs = {} if resolver is None else resolver.cluster_spec().as_dict()
-    if not jobs:
+    resolver = getattr(strategy, "cluster_resolver", None)
+    if resolver is None or not (jobs := resolver.cluster_spec().as_dict()):
         return 1, 0
     tasks = [(job, k) for job in ("chief", "worker") for k in range(len(jobs.get(job, [])))]
     return len(tasks), tasks.index((resolver.task_type, resolver.task_id))
@@ -193,7 +192,7 @@ def _number() -> Any:
 
 
 def replicas_of(model: Any) -> Replicas | None:
-    """The replicas that a model trains on; `None` for a single one.
+    """The replicas that a model trains on; `None` without a strategy that makes any.
 
     Raises:
         PrivacyError: For a strategy on which private training isn't known to be right.
@@ -203,9 +202,9 @@ def replicas_of(model: Any) -> Replicas | None:
         return None
     strategy = own or tf.distribute.get_strategy()
     if isinstance(strategy, (*_STRATEGIES, *_ONE_DEVICE)):
-        if strategy.num_replicas_in_sync == 1:
+        if isinstance(strategy, _ONE_DEVICE):
             return None
-        if own is not None:
+        if own is not None:  # also of one replica, which is a thread of its own there
             return Replicas(strategy)
         raise PrivacyError(
             f"The model '{model.name}' was made outside of the distribution strategy in whose "
