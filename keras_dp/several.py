@@ -42,6 +42,14 @@ def require_possible(
             "tf.distribute.MirroredStrategy."
         )
     if replicas is None:
+        for one in (optimizer, optimizer.inner_optimizer):
+            if keras_private.made_in_scope_of(one).num_replicas_in_sync > 1:
+                raise ValueError(
+                    f"The optimizer ({type(one).__name__}) was made in the scope of a distribution "
+                    f"strategy with several replicas, and the model '{model.name}' was not, so "
+                    "that it has no weights on them. Make it in the same scope: "
+                    "with strategy.scope(): ..."
+                )
         return
     for one in (optimizer, optimizer.inner_optimizer):
         if not replicas.is_of(keras_private.made_in_scope_of(one)):
@@ -186,7 +194,8 @@ class Together:
                 np.__version__,
             ),
             "the sampling": (dataset.sampling, dataset.num_batches),
-            "the data": sample_of([leaf for leaf in tree.flatten(dataset._parts)]),
+            "the data": sample_of([t for t in tree.flatten(dataset._parts) if t is not None]),
+            "whose the rows are": None if dataset.users is None else sample_of(dataset.users.parts),
             "the optimizer": self._optimizer.get_config(),
             "the model": [(v.path, tuple(v.shape), v.dtype) for v in model.variables],
             "the epochs": (given.get("epochs", 1), given.get("initial_epoch", 0)),

@@ -311,6 +311,12 @@ class DPOptimizer(Described, OptimizerWrapper):
         Raises:
             PrivacyError: As `train_step`.
         """
+        if not self._session.gate.inside:  # where the shares are those of one draw
+            raise PrivacyError(
+                "replicated_train_step was called by itself, so that nobody knows whether an "
+                "example is in the shares of several replicas. Call model.fit, which divides one "
+                "draw among them."
+            )
         inner = self.inner_optimizer
         with keras_private.applied_as_they_are(inner):
             logs, self._engine = replicated_train_step(

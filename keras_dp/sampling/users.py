@@ -83,6 +83,11 @@ class Users:
         """How many people there are."""
         return len(self.counts)
 
+    @property
+    def parts(self) -> list[np.ndarray]:
+        """How many rows each person has, and which: those of one after those of another."""
+        return [self.counts, self._order]
+
     def rows_of(
         self, people: np.ndarray, random: np.random.Generator | None
     ) -> tuple[np.ndarray, np.ndarray]:

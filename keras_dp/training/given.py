@@ -205,7 +205,8 @@ def as_models(models: Any) -> list[Any]:
                 f"Received: {one!r}"
             )
         require_trainable_privately(one)
-        if isinstance(one, keras.Model) and backend.replicas_of(one) is not None:
+        replicas = backend.replicas_of(one) if isinstance(one, keras.Model) else None
+        if replicas is not None and replicas.count > 1:
             raise PrivacyError(
                 f"The model '{one.name}' was made under a distribution strategy with several "
                 "replicas, each of which would count a step and add noise of its own in a loop. "

@@ -15,6 +15,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import tree
 
 from .. import backend
 from ..errors import PrivacyError
@@ -70,15 +71,40 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def sample_of(leaves: list[Any], rows: int = 64) -> str:
-    """A digest of some rows of arrays in memory, by which other data or another order is seen."""
+def sample_of(leaves: list[Any], rows: int = 64, read: int = 8) -> str:
+    """A digest of some rows, by which other data or another order is seen.
+
+    Args:
+        leaves: Arrays in memory, or sources with rows by index.
+        rows: How many rows of an array.
+        read: How many of a source, three times: what isn't the same each time (augmented at
+            random) tells nothing.
+    """
     found = hashlib.sha256()
     for leaf in leaves:
+        few = rows if isinstance(leaf, np.ndarray) else read
+        chosen = np.linspace(0, len(leaf) - 1, min(few, len(leaf)), dtype=int)
         if isinstance(leaf, np.ndarray):
-            chosen = leaf[np.linspace(0, len(leaf) - 1, min(rows, len(leaf)), dtype=int)]
-            text = repr(chosen.tolist()) if chosen.dtype.kind == "O" else None
-            found.update(chosen.tobytes() if text is None else text.encode())
+            columns = [_bytes_of(leaf[chosen])]
+        else:
+            columns = [same[0] for same in _read_thrice(leaf, chosen) if len(set(same)) == 1]
+        for column in columns:
+            found.update(column)
     return found.hexdigest()
+
+
+def _read_thrice(source: Any, chosen: np.ndarray) -> list[tuple[bytes, ...]]:
+    """Each column of some rows, as it was read three times."""
+    try:
+        reads = [[_bytes_of(c) for c in tree.flatten(source.take(chosen))] for _ in range(3)]
+    except Exception:  # what can't be read ends the training, in words that hold no data
+        return []
+    return list(zip(*reads, strict=True))
+
+
+def _bytes_of(column: np.ndarray) -> bytes:
+    column = np.asarray(column)
+    return repr(column.tolist()).encode() if column.dtype.kind == "O" else column.tobytes()
 
 
 def take_over(replicas: backend.Replicas, variables: list[keras.Variable]) -> None:

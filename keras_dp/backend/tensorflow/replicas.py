@@ -202,10 +202,10 @@ def replicas_of(model: Any) -> Replicas | None:
     if own is None and not tf.distribute.has_strategy():
         return None
     strategy = own or tf.distribute.get_strategy()
-    if isinstance(strategy, (*_STRATEGIES, *_ONE_DEVICE)):
-        if strategy.num_replicas_in_sync == 1:
-            return None
-        if own is not None:
+    if isinstance(strategy, _ONE_DEVICE):
+        return None
+    if isinstance(strategy, _STRATEGIES):
+        if own is not None:  # also of one replica, which runs in a thread of its own
             return Replicas(strategy)
         raise PrivacyError(
             f"The model '{model.name}' was made outside of the distribution strategy in whose "
