@@ -94,6 +94,7 @@ class NoiseSource:
         """Independent noise of standard deviation `stddev` for each shape."""
         wanted = [(tuple(map(int, s)), standardize_dtype(d)) for s, d in shapes_and_dtypes]
         many = sum(math.prod(shape) for shape, _ in wanted) >= _MANY
+        many = many and all(dtype in ("float32", "float64") for _, dtype in wanted)
         if self.seed is None and not self._shared and many and runs_python():
             like = [KerasTensor(shape, dtype) for shape, dtype in wanted]
             stddev = ops.convert_to_tensor(stddev, "float64")

@@ -56,6 +56,14 @@ def require_possible(
             "tf.distribute.MirroredStrategy."
         )
     if replicas is None:
+        for one in (optimizer, optimizer.inner_optimizer):
+            if keras_private.made_in_scope_of(one).num_replicas_in_sync > 1:
+                raise ValueError(
+                    f"The optimizer ({type(one).__name__}) was made in the scope of a distribution "
+                    f"strategy with several replicas, and the model '{model.name}' was not, so "
+                    "that it has no weights on them. Make it in the same scope: "
+                    "with strategy.scope(): ..."
+                )
         return
     for one in (optimizer, optimizer.inner_optimizer):
         if not replicas.is_of(keras_private.made_in_scope_of(one)):
@@ -172,8 +180,14 @@ def step(
         The model's metrics by name.
 
     Raises:
-        PrivacyError: As `DPOptimizer.train_step`.
+        PrivacyError: As `DPOptimizer.train_step`, and outside of `fit`.
     """
+    if not optimizer.session.gate.inside:  # where the shares are those of one draw
+        raise PrivacyError(
+            "The step of several replicas was called by itself, so that nobody knows whether an "
+            "example is in the shares of several of them. Call model.fit, which divides one draw "
+            "among them."
+        )
     with keras_private.applied_as_they_are(optimizer.inner_optimizer):
         parts = optimizer.session.parts
         logs, engine = replicated_train_step(parts, model, replicas, shares)

@@ -319,6 +319,7 @@ class Session:
             self._endings.pop()()
         self.follow_weights()
         self.unwatch()
+        self._mechanism.noise.refresh()  # no key that other processes have outlives its fit
         self._meter.end(iteration=self._iteration)
 
     def begin_train_on_batch(self, name: str = "train_on_batch") -> None:

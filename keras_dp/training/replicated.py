@@ -50,6 +50,11 @@ def replicated_train_step(
     Returns:
         The model's metrics by name, over all examples; and the engine that was used.
     """
+    if backend.current_graph() is None:
+        raise ValueError(
+            "tf.config.run_functions_eagerly(True) doesn't work on several replicas. Leave it "
+            "out, or debug on one device."
+        )
     backend.keep_until_owner_goes(backend.current_graph())
     mechanism, meter = parts.mechanism, parts.meter
     like, present = batch_of(replicas.first(shares))

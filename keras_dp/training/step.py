@@ -86,7 +86,7 @@ def private_train_step(
         backend.per_example_seeds, example_loss.seed_states, views=parts.options.views
     )
     found, shown, engine = clipped_sums(parts, example_loss, batch, present, seeds_of)
-    if model.run_eagerly:
+    if backend.current_graph() is None:
         seen = _look_through_metrics(model, shown)
         _say_what_is_unseen(parts, model, traced=seen and engine.traced)
 
@@ -386,13 +386,14 @@ def _say_what_is_unseen(parts: Parts, model: keras.Model, *, traced: bool) -> No
         return
     shown = ", ".join(code[:5]) + (", ..." if len(code) > 5 else "")
     how = "" if traced else ", and can't be traced to be looked through"
+    mode = "run_eagerly=True" if model.run_eagerly else "a step that runs eagerly"
     text = (
-        f"With run_eagerly=True the Python code of {shown} saw the examples themselves, without "
+        f"With {mode} the Python code of {shown} saw the examples themselves, without "
         f"noise{how}. What it keeps or sends is not covered by any epsilon."
     )
     parts.note_unseen(text)
     parts.warn_once(
-        "eager", f"{text} Train without run_eagerly, which is meant for debugging on made-up data."
+        "eager", f"{text} Train without it, which is meant for debugging on made-up data."
     )
 
 

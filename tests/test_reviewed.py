@@ -1,0 +1,131 @@
+"""Faults that a review found, each shown by the least that shows it."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import keras_dp
+from keras_dp import PrivacyError, PrivacyWarning, several
+from keras_dp.noise import NoiseSource
+from keras_dp.sampling import UNKNOWN
+from keras_dp.sampling.arrays import digest_of
+from keras_dp.sampling.sources import Examples
+from keras_dp.training import Secret
+
+X = np.random.default_rng(0).normal(size=(12, 3)).astype("float32")
+Y = X[:, :1].copy()
+
+
+def linear():
+    return keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+
+
+def optimizer(**arguments):
+    return keras_dp.DPSGD(0.1, **{"max_grad_norm": 1.0, "noise_multiplier": 1.0} | arguments)
+
+
+def on_devices(count):
+    return tf.distribute.MirroredStrategy(
+        [f"CPU:{k}" for k in range(count)],
+        cross_device_ops=tf.distribute.ReductionToOneDevice(),
+    )
+
+
+def test_rule_07_no_key_that_workers_share_outlives_its_fit():
+    """Else what they release in loops of their own afterwards has the same noise."""
+    secret = Secret(noise=b"n" * 24, draws=b"d" * 32, runs=b"r" * 16)
+    drawn = []
+    for _ in range(2):  # workers
+        source = optimizer()
+        source.session.begin_fit(UNKNOWN, 1, secret)
+        noise = source.session._mechanism.noise
+        drawn.append([np.asarray(noise.draw([((8,), "float32")], 1.0)[0])])
+        source.session.end_fit()
+        drawn[-1].append(np.asarray(noise.draw([((8,), "float32")], 1.0)[0]))
+    (first, after), (second, later) = drawn
+    np.testing.assert_array_equal(first, second)  # in the fit: once, the same in each
+    assert not np.array_equal(after, later)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_much_noise_in_half_precision_is_finite(dtype):
+    (noise,) = NoiseSource().draw([((20_000,), dtype)], 1.0)
+    noise = np.asarray(noise).astype("float64")
+    assert np.isfinite(noise).all()
+    assert abs(noise.std() - 1) < 0.03  # six deviations
+
+
+def test_rule_03_the_step_of_replicas_is_taken_by_fit_alone():
+    """By itself it would count once what gives both replicas the same examples."""
+    model = linear()
+    model.compile(optimizer(), loss="mse")
+    with pytest.raises(PrivacyError, match=r"Call model\.fit"):
+        several.step(model.optimizer, model, None, (X, Y))
+
+
+def test_a_mirrored_strategy_of_one_device_trains():
+    with on_devices(1).scope():
+        model = linear()
+        model.compile(optimizer(), loss="mse")
+    before = model.get_weights()[0]
+    model.fit(X, Y, batch_size=4, verbose=0)
+    assert model.optimizer.ledger.steps == 3
+    assert np.abs(model.get_weights()[0] - before).max() > 0
+
+
+def test_an_optimizer_of_replicas_is_refused_for_a_model_of_one_device():
+    with on_devices(2).scope():
+        inside = optimizer()
+    with pytest.raises(ValueError, match="and the model 'alone' was not"):
+        keras.Sequential([keras.Input((3,)), layers.Dense(1)], name="alone").compile(inside, "mse")
+
+
+class Augmented:
+    """A map-style data set that adds noise to what it reads."""
+
+    def __init__(self, x, y, augment=False):
+        self.x, self.y, self.augment = x, y, augment
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        noise = np.random.default_rng().normal() if self.augment else 0.0
+        return self.x[index] + noise, self.y[index]
+
+
+def test_workers_compare_sources_that_are_no_arrays_too():
+    """In another order an example would be in the shares of two workers."""
+
+    def digest(x, y, augment=False):
+        return digest_of([Examples(Augmented(x, y, augment))])
+
+    assert digest(X, Y) == digest(X.copy(), Y)
+    assert digest(X, Y) != digest(X[::-1], Y[::-1])
+    assert digest(X, Y, augment=True) == digest(X, Y, augment=True)
+    assert digest(X, Y, augment=True) != digest(X[::-1], Y[::-1], augment=True)
+
+
+def test_rule_18_it_is_said_whose_python_sees_examples_when_functions_run_eagerly():
+    seen = []
+
+    def keeping(y_true, y_pred):
+        seen.append(y_true)
+        return y_pred[:, 0]
+
+    model = linear()
+    model.compile(optimizer(), loss="mse", metrics=[keeping])
+    tf.config.run_functions_eagerly(True)
+    try:
+        with (
+            pytest.warns(PrivacyWarning, match="train_on_batch can't know"),
+            pytest.warns(PrivacyWarning, match="saw the examples themselves, without"),
+        ):
+            model.train_on_batch(X, Y)
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert any(not isinstance(t, keras.KerasTensor) and hasattr(t, "numpy") for t in seen)
+    report = str(keras_dp.privacy_report(model, delta=1e-3))
+    assert "keeping" in report
