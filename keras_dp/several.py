@@ -248,8 +248,14 @@ class Together:
         require_agreement(self._replicas, facts)
         vars(model)["test_step"] = functools.partial(_test_step, model, self._replicas)
         if not self._replicas.leads:
-            kept = tree.flatten(given.get("callbacks") or [])
-            given["callbacks"] = [c for c in kept if not isinstance(c, _WRITERS)]
+            found = given.get("callbacks") or []
+            whole = found if isinstance(found, keras.callbacks.CallbackList) else None
+            kept = tree.flatten(found if whole is None else whole.callbacks)
+            kept = [c for c in kept if not isinstance(c, _WRITERS)]
+            if whole is None:
+                given["callbacks"] = kept
+            else:
+                whole.callbacks = kept
 
     def begin(self) -> None:
         """Has all go on from where the chief is: its weights, its ledger, its epoch."""
@@ -262,7 +268,7 @@ class Together:
         chief = json.loads(replicas.from_chief(json.dumps(here).encode()))
         book = optimizer.meter.book
         book.settle()
-        optimizer.absorb(PrivacyLedger.from_json(chief["ledger"]))
+        optimizer.session.absorb(PrivacyLedger.from_json(chief["ledger"]))
         keras_private.resume_at(model, chief["epoch"])
         take_over(replicas, [*model.variables, *optimizer.variables])
         book.resume()  # what the chief's ledger knows explains the chief's count of updates
