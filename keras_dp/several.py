@@ -262,7 +262,7 @@ class Together:
         chief = json.loads(replicas.from_chief(json.dumps(here).encode()))
         book = optimizer.meter.book
         book.settle()
-        optimizer.absorb(PrivacyLedger.from_json(chief["ledger"]))
+        optimizer.session.absorb(PrivacyLedger.from_json(chief["ledger"]))
         keras_private.resume_at(model, chief["epoch"])
         take_over(replicas, [*model.variables, *optimizer.variables])
         book.resume()  # what the chief's ledger knows explains the chief's count of updates
