@@ -13,6 +13,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -179,6 +180,7 @@ class _TrainFunction:
 
     def __init__(self, function: Callable[[Any], Any], optimizer: DPOptimizer) -> None:
         self._function = function
+        self._is_prepared = False
         self.optimizer = optimizer
         self.batch_capacity: int | None = None  # that its step was traced for
 
@@ -188,8 +190,17 @@ class _TrainFunction:
             backend.graphs_of([self]),
             backend.assertions_without_values(),
             backend.prepared_quickly(),
+            said_if_slow(
+                "Preparing private training: tracing the model, and trying its gradients on "
+                "made-up examples",
+                silent=self._is_prepared,
+                file=sys.stderr,
+                patience=2.0,
+            ),
         ):
-            return self._function(iterator)
+            logs = self._function(iterator)
+        self._is_prepared = True
+        return logs
 
 
 def _make_train_function(model: keras.Model, force: bool = False) -> Any:
