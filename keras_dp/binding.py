@@ -170,6 +170,9 @@ def _unbind(model: keras.Model) -> None:
         vars(model).pop(name, None)
 
 
+_PATIENCE = 2.0  # seconds, until it is said what the first step takes them for
+
+
 class _TrainFunction:
     """Keras' train function around the private step, behind the optimizer's gate.
 
@@ -195,7 +198,7 @@ class _TrainFunction:
                 "made-up examples",
                 silent=self._is_prepared,
                 file=sys.stderr,
-                patience=2.0,
+                patience=_PATIENCE,
             ),
         ):
             logs = self._function(iterator)

@@ -16,7 +16,7 @@ from .. import arithmetic, backend, keras_private
 from ..errors import PrivacyError, first_line
 from .example import ExampleLoss
 from .forms import Instantiated, PerExample
-from .made_up import within_vocabulary
+from .made_up import made_up_gradient, within_vocabulary
 from .mapped import map_examples
 from .rules import NoRule, Unit, alone, keeps_apart, overridden, rule_for, vectorized
 
@@ -271,7 +271,7 @@ class Capture:
             if penalties is not None:
                 self.penalties.append(penalties)
                 if self._made_up and not keras_private.has_seeds(layer):
-                    self._compare_losses(unit, penalties, args, kwargs)
+                    self._compare_losses(unit, mapped, args, kwargs)
             return outputs, gradients
         rule = rule_for(layer)
         if rule is not None and id(layer) not in self._plan.units:
@@ -407,14 +407,31 @@ class Capture:
         trained = tuple((v.path.rpartition("/")[2], tuple(v.shape), v.dtype) for v in variables)
         return (type(layer), settings, how, given, trained)
 
-    def _compare_losses(self, unit: Unit, penalties: Any, args: Any, kwargs: Any) -> None:
-        """Takes note of a layer that adds another loss for a batch than for its examples."""
-        with keras.StatelessScope(collect_losses=True) as scope:
-            scope.state_mapping.update(unit.scope.state_mapping)
-            unit.call(*args, **kwargs)
-        together = float(sum(ops.sum(loss) for loss in scope.losses))
-        alone = np.asarray(ops.convert_to_numpy(penalties), "f8")
-        if not any(np.isclose(together, total, rtol=1e-2) for total in (alone.mean(), alone.sum())):
+    def _compare_losses(self, unit: Unit, mapped: tuple[bool, ...], args: Any, kwargs: Any) -> None:
+        """Takes note of a layer that adds another loss for a batch than for its examples.
+
+        It is given other inputs, far apart: alike ones have a loss of their mean, too.
+        """
+        flat = tree.flatten((args, kwargs))
+
+        def added(rows: slice) -> float:
+            given = [
+                t[rows] if m and t.shape[0] == self._rows else t
+                for t, m in zip(made_up, mapped, strict=True)
+            ]
+            args_, kwargs_ = tree.pack_sequence_as((args, kwargs), given)
+            with keras.StatelessScope(collect_losses=True) as scope:
+                scope.state_mapping.update(unit.scope.state_mapping)
+                unit.call(*args_, **kwargs_)
+            return float(sum(ops.sum(ops.cast(loss, "float32")) for loss in scope.losses))
+
+        made_up = [
+            3 * made_up_gradient(t, k) if m and arithmetic.is_float(t) else t
+            for k, (t, m) in enumerate(zip(flat, mapped, strict=True))
+        ]
+        together = added(slice(None))
+        alone = [added(slice(k, k + 1)) for k in range(self._rows)]
+        if not any(np.isclose(together, f(alone), rtol=1e-2) for f in (np.mean, np.sum)):
             self._plan.of_batches[id(unit.layer)] = named(unit.layer)
 
     # -- random numbers -------------------------------------------------------------------------
