@@ -313,7 +313,8 @@ def build_from_batch(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> 
 
 def _known_outputs(model: keras.Model) -> Any:
     """What a model returns, where that is known without running it; else `None`."""
-    graph = getattr(model, "_functional", None) if type(model) is keras.Sequential else model
+    sequential = type(model) is keras.Sequential
+    graph: Any = getattr(model, "_functional", None) if sequential else model
     if type(graph) is not Functional or not all(x.built for x in all_layers(model)):
         return None
     if any(None in t.shape[1:] for t in graph.outputs):
