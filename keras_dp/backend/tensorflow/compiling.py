@@ -89,13 +89,8 @@ def prepared_quickly() -> Iterator[None]:
     TensorFlow prepares a function anew for other options.
     """
     options = context.context().function_call_options
-    config = config_pb2.ConfigProto.FromString(options.config_proto_serialized)
-    rewriting = config.graph_options.rewrite_options
-    rewriting.disable_tfg_optimizer = True
-    if rewriting.memory_optimization == rewriting.DEFAULT_MEM_OPT and not has_gpu():
-        rewriting.memory_optimization = rewriting.NO_MEM_OPT
-    context.context().function_call_options = context.FunctionCallOptions(
-        executor_type=options.executor_type, config_proto=config
+    context.context().function_call_options = _quicker(
+        options.config_proto_serialized, options.executor_type
     )
     try:
         yield
@@ -103,9 +98,15 @@ def prepared_quickly() -> Iterator[None]:
         context.context().function_call_options = options
 
 
-@functools.cache
-def has_gpu() -> bool:
-    return bool(tf.config.list_physical_devices("GPU"))
+@functools.lru_cache(8)
+def _quicker(serialized: bytes, executor_type: str) -> Any:
+    config = config_pb2.ConfigProto.FromString(serialized)
+    rewriting = config.graph_options.rewrite_options
+    rewriting.disable_tfg_optimizer = True
+    with_gpu = tf.config.list_physical_devices("GPU")
+    if rewriting.memory_optimization == rewriting.DEFAULT_MEM_OPT and not with_gpu:
+        rewriting.memory_optimization = rewriting.NO_MEM_OPT
+    return context.FunctionCallOptions(executor_type=executor_type, config_proto=config)
 
 
 class BrokenMatmul(RuntimeError):
