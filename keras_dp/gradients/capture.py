@@ -175,6 +175,7 @@ class Capture:
         self._containers: list[keras.Layer] = []
         self._settings: dict[int, Any] = {}
         self._inside: Unit | None = None
+        self._with_copies: set[int] = set()  # layers around a call that is given copies
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
@@ -243,6 +244,7 @@ class Capture:
         number = len(self.records)
         arguments = self._arguments_of(number, layer, args, kwargs)
         if arguments.shared:
+            self._with_copies.update(map(id, self._containers))
             args, kwargs = tree.map_structure(self._repeated, (args, kwargs))
             arguments = Arguments(tuple(ops.is_tensor(t) for t in tree.flatten((args, kwargs))))
         if self._local:
@@ -345,8 +347,11 @@ class Capture:
             unproved = isinstance(state, backend.Unknown | backend.Mixed)
             if unproved and keeps_apart(layer) and tensor.shape[:1] == (None,):
                 self._axis.declare(tensor, backend.Rows())
-            elif isinstance(state, backend.Mixed) and keras_private.is_keras_layer(layer):
-                self._hand_over(layer, state.why)  # it is known to mean each example by itself
+            elif isinstance(state, backend.Mixed) and (
+                keras_private.is_keras_layer(layer) or id(layer) in self._with_copies
+            ):
+                # It is known to mean each example by itself; or may mix copies that were made here.
+                self._hand_over(layer, state.why)
             elif isinstance(state, backend.Mixed):
                 self._fail(
                     PrivacyError(
@@ -429,8 +434,11 @@ class Capture:
             3 * made_up_gradient(t, k) if m and arithmetic.is_float(t) else t
             for k, (t, m) in enumerate(zip(flat, mapped, strict=True))
         ]
-        together = added(slice(None))
-        alone = [added(slice(k, k + 1)) for k in range(self._rows)]
+        try:
+            together = added(slice(None))
+            alone = [added(slice(k, k + 1)) for k in range(self._rows)]
+        except Exception:
+            return  # such inputs mean nothing to this layer
         if not any(np.isclose(together, f(alone), rtol=1e-2) for f in (np.mean, np.sum)):
             self._plan.of_batches[id(unit.layer)] = named(unit.layer)
 

@@ -68,7 +68,8 @@ def require_loss_apart(model: keras.Model, batch: Batch) -> None:
         return
     functions = keras_private.loss_functions_of(loss)
     known = [one for one in functions if one.function in (*_OF_NUMBERS, *_OF_ROWS)]
-    if known and any(t.dtype == "string" for t in tree.flatten(batch.y)):
+    targets = [t for t in tree.flatten(batch.y) if t is not None]
+    if known and any(t.dtype == "string" for t in targets):
         raise ValueError(
             "The targets `y` hold strings, and the loss needs numbers. Encode them before "
             "training, for instance by keras.layers.StringLookup(vocabulary=..., "

@@ -11,6 +11,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.core.protobuf import config_pb2
 from tensorflow.python.eager import context
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext as in_xla_context
 
 from .operations import all_operations, concrete_of, graphs_of, require_nothing_kept
 from .types import EngineResult, Tensor
@@ -28,8 +29,9 @@ _tracing = threading.local()  # `for_xla`: whether what is being traced is for X
 
 
 def is_for_xla() -> bool:
-    """Whether what is being traced is for XLA."""
-    return getattr(_tracing, "for_xla", False)
+    """Whether what is being traced is for XLA: an engine, or a `tf.function` around it all."""
+    graph = tf.compat.v1.get_default_graph()
+    return getattr(_tracing, "for_xla", False) or in_xla_context(graph)
 
 
 def compiled_candidate(
