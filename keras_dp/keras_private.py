@@ -16,6 +16,7 @@ from typing import Any
 import keras
 from keras import tree
 from keras.src.backend import compute_output_spec
+from keras.src.backend import core as backend_core
 from keras.src.backend.common import global_state
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.losses import loss as loss_module
@@ -44,8 +45,10 @@ __all__ = [
     "drawing_as_here",
     "innermost",
     "is_keras_layer",
+    "layers_with_lora",
     "layers_with_losses",
     "logits_of",
+    "lora_matched_nothing",
     "loss_functions_of",
     "loss_of",
     "loss_tracker_of",
@@ -160,22 +163,44 @@ def owners_of(model: keras.Model, variables: list[Any]) -> dict[int, keras.Layer
 
 @contextlib.contextmanager
 def without_rematerialization(model: keras.Model) -> Iterator[None]:
-    """Runs layers made in a `RematScope` as ordinary ones for a while."""
-    layers = [x for x in all_layers(model) if getattr(x, "_remat_mode", None) is not None]
-    modes = [vars(layer)["_remat_mode"] for layer in layers]
-    for layer in layers:
-        vars(layer)["_remat_mode"] = None
+    """Computes nothing anew for gradients for a while: weights would get none.
+
+    That is layers made in a `RematScope`; and functions given to `keras.remat`, while the model
+    runs or before, if a layer keeps them in an attribute.
+    """
+    changes: list[tuple[Any, str, Any]] = [(backend_core, "remat", lambda function: function)]
+    for layer in all_layers(model):
+        if getattr(layer, "_remat_mode", None) is not None:
+            changes.append((layer, "_remat_mode", None))
+        for name, value in vars(layer).items():
+            kind = getattr(getattr(value, "_tf_decorator", None), "decorator_name", None)
+            if kind == "recompute_grad":
+                changes.append((layer, name, value.__wrapped__))
+    before = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        vars(owner)[name] = value
     try:
         yield
     finally:
-        for layer, mode in zip(layers, modes, strict=True):
-            vars(layer)["_remat_mode"] = mode
+        for owner, name, value in before:
+            vars(owner)[name] = value
 
 
 def layers_with_losses(model: keras.Model, scope: Any) -> list[keras.Layer]:
     """The layers that added the losses which a stateless scope collected."""
     found = {id(loss) for loss in scope.losses}
     return [layer for layer in all_layers(model) if not found.isdisjoint(layer._loss_ids)]
+
+
+def lora_matched_nothing(layer: keras.Layer) -> bool:
+    """Whether a backbone of KerasHub was asked for LoRA, and found no layer for it."""
+    asked = getattr(layer, "_lora_rank", None) is not None
+    return asked and getattr(layer, "_lora_enabled_layers", None) == []
+
+
+def layers_with_lora(model: keras.Layer) -> list[keras.Layer]:
+    """The layers in a model that LoRA can be enabled for."""
+    return [x for x in all_layers(model)[1:] if hasattr(x, "enable_lora")]
 
 
 def surroundings() -> Callable[[], contextlib.AbstractContextManager[None]]:
@@ -325,7 +350,8 @@ def build_from_batch(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> 
 
 def _known_outputs(model: keras.Model) -> Any:
     """What a model returns, where that is known without running it; else `None`."""
-    graph: Any = getattr(model, "_functional", None) if type(model) is keras.Sequential else model
+    sequential = type(model) is keras.Sequential
+    graph: Any = getattr(model, "_functional", None) if sequential else model
     if type(graph) is not Functional or not all(x.built for x in all_layers(model)):
         return None
     if any(None in t.shape[1:] for t in graph.outputs):
