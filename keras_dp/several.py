@@ -214,7 +214,7 @@ class Together:
         model: Any = optimizer.session.model
         here = {"ledger": optimizer.ledger.to_json(), "epoch": keras_private.resumed_epoch(model)}
         chief = json.loads(replicas.from_chief(json.dumps(here).encode()))
-        optimizer.absorb(PrivacyLedger.from_json(chief["ledger"]))
+        optimizer.session.absorb(PrivacyLedger.from_json(chief["ledger"]))
         keras_private.resume_at(model, chief["epoch"])
         take_over(replicas, [*model.variables, *optimizer.variables])
         strategy = optimizer.clipping_strategy
