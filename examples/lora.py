@@ -69,10 +69,10 @@ def word_loss():
     )
 
 
-def build_model(vocabulary_size=VOCABULARY, length=LENGTH, width=64):
+def build_model(vocabulary_size=VOCABULARY, length=LENGTH, width=64, num_layers=2):
     backbone = keras_hub.models.GPT2Backbone(
         vocabulary_size=vocabulary_size,
-        num_layers=2,
+        num_layers=num_layers,
         num_heads=4,
         hidden_dim=width,
         intermediate_dim=2 * width,
@@ -85,6 +85,7 @@ def build_model(vocabulary_size=VOCABULARY, length=LENGTH, width=64):
 def train(model, optimizer, tokens, batch_size, epochs):
     model.compile(optimizer, word_loss())
     x, y, weights = examples(tokens)
+    batch_size = min(batch_size, len(tokens))
     model.fit(x, y, sample_weight=weights, batch_size=batch_size, epochs=epochs, verbose=0)
 
 

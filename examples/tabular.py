@@ -129,7 +129,7 @@ def scores(model, table):
     return roc_auc_score(labels, said), balanced_accuracy_score(labels, said > 0.5)
 
 
-def choose(public, num_private, epochs):
+def choose(public, num_private, epochs, candidates):
     """The best settings on public data, made as large as the private data by repetition.
 
     Then the same epsilon means the same noise. Nothing is promised to public people.
@@ -138,17 +138,19 @@ def choose(public, num_private, epochs):
     index = np.resize(np.arange(len(train_table[1])), num_private)
     results = []
     print("learning rate  hidden units   public AUC")
-    for learning_rate, hidden_units in CANDIDATES:
+    for learning_rate, hidden_units in candidates:
         model = train(rows(train_table, index), learning_rate, hidden_units, epochs)
         results.append(scores(model, test_table)[0])
         print(f"{learning_rate:13g} {hidden_units:13} {results[-1]:12.3f}", flush=True)
-    return CANDIDATES[int(np.argmax(results))]
+    return candidates[int(np.argmax(results))]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--epochs", type=int, default=20, help="passes over the data")
-    epochs = parser.parse_args().epochs
+    parser.add_argument("--candidates", type=int, default=4, help="settings to try, at most")
+    arguments = parser.parse_args()
+    epochs, candidates = arguments.epochs, CANDIDATES[: arguments.candidates]
 
     tables = load_data()
     for which, (_, labels) in tables.items():
@@ -156,7 +158,7 @@ def main():
     train_table, test_table = split(tables["private"])
 
     print(f"\nOn public data, with the noise of epsilon = {EPSILON:g}:")
-    settings = choose(tables["public"], len(train_table[1]), epochs)
+    settings = choose(tables["public"], len(train_table[1]), epochs, candidates)
     print(f"chosen: learning rate {settings[0]:g}, {settings[1]} hidden units\n")
 
     # How many answer yes, as the public survey has it: one in four.

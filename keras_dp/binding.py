@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -159,6 +160,9 @@ def _unbind(model: keras.Model) -> None:
         vars(model).pop(name, None)
 
 
+_PATIENCE = 2.0  # seconds, until it is said what the first step takes them for
+
+
 class _TrainFunction:
     """Keras' train function around the private step, behind the optimizer's gate.
 
@@ -169,6 +173,7 @@ class _TrainFunction:
 
     def __init__(self, function: Callable[[Any], Any], optimizer: DPOptimizer) -> None:
         self._function = function
+        self._is_prepared = False
         self.optimizer = optimizer
         self.batch_capacity: int | None = None  # that its step was traced for
 
@@ -178,8 +183,17 @@ class _TrainFunction:
             backend.graphs_of([self]),
             backend.assertions_without_values(),
             backend.prepared_quickly(),
+            said_if_slow(
+                "Preparing private training: tracing the model, and trying its gradients on "
+                "made-up examples",
+                silent=self._is_prepared,
+                file=sys.stderr,
+                patience=_PATIENCE,
+            ),
         ):
-            return self._function(iterator)
+            logs = self._function(iterator)
+        self._is_prepared = True
+        return logs
 
 
 def _make_train_function(model: keras.Model, force: bool = False) -> Any:

@@ -291,6 +291,8 @@ class _Copies:
                 layer, clone_function=self.of, call_function=_call_with_what_it_takes
             )
         layers = keras.layers
+        if type(layer) is layers.Lambda:
+            return _same_function(layer)
         if isinstance(layer, layers.SpectralNormalization) and layer.trainable:
             return self.of(layer.layer)
         if isinstance(layer, _classes("MixUp", "CutMix", "AugMix")):
@@ -403,6 +405,19 @@ class _Copies:
             pairs = zip(value, new if alike else [None] * len(value), strict=True)
             return [self._held(v, n) for v, n in pairs]
         return value
+
+
+def _same_function(layer: Any) -> keras.Layer:
+    """A Lambda around the same function: what a configuration says of one is code to be trusted."""
+    return keras.layers.Lambda(
+        layer.function,
+        output_shape=layer._output_shape,
+        mask=layer.mask,
+        arguments=layer.arguments,
+        name=layer.name,
+        trainable=layer.trainable,
+        dtype=layer.dtype_policy,
+    )
 
 
 def _call_with_what_it_takes(layer: Any, *args: Any, **kwargs: Any) -> Any:

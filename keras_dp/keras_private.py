@@ -16,13 +16,12 @@ from typing import Any
 import keras
 from keras import tree
 from keras.src.backend import compute_output_spec
+from keras.src.backend import core as backend_core
 from keras.src.backend.common import global_state
-from keras.src.legacy.saving import legacy_h5_format
 from keras.src.losses import loss as loss_module
 from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.models.functional import Functional
 from keras.src.random.seed_generator import global_seed_generator
-from keras.src.saving import saving_lib
 from keras.src.trainers.compile_utils import CompileLoss
 from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
 from keras.src.trainers.data_adapters.tf_dataset_adapter import make_class_weight_map_fn
@@ -44,8 +43,10 @@ __all__ = [
     "drawing_as_here",
     "innermost",
     "is_keras_layer",
+    "layers_with_lora",
     "layers_with_losses",
     "logits_of",
+    "lora_matched_nothing",
     "loss_functions_of",
     "loss_of",
     "loss_tracker_of",
@@ -69,15 +70,9 @@ __all__ = [
     "takes_training_argument",
     "trained_by",
     "updates_of",
-    "watch_files",
-    "watch_state_trees",
     "with_class_weight",
     "without_rematerialization",
 ]
-
-_IN_FILE = "_keras_dp"  # the group of a file that holds the ledger; Keras looks up its own alone
-_IN_H5 = "keras_dp_ledger"  # the same in the legacy format
-_OF_OPTIMIZER = "optimizer/vars"  # where an older keras_dp wrote it, in any model of the file
 
 
 def all_layers(model: keras.Model) -> list[keras.Layer]:
@@ -160,22 +155,44 @@ def owners_of(model: keras.Model, variables: list[Any]) -> dict[int, keras.Layer
 
 @contextlib.contextmanager
 def without_rematerialization(model: keras.Model) -> Iterator[None]:
-    """Runs layers made in a `RematScope` as ordinary ones for a while."""
-    layers = [x for x in all_layers(model) if getattr(x, "_remat_mode", None) is not None]
-    modes = [vars(layer)["_remat_mode"] for layer in layers]
-    for layer in layers:
-        vars(layer)["_remat_mode"] = None
+    """Computes nothing anew for gradients for a while: weights would get none.
+
+    That is layers made in a `RematScope`; and functions given to `keras.remat`, while the model
+    runs or before, if a layer keeps them in an attribute.
+    """
+    changes: list[tuple[Any, str, Any]] = [(backend_core, "remat", lambda function: function)]
+    for layer in all_layers(model):
+        if getattr(layer, "_remat_mode", None) is not None:
+            changes.append((layer, "_remat_mode", None))
+        for name, value in vars(layer).items():
+            kind = getattr(getattr(value, "_tf_decorator", None), "decorator_name", None)
+            if kind == "recompute_grad":
+                changes.append((layer, name, value.__wrapped__))
+    before = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        vars(owner)[name] = value
     try:
         yield
     finally:
-        for layer, mode in zip(layers, modes, strict=True):
-            vars(layer)["_remat_mode"] = mode
+        for owner, name, value in before:
+            vars(owner)[name] = value
 
 
 def layers_with_losses(model: keras.Model, scope: Any) -> list[keras.Layer]:
     """The layers that added the losses which a stateless scope collected."""
     found = {id(loss) for loss in scope.losses}
     return [layer for layer in all_layers(model) if not found.isdisjoint(layer._loss_ids)]
+
+
+def lora_matched_nothing(layer: keras.Layer) -> bool:
+    """Whether a backbone of KerasHub was asked for LoRA, and found no layer for it."""
+    asked = getattr(layer, "_lora_rank", None) is not None
+    return asked and getattr(layer, "_lora_enabled_layers", None) == []
+
+
+def layers_with_lora(model: keras.Layer) -> list[keras.Layer]:
+    """The layers in a model that LoRA can be enabled for."""
+    return [x for x in all_layers(model)[1:] if hasattr(x, "enable_lora")]
 
 
 def surroundings() -> Callable[[], contextlib.AbstractContextManager[None]]:
@@ -325,7 +342,8 @@ def build_from_batch(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> 
 
 def _known_outputs(model: keras.Model) -> Any:
     """What a model returns, where that is known without running it; else `None`."""
-    graph: Any = getattr(model, "_functional", None) if type(model) is keras.Sequential else model
+    sequential = type(model) is keras.Sequential
+    graph: Any = getattr(model, "_functional", None) if sequential else model
     if type(graph) is not Functional or not all(x.built for x in all_layers(model)):
         return None
     if any(None in t.shape[1:] for t in graph.outputs):
@@ -502,146 +520,8 @@ def trained_by(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     return optimizer._trainable_variables
 
 
-def watch_files(
-    text_of: Callable[[Any], Any],
-    loading: Callable[..., contextlib.AbstractContextManager[None]],
-) -> None:
-    """Has a text written into every file, and read from it. Does nothing the second time.
-
-    All that Keras saves and loads goes through these functions, whoever calls them:
-    `.keras`, `.weights.h5`, sharded weights, pickles, copies, backups; and `.h5`.
-
-    Args:
-        text_of: From what is saved to the bytes of a text, or to `None`.
-        loading: From what is loaded, the texts in the file and, of a legacy file of a
-            private model without one, its name, to what surrounds the loading.
-    """
-    if hasattr(saving_lib._save_state, "_keras_dp"):
-        return
-    save, load = saving_lib._save_state, saving_lib._load_state
-
-    @functools.wraps(save)
-    def save_state(
-        saved: Any, weights_store: Any, assets_store: Any, inner_path: str, *args: Any, **kw: Any
-    ) -> Any:
-        if not inner_path and weights_store is not None:
-            text = text_of(saved)
-            if text is not None:
-                weights_store.make(_IN_FILE)["ledger"] = text
-        return save(saved, weights_store, assets_store, inner_path, *args, **kw)
-
-    @functools.wraps(load)
-    def load_state(
-        loaded: Any, weights_store: Any, assets_store: Any, inner_path: str, *args: Any, **kw: Any
-    ) -> Any:
-        if inner_path or weights_store is None:
-            return load(loaded, weights_store, assets_store, inner_path, *args, **kw)
-        with loading(loaded, _texts_in(weights_store)):
-            return load(loaded, weights_store, assets_store, inner_path, *args, **kw)
-
-    save_state._keras_dp = True  # type: ignore[attr-defined]
-    saving_lib._save_state, saving_lib._load_state = save_state, load_state
-    _watch_legacy_files(text_of, loading)
-
-
-def _texts_in(store: Any) -> list[Any]:
-    found = []
-    for path in _groups_in(store):
-        group = store.get(path)
-        if "ledger" in list(group.keys()):
-            found.append(group["ledger"])
-    return found
-
-
-def _groups_in(store: Any) -> list[str]:
-    """Where in a file a ledger may be."""
-    names = [f"{_IN_FILE}/vars"]
-    if hasattr(store, "sharding_config"):
-        names += store.sharding_config["weight_map"]
-    elif hasattr(store, "h5_file"):
-        store.h5_file.visit(names.append)
-    ours = [name.strip("/") for name in names if name.endswith((f"{_IN_FILE}/vars", _OF_OPTIMIZER))]
-    return [name.removesuffix("/vars") for name in dict.fromkeys(ours)]
-
-
-def _watch_legacy_files(text_of: Callable[[Any], Any], loading: Callable[..., Any]) -> None:
-    save = legacy_h5_format.save_model_to_hdf5
-    load = legacy_h5_format.load_model_from_hdf5
-
-    @functools.wraps(save)
-    def save_model(model: Any, filepath: Any, *args: Any, **kw: Any) -> Any:
-        config = getattr(getattr(model, "_compile_config", None), "config", None)
-        before = dict(config or {})
-        text = text_of(model)
-        try:
-            result = save(model, filepath, *args, **kw)
-        finally:
-            if config is not None and (text is not None or _private(model)):
-                config.update(before)  # Keras takes the optimizer out, and a later file lacks it
-        if text is not None:
-            with _opened(filepath, "a") as file:
-                file.create_dataset(_IN_H5, data=text)
-        return result
-
-    def watched(load_weights: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(load_weights)
-        def load_group(group: Any, model: Any, *args: Any, **kw: Any) -> Any:
-            texts = _legacy_texts_in(group.file)
-            private = "keras_dp>" in str(group.file.attrs.get("training_config", ""))
-            lost = str(group.file.filename) if private and not texts else None
-            with loading(model, texts, lost):
-                return load_weights(group, model, *args, **kw)
-
-        return load_group
-
-    @functools.wraps(load)
-    def load_model(filepath: Any, *args: Any, **kw: Any) -> Any:
-        with _opened(filepath, "r") as file:
-            texts = _legacy_texts_in(file)
-        with loading(None, texts):  # the optimizer's state comes last
-            return load(filepath, *args, **kw)
-
-    legacy_h5_format.save_model_to_hdf5 = save_model
-    legacy_h5_format.load_model_from_hdf5 = load_model
-    for name in ("load_weights_from_hdf5_group", "load_weights_from_hdf5_group_by_name"):
-        setattr(legacy_h5_format, name, watched(getattr(legacy_h5_format, name)))
-
-
-def watch_state_trees(taken: Callable[[Any], None]) -> None:
-    """Has a model shown whenever its state is taken as arrays. Nothing the second time."""
-    original = keras.Model.get_state_tree
-    if hasattr(original, "_keras_dp"):
-        return
-
-    @functools.wraps(original)
-    def get_state_tree(self: Any, *args: Any, **kwargs: Any) -> Any:
-        taken(self)
-        return original(self, *args, **kwargs)
-
-    get_state_tree._keras_dp = True  # type: ignore[attr-defined]
-    keras.Model.get_state_tree = get_state_tree
-
-
 def outside() -> int:
     """The stack level of the first frame outside of keras_dp, Keras and TensorFlow."""
     modules = (f.frame.f_globals.get("__name__", "") for f in inspect.stack(context=0))
     inside = ("keras_dp.", "keras.", "tensorflow.", "contextlib", "functools")
     return next((level for level, m in enumerate(modules) if not m.startswith(inside)), 1)
-
-
-@contextlib.contextmanager
-def _opened(path_or_file: Any, mode: str) -> Iterator[Any]:
-    h5py = legacy_h5_format.h5py
-    if isinstance(path_or_file, h5py.File):
-        yield path_or_file
-        return
-    with h5py.File(path_or_file, mode) as file:
-        yield file
-
-
-def _private(model: Any) -> bool:
-    return hasattr(getattr(model, "optimizer", None), "get_epsilon")
-
-
-def _legacy_texts_in(file: Any) -> list[Any]:
-    return [file[_IN_H5][()]] if _IN_H5 in file else []

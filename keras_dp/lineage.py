@@ -26,7 +26,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from . import backend, keras_private
+from . import backend, keras_files, keras_private
 from .errors import PrivacyWarning
 from .ledger import LedgerBook, PrivacyLedger, Release
 
@@ -479,6 +479,6 @@ def install() -> None:
 
         build._keras_dp = True  # type: ignore[attr-defined]
         setattr(owner, "build", build)  # noqa: B010 - mypy knows no such method
-    keras_private.watch_files(_text_of, _loading)
-    keras_private.watch_state_trees(functools.partial(_can_not_carry, what="get_state_tree"))
+    keras_files.watch_files(_text_of, _loading)
+    keras_files.watch_state_trees(functools.partial(_can_not_carry, what="get_state_tree"))
     backend.watch_checkpoints(_can_not_carry)

@@ -12,13 +12,16 @@ _PATIENCE = 1.0  # seconds
 
 
 @contextlib.contextmanager
-def said_if_slow(what: str, *, silent: bool = False, file: TextIO | None = None) -> Iterator[None]:
+def said_if_slow(
+    what: str, *, silent: bool = False, file: TextIO | None = None, patience: float | None = None
+) -> Iterator[None]:
     """Says what is being done, once it has taken a while; and then, how long it took.
 
     Args:
         what: What is being done, without a full stop.
         silent: Never say it.
         file: Where to say it; standard output by default.
+        patience: After how many seconds; one by default.
 
     Example:
 
@@ -34,7 +37,7 @@ def said_if_slow(what: str, *, silent: bool = False, file: TextIO | None = None)
         said.set()
         print(f"{what} ...", end="", flush=True, file=file)
 
-    timer = threading.Timer(_PATIENCE, tell)
+    timer = threading.Timer(_PATIENCE if patience is None else patience, tell)
     timer.daemon = True
     timer.start()
     ending = ""

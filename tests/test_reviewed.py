@@ -1,5 +1,7 @@
 """Faults that a review found, each shown by the least that shows it."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -7,7 +9,8 @@ import tensorflow as tf
 from keras import layers
 
 import keras_dp
-from keras_dp import PrivacyError, PrivacyWarning, several
+from keras_dp import PrivacyError, PrivacyLedger, PrivacyWarning, several
+from keras_dp.ledger import Release
 from keras_dp.noise import NoiseSource
 from keras_dp.sampling import UNKNOWN
 from keras_dp.sampling.arrays import digest_of
@@ -47,6 +50,25 @@ def test_rule_07_no_key_that_workers_share_outlives_its_fit():
     (first, after), (second, later) = drawn
     np.testing.assert_array_equal(first, second)  # in the fit: once, the same in each
     assert not np.array_equal(after, later)
+
+
+class OneOfTwoWorkers:
+    """What a worker hears of a chief that knows of three steps."""
+
+    workers, leads, count = 2, False, 2
+
+    def from_chief(self, message):
+        if b'"ledger"' not in message:
+            return message
+        ledger = PrivacyLedger((Release("unknown", 1.0).with_steps(3),))
+        return json.dumps({"ledger": ledger.to_json(), "epoch": None}).encode()
+
+
+def test_rule_06_a_worker_takes_over_the_ledger_of_the_chief():
+    model = linear()
+    model.compile(optimizer(), loss="mse")
+    several.Together(OneOfTwoWorkers(), model.optimizer).begin()
+    assert model.optimizer.ledger.steps == 3
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops, tree
 
 from .. import arithmetic, backend, keras_private
-from ..errors import PrivacyError
+from ..errors import PrivacyError, first_line
 from .example import ExampleLoss
 from .forms import Instantiated, PerExample
+from .made_up import made_up_gradient, within_vocabulary
 from .mapped import map_examples
 from .rules import NoRule, Unit, alone, keeps_apart, overridden, rule_for, vectorized
 
@@ -24,10 +26,19 @@ patching = threading.RLock()  # one model at a time has its layers' `call` repla
 
 
 class NotPossible(Exception):
-    """The ghost engine can't serve a model; says which layer and why."""
+    """The ghost engine can't serve a model; says which layer and why.
+
+    Args:
+        message: What it says.
+        rule_would_help: Whether a rule for that layer would make it possible.
+    """
 
     # Keras adds a layer's arguments to the message of an exception that lacks this.
     _keras_call_info_injected = True
+
+    def __init__(self, message: str, *, rule_would_help: bool = False) -> None:
+        super().__init__(message)
+        self.rule_would_help = rule_would_help
 
 
 class Apart(Exception):
@@ -60,6 +71,7 @@ class Plan:
         calls: Of each call of a unit, how its arguments lie, by the number of the call.
         kinds: What each call of a unit comes down to: calls of one kind are alike.
         mapped: Whether a layer without a rule was vectorized over the examples.
+        of_batches: Layers whose added loss isn't made of those of single examples: names, by id.
     """
 
     units: set[int] = dataclasses.field(default_factory=set)
@@ -68,6 +80,7 @@ class Plan:
     calls: dict[int, Arguments] = dataclasses.field(default_factory=dict)
     kinds: list[Any] = dataclasses.field(default_factory=list)
     mapped: bool = False
+    of_batches: dict[int, str] = dataclasses.field(default_factory=dict)
 
     @property
     def handled(self) -> int:
@@ -120,6 +133,7 @@ class Capture:
         leaves: The examples' tensors, and seeds.
         shared: Tensors that don't follow from the examples.
         local: Whether no gradient is to pass from one unit to another.
+        made_up: Whether the examples are made up.
     """
 
     def __init__(
@@ -134,6 +148,7 @@ class Capture:
         *,
         shared: list[Any],
         local: bool = False,
+        made_up: bool = False,
     ) -> None:
         self.records: list[Record] = []
         self.penalties: list[Any] = []
@@ -153,12 +168,14 @@ class Capture:
         self._seeds = {id(s): t for s, t in zip(loss.seed_states, seeds, strict=True)}
         self._initial_seeds = self._seeds_now()
         self._local = local
+        self._made_up = made_up
         self._thread = threading.get_ident()
         self._graph = backend.current_graph()
         self._axis = None if self._graph is None else backend.BatchAxis(data, shared)
         self._containers: list[keras.Layer] = []
         self._settings: dict[int, Any] = {}
         self._inside: Unit | None = None
+        self._with_copies: set[int] = set()  # layers around a call that is given copies
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
@@ -196,6 +213,8 @@ class Capture:
                 return original(*args, **kwargs)
             if self._containers:
                 self._require_apart(self._containers[-1], (args, kwargs))
+            if self._made_up:
+                args, kwargs = within_vocabulary(layer, (args, kwargs))
             if variables or is_alone:
                 outputs = self._unit_call(layer, variables, original, args, kwargs)
             else:
@@ -225,6 +244,7 @@ class Capture:
         number = len(self.records)
         arguments = self._arguments_of(number, layer, args, kwargs)
         if arguments.shared:
+            self._with_copies.update(map(id, self._containers))
             args, kwargs = tree.map_structure(self._repeated, (args, kwargs))
             arguments = Arguments(tuple(ops.is_tensor(t) for t in tree.flatten((args, kwargs))))
         if self._local:
@@ -248,9 +268,12 @@ class Capture:
             self.mapped = True
             states = keras_private.seed_states_of(layer)
             self._drew_alone = self._drew_alone or any(id(v) in self._seeds for v in states)
-            outputs, penalties, gradients = alone(unit, self._seeds, mapped, args, kwargs)
+            with self._said_whose(layer):
+                outputs, penalties, gradients = alone(unit, self._seeds, mapped, args, kwargs)
             if penalties is not None:
                 self.penalties.append(penalties)
+                if self._made_up and not keras_private.has_seeds(layer):
+                    self._compare_losses(unit, mapped, args, kwargs)
             return outputs, gradients
         rule = rule_for(layer)
         if rule is not None and id(layer) not in self._plan.units:
@@ -261,16 +284,28 @@ class Capture:
             except (Apart, NotPossible):
                 raise
             except Exception as error:
-                reason = str(error).strip().partition("\n")[0]
+                kind = type(error).__name__
                 self._fail(
-                    NotPossible(f"{named(layer)}: its rule raised {type(error).__name__}: {reason}")
+                    NotPossible(f"{named(layer)}: its rule raised {kind}: {first_line(error)}")
                 )
         self.mapped = True
         before = self._seeds_now()
-        outputs, gradients = vectorized(unit, mapped, args, kwargs)
+        with self._said_whose(layer):
+            outputs, gradients = vectorized(unit, mapped, args, kwargs)
         if any(a is not b for a, b in zip(before, self._seeds_now(), strict=True)):
             raise Apart(layer, "it draws random numbers")
         return outputs, gradients
+
+    @contextlib.contextmanager
+    def _said_whose(self, layer: keras.Layer) -> Iterator[None]:
+        """Names the layer that can't be run on one example at a time, and the cause."""
+        try:
+            yield
+        except (Apart, NotPossible, PrivacyError, backend.BrokenMatmul):
+            raise
+        except Exception as error:
+            reason = f"{named(layer)} can't be vectorized over the examples: {first_line(error)}"
+            self._fail(NotPossible(reason, rule_would_help=rule_for(layer) is None))
 
     # -- where the examples are ---------------------------------------------------------------
 
@@ -312,8 +347,11 @@ class Capture:
             unproved = isinstance(state, backend.Unknown | backend.Mixed)
             if unproved and keeps_apart(layer) and tensor.shape[:1] == (None,):
                 self._axis.declare(tensor, backend.Rows())
-            elif isinstance(state, backend.Mixed) and keras_private.is_keras_layer(layer):
-                self._hand_over(layer, state.why)  # it is known to mean each example by itself
+            elif isinstance(state, backend.Mixed) and (
+                keras_private.is_keras_layer(layer) or id(layer) in self._with_copies
+            ):
+                # It is known to mean each example by itself; or may mix copies that were made here.
+                self._hand_over(layer, state.why)
             elif isinstance(state, backend.Mixed):
                 self._fail(
                     PrivacyError(
@@ -374,6 +412,36 @@ class Capture:
         trained = tuple((v.path.rpartition("/")[2], tuple(v.shape), v.dtype) for v in variables)
         return (type(layer), settings, how, given, trained)
 
+    def _compare_losses(self, unit: Unit, mapped: tuple[bool, ...], args: Any, kwargs: Any) -> None:
+        """Takes note of a layer that adds another loss for a batch than for its examples.
+
+        It is given other inputs, far apart: alike ones have a loss of their mean, too.
+        """
+        flat = tree.flatten((args, kwargs))
+
+        def added(rows: slice) -> float:
+            given = [
+                t[rows] if m and t.shape[0] == self._rows else t
+                for t, m in zip(made_up, mapped, strict=True)
+            ]
+            args_, kwargs_ = tree.pack_sequence_as((args, kwargs), given)
+            with keras.StatelessScope(collect_losses=True) as scope:
+                scope.state_mapping.update(unit.scope.state_mapping)
+                unit.call(*args_, **kwargs_)
+            return float(sum(ops.sum(ops.cast(loss, "float32")) for loss in scope.losses))
+
+        made_up = [
+            3 * made_up_gradient(t, k) if m and arithmetic.is_float(t) else t
+            for k, (t, m) in enumerate(zip(flat, mapped, strict=True))
+        ]
+        try:
+            together = added(slice(None))
+            alone = [added(slice(k, k + 1)) for k in range(self._rows)]
+        except Exception:
+            return  # such inputs mean nothing to this layer
+        if not any(np.isclose(together, f(alone), rtol=1e-2) for f in (np.mean, np.sum)):
+            self._plan.of_batches[id(unit.layer)] = named(unit.layer)
+
     # -- random numbers -------------------------------------------------------------------------
 
     def _seeds_now(self) -> list[Any]:
@@ -402,9 +470,12 @@ class Capture:
         self._fail(NotPossible(f"the model: {reason}"))
 
     def _repeated(self, value: Any) -> Any:
+        """A copy for each example; of a batch of one, as in `arange(n)[None]`, its only row."""
         if not ops.is_tensor(value):
             return value
-        return ops.broadcast_to(value, (self._rows, *ops.shape(value)))
+        sizes = ops.shape(value)
+        each = sizes[1:] if len(value.shape) > 1 and value.shape[0] == 1 else sizes
+        return ops.broadcast_to(value, (self._rows, *each))
 
     def _penalize(self, regularizer: Callable[[Any], Any], outputs: Any) -> None:
         """Each example's activity regularization: that of its own outputs."""

@@ -14,7 +14,7 @@ from typing import Any
 from keras import ops
 
 from .. import backend
-from ..errors import PrivacyError
+from ..errors import PrivacyError, first_line
 from . import mapped, trial
 from .example import Batch, ExampleLoss, MeanOfViews, Outcome
 from .forms import Instantiated, clipped_sums
@@ -31,6 +31,7 @@ _LENGTH = 128  # of what has a length that isn't known
 Run = Callable[[list[Any]], Any]
 
 logger = logging.getLogger("keras_dp")
+_A_RULE = " A rule for the layer would fix that: see keras_dp.register_rule."
 _said: weakref.WeakSet[Any] = weakref.WeakSet()  # the models whose fallback was logged
 
 
@@ -89,6 +90,7 @@ class Engine:
     ) -> None:
         self.example_loss = example_loss
         self.name: str | None = None
+        self.of_batches: list[str] = []  # layers whose added loss means something else here
         self.traced = True  # whether all that the model does could be looked through
         self._clip = clip
         self._views = views = options.views
@@ -195,6 +197,7 @@ class Engine:
         ghost = GhostEngine(self.example_loss, self._views)
         one_view, whole = self._one_view(leaves), self._whole(self._ghost_chunk(ghost))
         if self._eagerly and trial.passed(ghost, one_view):
+            self.of_batches = list(ghost.plan.of_batches.values())
             return whole
         while True:
             run = backend.compiled_candidate(whole, leaves, jit_compile=self._jit_compile)
@@ -202,6 +205,7 @@ class Engine:
                 trial.require_right_gradients(ghost, one_view)
             except Replanned:
                 continue
+            self.of_batches = list(ghost.plan.of_batches.values())
             if self._eagerly:
                 return whole
             draws_alike = not ghost.draws_random  # else it draws otherwise than a loop
@@ -268,14 +272,14 @@ class Engine:
             return
         _said.add(model)
         for name, error in failures:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            reason = first_line(error)
             if name == "ghost":
                 logger.warning(
                     "The model '%s' is trained with slower per-example gradients, the same "
-                    "numbers, because the ghost engine can't handle it (%s). A rule for the layer "
-                    "would fix that: see keras_dp.register_rule.",
+                    "numbers, because the ghost engine can't handle it (%s).%s",
                     model.name,
                     reason,
+                    _A_RULE if getattr(error, "rule_would_help", False) else "",
                 )
             else:
                 logger.warning(
@@ -286,10 +290,12 @@ class Engine:
                 )
 
     def _chunk(self, engine: Any, **options: Any) -> Callable[[list[Any]], Any]:
+        note = self.example_loss.note_reached
+
         def run(leaves: list[Any]) -> Any:
             *data, real = leaves
             variables = self.example_loss.variables
-            return engine(self._one, variables, data, real, self._clipped, **options)
+            return engine(self._one, variables, data, real, self._clipped, note=note, **options)
 
         return run
 

@@ -106,6 +106,7 @@ class ExampleLoss:
         self._leaf_count = len(batch.leaves())
         # What float16 can't hold is scaled for the way back.
         self.scaled = any(x.compute_dtype == "float16" for x in keras_private.all_layers(model))
+        self.unreached: list[Any] = []  # variables that get no gradient, once that is known
         self._output_structure: Any = None
         self._masked: list[bool] = []
         self._with_logits: list[bool] = []
@@ -126,6 +127,10 @@ class ExampleLoss:
                 )
         extra = self.flat_with_masks(outputs)
         return loss, [*(ops.reshape(t, ops.shape(t)[1:]) for t in extra), *updates]
+
+    def note_reached(self, reached: list[bool]) -> None:
+        """Takes note of which variables the loss reaches."""
+        self.unreached = [v for v, r in zip(self.variables, reached, strict=True) if not r]
 
     def split(self, leaves: list[Any]) -> tuple[list[Any], list[Any]]:
         """An engine's leaves as those of the batch and the seeds."""
@@ -193,7 +198,7 @@ class ExampleLoss:
         return [*flat, *(t for t in (*masks, *logits) if t is not None)]
 
     def loss_of_outputs(
-        self, weights: list[Any], leaves: list[Any], flat: list[Any]
+        self, weights: list[Any], leaves: list[Any], flat: list[Any], *, more: bool = False
     ) -> tuple[Any, list[Any]]:
         """One example's loss from what the model returned for it, and metric updates.
 
@@ -201,9 +206,12 @@ class ExampleLoss:
             weights: Values of the weights.
             leaves: The example's tensors and seeds.
             flat: Its part of `flat_with_masks`, without a batch axis.
+            more: Whether layers have added losses, which are known already.
         """
         data, seeds = self.split(leaves)
         with self.stateless(weights, seeds) as scope:
+            if more:  # which may be all that there is
+                keras.Layer.add_loss(self.model, ops.zeros(()))
             outputs = self._with_masks([ops.expand_dims(t, 0) for t in flat])
             return self.loss(scope, data, outputs)
 

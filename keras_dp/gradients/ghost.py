@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -173,6 +174,7 @@ class GhostEngine:
                 gradients = scaled_rows(arithmetic.at_least_float32(gradients), scales)
             uses[k].append(Instantiated(gradients).folded(views))
         gradients = [combined(u) if u else None for u in uses]
+        self.example_loss.note_reached([g is not None for g in gradients])
         if scales is not None:
             back = 1 / scales[::views]
             gradients = [None if g is None else Scaled(g, back) for g in gradients]
@@ -186,6 +188,7 @@ class GhostEngine:
         outside: list[Any],
         *,
         local: bool = False,
+        made_up: bool = False,
     ) -> _Forward:
         """Runs the model, its weights having one value inside of their layers, one outside."""
         loss = self.example_loss
@@ -202,6 +205,7 @@ class GhostEngine:
                 leaves,
                 shared=[*first, *inside, *outside],
                 local=local,
+                made_up=made_up,
             )
             with capture.patched():
                 outputs = loss.predict(data)
@@ -222,7 +226,10 @@ class GhostEngine:
         """Losses, and the gradient of each example's own at the outputs."""
         loss, penalties = self.example_loss, forward.capture.penalties
         losses, of_weights, upstream, updates = mapped.map_loss(
-            loss.loss_of_outputs, weights, leaves, forward.flat
+            functools.partial(loss.loss_of_outputs, more=bool(penalties)),
+            weights,
+            leaves,
+            forward.flat,
         )
         of_penalties = [ops.ones_like(p) for p in penalties]
         scales = None
@@ -264,7 +271,7 @@ class GhostEngine:
         inside, outside = ([backend.copy_of(w) for w in weights] for _ in range(2))
         with backend.gradient_tape(persistent=True) as tape:
             tape.watch([*inside, *outside])
-            forward = self._forward(tape, leaves, inside, outside, local=local)
+            forward = self._forward(tape, leaves, inside, outside, local=local, made_up=True)
         capture = forward.capture
         watched = [t for r in capture.records for t in r.unit.watched]
         if local:

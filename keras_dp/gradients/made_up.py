@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from keras import ops
+from keras import layers, ops, tree
 
 from .. import backend
 from ..arithmetic import is_float
 
-__all__ = ["disturbed", "made_up_gradient", "made_up_like"]
+__all__ = ["disturbed", "made_up_gradient", "made_up_like", "within_vocabulary"]
 
 
 def made_up_like(
@@ -41,6 +41,22 @@ def made_up_like(
 
     with backend.outside_graph():
         return [made_up(leaf) for leaf in leaves]
+
+
+def within_vocabulary(layer: Any, inputs: Any) -> Any:
+    """Made-up inputs of a layer; those of a lookup that fails for unknown values, known ones."""
+    if type(layer) not in (layers.IntegerLookup, layers.StringLookup):
+        return inputs
+    known = [] if layer.invert else layer.get_vocabulary(include_special_tokens=False)
+    if layer.num_oov_indices or not known:
+        return inputs
+
+    def among(value: Any) -> Any:
+        if not ops.is_tensor(value):
+            return value
+        return ops.convert_to_tensor(np.resize(np.array(known), value.shape), value.dtype)
+
+    return tree.map_structure(among, inputs)
 
 
 def disturbed(tensors: Sequence[Any]) -> list[Any]:

@@ -13,6 +13,7 @@ from keras import ops, tree
 
 from .. import backend
 from ..arithmetic import at_least_float32, is_float
+from ..errors import PrivacyError
 
 __all__ = [
     "ClippedSums",
@@ -56,14 +57,22 @@ def _written_out(found: Sequence[Any], weights: Sequence[Any]) -> list[Any]:
 
 
 def example_gradients(
-    one: ExampleFunction, weights: list[Any], leaves: list[Any]
+    one: ExampleFunction,
+    weights: list[Any],
+    leaves: list[Any],
+    note: Callable[[list[bool]], None] | None = None,
 ) -> tuple[list[Any], Any, list[Any]]:
-    """One example's gradients, written out, its loss, and what else `one` returns."""
+    """One example's gradients, written out, its loss, and what else `one` returns.
+
+    `note` is told which of the weights the loss reaches.
+    """
     with backend.gradient_tape() as tape:
         tape.watch(weights)
         loss, extra = one(weights, leaves)
-    gradients = _written_out(tape.gradient(loss, weights), weights)
-    return gradients, at_least_float32(loss), extra
+    found = tape.gradient(loss, weights)
+    if note is not None:
+        note([g is not None for g in found])
+    return _written_out(found, weights), at_least_float32(loss), extra
 
 
 def _copies(weights: Sequence[Any], rows: Any) -> list[Any]:
@@ -105,13 +114,31 @@ def map_loss(
         reached[:] = [g is not None for g in found]
         return at_least_float32(loss), [g for g in found if g is not None], extra
 
-    losses, found, extra = backend.map_rows(example, (list(leaves), list(predictions)))
+    losses, found, extra = _vectorized_or_looped(example, (list(leaves), list(predictions)))
     gradients = iter(found)
     of_weights, of_predictions = reached[: len(weights)], iter(reached[len(weights) :])
     upstream = [
         next(gradients) if is_float(t) and next(of_predictions) else None for t in predictions
     ]
     return losses, of_weights, upstream, extra
+
+
+def _vectorized_or_looped(function: Callable[[Any], Any], mapped: Any) -> Any:
+    """`map_rows`, or one row after the other where it can't be: as with Keras' CTC loss."""
+    try:
+        return backend.map_rows(function, mapped)
+    except PrivacyError:
+        raise
+    except Exception:
+        structure: list[Any] = []
+
+        def one(index: Any) -> Any:
+            made = function(tree.map_structure(lambda t: t[index], mapped))
+            structure[:] = [made]
+            return [], tree.flatten(made)
+
+        _, rows = backend.added_up(one, ops.shape(tree.flatten(mapped)[0])[0])
+        return tree.pack_sequence_as(structure[0], rows)
 
 
 def map_examples(
@@ -166,6 +193,7 @@ def vectorized_engine(
     real: Any,
     clipped: ClippedSums,
     *,
+    note: Callable[[list[bool]], None] | None = None,
     weights_per_example: bool = False,
 ) -> EngineResult:
     """Clipped sum by a vectorized map of the whole model over its examples.
@@ -176,6 +204,7 @@ def vectorized_engine(
         leaves: The examples' tensors, each (rows, ...).
         real: Mask, (rows,); rows where it is false add nothing.
         clipped: Clipped sums and norms from written-out gradients.
+        note: Is told which of the weights the loss reaches.
         weights_per_example: Give every example a copy of the weights. Slower,
             but multiplications of a batch with a shared matrix, which some
             TensorFlow builds get wrong (`backend.BrokenMatmul`), become
@@ -189,7 +218,7 @@ def vectorized_engine(
     copies = _copies(weights, ops.shape(leaves[0])[0]) if weights_per_example else []
 
     def gradients_of(args: tuple[list[Any], list[Any]]) -> Any:
-        return example_gradients(one, list(args[0]) or weights, list(args[1]))
+        return example_gradients(one, list(args[0]) or weights, list(args[1]), note)
 
     gradients, losses, extra = backend.map_rows(gradients_of, (copies, list(leaves)))
     sums, norms = clipped(gradients, real)
@@ -202,6 +231,8 @@ def loop_engine(
     leaves: list[Any],
     real: Any,
     clipped: ClippedSums,
+    *,
+    note: Callable[[list[bool]], None] | None = None,
 ) -> EngineResult:
     """Clipped sum by one example at a time. Right for anything; the slowest.
 
@@ -210,7 +241,8 @@ def loop_engine(
     weights = [ops.convert_to_tensor(v.value) for v in variables]
 
     def example(index: Any) -> Any:
-        gradients, loss, extra = example_gradients(one, weights, [t[index] for t in leaves])
+        example = [t[index] for t in leaves]
+        gradients, loss, extra = example_gradients(one, weights, example, note)
         sums, norms = clipped(
             [ops.expand_dims(g, 0) for g in gradients],
             ops.reshape(real[index], (1,)),  # a slice would have no static shape under XLA

@@ -21,7 +21,7 @@ import numpy as np
 from keras import ops
 
 from .. import backend, keras_private
-from ..errors import PrivacyError
+from ..errors import PrivacyError, first_line
 from . import mapped
 from .example import ExampleLoss
 from .ghost import GhostEngine, NotPossible, Replanned, named
@@ -154,7 +154,7 @@ def _try(ghost: GhostEngine, leaves: list[Any], *, together: bool) -> None:
         except (NotPossible, PrivacyError, Replanned):
             raise
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0][:200]
+            reason = first_line(error, 200)
             continue
         if np.all(np.isfinite([*local, *whole])):
             _require_small(ghost, local, whole)

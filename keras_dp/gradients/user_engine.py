@@ -102,7 +102,8 @@ class UserEngine(Engine):
                 forms = users.means([Instantiated(g) for g in gradients])
                 return clipped_sums(forms, variables, self._clip, real)
 
-            return engine(self._one, variables, data, real, clipped, **options)
+            note = self.example_loss.note_reached
+            return engine(self._one, variables, data, real, clipped, note=note, **options)
 
         return run
 

@@ -10,7 +10,7 @@ import numpy as np
 from keras import losses, ops, tree
 
 from .. import keras_private
-from ..errors import PrivacyError
+from ..errors import PrivacyError, first_line
 from ..gradients import Batch
 
 __all__ = ["require_loss_apart"]
@@ -67,6 +67,14 @@ def require_loss_apart(model: keras.Model, batch: Batch) -> None:
     if loss is None or loss in _checked_losses or batch.y is None:
         return
     functions = keras_private.loss_functions_of(loss)
+    known = [one for one in functions if one.function in (*_OF_NUMBERS, *_OF_ROWS)]
+    targets = [t for t in tree.flatten(batch.y) if t is not None]
+    if known and any(t.dtype == "string" for t in targets):
+        raise ValueError(
+            "The targets `y` hold strings, and the loss needs numbers. Encode them before "
+            "training, for instance by keras.layers.StringLookup(vocabulary=..., "
+            "num_oov_indices=0)(y)."
+        )
     if functions and all(_is_known(model, one) for one in functions):
         _checked_losses.add(loss)
         return
@@ -104,7 +112,7 @@ def require_loss_apart(model: keras.Model, batch: Batch) -> None:
     except Exception as error:
         raise PrivacyError(
             "The loss given to compile(loss=...) can't be computed for one example alone, as "
-            f"private training must: {_first_line(error)} Write it so that it works on a batch "
+            f"private training must: {first_line(error)} Write it so that it works on a batch "
             "of one."
         ) from error
     _checked_losses.add(loss)
@@ -118,7 +126,3 @@ def require_loss_apart(model: keras.Model, batch: Batch) -> None:
             "example's loss must not involve the others. Use a loss that reduces over the batch "
             "by a plain mean (for Dice and Tversky losses: give `axis` without the batch axis)."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

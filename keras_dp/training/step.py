@@ -155,6 +155,15 @@ def clipped_sums(
         users, units = Users.padded(present, arithmetic.row_count(seeds[0]), engine.padding)
         outcome = engine.of_users(padded, users, units, seeds)
         number = arithmetic.row_count(present)
+    _say_what_is_not_reached(parts, model, example_loss)
+    for layer in engine.of_batches:
+        parts.warn_once(
+            f"of_batches {layer}",
+            f"The {layer} adds a loss (`add_loss`) that isn't the mean or the sum of what it adds "
+            "for single examples, such as one that balances a batch over experts. Private "
+            "training computes it for each example alone, where it means something else: take it "
+            "out, or write it so that it makes sense for one example.",
+        )
     found = Clipped(
         variables, outcome.sums, outcome.norms, units, number, outcome.norms_by_variable
     )
@@ -207,8 +216,11 @@ def prepare(parts: Parts, model: keras.Model, batch: Batch) -> list[Any]:
             raise ValueError(
                 f"The model '{model.name}' has no trainable weights, so there is nothing to "
                 "train privately. Add a layer with weights, or set `trainable = True` on one "
-                "and compile again."
+                f"and compile again.{_lora_without_targets(model)}"
             )
+        without_targets = _lora_without_targets(model)
+        if without_targets:
+            parts.warn_once("lora", without_targets.strip())
         parts.make_ready(model, variables)
         require_loss_apart(model, batch)
         views = parts.options.views
@@ -221,6 +233,20 @@ def prepare(parts: Parts, model: keras.Model, batch: Batch) -> list[Any]:
                 "model, such as keras.layers.RandomFlip, or leave the argument out.",
             )
         return variables
+
+
+def _lora_without_targets(model: keras.Model) -> str:
+    """Says of a backbone that `enable_lora` froze, and in which it found no layer; else nothing."""
+    for layer in keras_private.all_layers(model):
+        if keras_private.lora_matched_nothing(layer):
+            some = list(dict.fromkeys(x.name for x in keras_private.layers_with_lora(layer)))[:6]
+            names = ", ".join(repr(name) for name in some)
+            return (
+                f" `enable_lora` of '{layer.name}' ({type(layer).__name__}) matched none of its "
+                "layers, and froze all of them. Name those that it is for: "
+                f"enable_lora(rank, target_layer_names=[...]), of {names}."
+            )
+    return ""
 
 
 def regularizer_gradients(variables: list[Any]) -> list[Any] | None:
@@ -377,6 +403,21 @@ def _look_through_metrics(model: keras.Model, shown: Shown) -> bool:
         backend.require_nothing_kept(graph, of=_UPDATE)
     _closed_metrics[model] = known
     return True
+
+
+def _say_what_is_not_reached(parts: Parts, model: keras.Model, loss: ExampleLoss) -> None:
+    """Warns of weights that only ever receive noise."""
+    if not loss.unreached:
+        return
+    names = [f"'{v.path}'" for v in loss.unreached]
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    parts.warn_once(
+        "unreached",
+        f"The loss doesn't reach {len(names)} of the trained weights of the model "
+        f"'{model.name}': {shown}. They get no gradient, only noise, which makes them worse with "
+        "every step. Freeze their layers (`layer.trainable = False`) and compile again; or, if "
+        "they should learn, let the model's outputs depend on them in a way that has a gradient.",
+    )
 
 
 def _say_what_is_unseen(parts: Parts, model: keras.Model, *, traced: bool) -> None:

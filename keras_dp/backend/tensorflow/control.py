@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tensorflow as tf
+from tensorflow.python.framework import func_graph
 
 from .compiling import is_for_xla
 from .operations import concrete_of, current_graph, note_as_ours
@@ -102,9 +103,12 @@ def seldom(
         found = function([tf.convert_to_tensor(a) for a in arrays])
         return [t.numpy() for t in found]
 
-    # TensorFlow keeps what it calls for good: let that be next to nothing.
+    # TensorFlow keeps what it calls for good: let that be next to nothing. It is there for as
+    # long as any of the graphs that it is in.
     graph: Any = current_graph()
-    graph.keras_dp_seldom = [*getattr(graph, "keras_dp_seldom", ()), at_once]
+    while isinstance(graph, func_graph.FuncGraph):
+        graph.keras_dp_seldom = [*getattr(graph, "keras_dp_seldom", ()), at_once]
+        graph = graph.outer_graph
     itself = weakref.ref(at_once)
     types = [tf.as_dtype(dtype) for _, dtype in like]
     found = tf.nest.flatten(

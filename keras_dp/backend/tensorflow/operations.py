@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.framework import func_graph
+from tensorflow.python.framework import func_graph, function_def_to_graph
 
 from ...errors import PrivacyError
 
@@ -140,9 +140,21 @@ def _operations(
                 if not function.name or function.name in seen:
                     continue
                 seen.add(function.name)
-                inner = graph._get_function(function.name)
+                inner = graph_of_function(graph, function.name)
                 if inner is not None:
-                    yield from _operations(inner.graph, 0, (*called, op.name), seen)
+                    yield from _operations(inner, 0, (*called, op.name), seen)
+
+
+def graph_of_function(graph: Any, name: str) -> Any:
+    """The graph of a function that a graph knows by name; `None` if there is none.
+
+    Functions of TensorFlow's older kind, as in its CTC loss, have a definition alone.
+    """
+    function = graph._get_function(name)
+    if function is None or hasattr(function, "graph"):
+        return None if function is None else function.graph
+    with graph.as_default():  # where those are that it calls itself
+        return function_def_to_graph.function_def_to_graph(function.definition)
 
 
 def _function_attributes(op: Any) -> tuple[str, ...]:

@@ -79,7 +79,7 @@ def clipped_sums(
     def in_float64() -> list[Any]:
         apart = [taken_apart(g.needed()) for g in found]
         kinds, tensors = [kind for kind, _ in apart], [t for _, ts in apart for t in ts]
-        shape = (None, len(gradients))
+        shape, types = (None, len(gradients)), [g.dtype for g in found]
 
         def forms(tensors: Any) -> list[PerExample]:
             return [put_together(kind, tensors).in_float64() for kind in kinds]
@@ -92,15 +92,16 @@ def clipped_sums(
             bad, clip_weights, *tensors = tensors
             # 0 times what isn't finite isn't 0: empty those examples.
             full = [g.with_tensors(g.emptied(bad)) for g in forms(iter(tensors))]
-            return [g.weighted_sum(c) for g, c in zip(full, columns(clip_weights), strict=True)]
+            every = zip(full, columns(clip_weights), types, strict=True)
+            return [ops.cast(g.weighted_sum(c), type_) for g, c, type_ in every]
 
         computed, most = backend.seldom(norms, [real, *tensors], [(shape, dtype)] * 2)
         bad = ops.logical_not(ops.isfinite(arithmetic.total_norms(most)))
         clip_weights = ops.cast(weights_for(most), "float64")
         given = [bad, clip_weights, *tensors]
         pairs = zip(gradients, variables, strict=True)
-        shapes = [getattr(v, "shape", None) for g, v in pairs if g is not None]
-        summed = backend.seldom(sums, given, [(s, "float64") for s in shapes])
+        like = [(getattr(v, "shape", None), g.dtype) for g, v in pairs if g is not None]
+        summed = backend.seldom(sums, given, like)
         return [*every_sum(summed), computed]
 
     def weights_for(norms: Any) -> Any:

@@ -44,6 +44,8 @@ def _scale_and_shift(unit: Unit, inputs: Any, gamma: Any, beta: Any) -> Any:
         normalized = unit.call(inputs)
 
     def spread(value: Any) -> Any:
+        if axes == {rank - 1}:
+            return ops.cast(value, normalized.dtype)
         shape = [inputs.shape[a] if a in axes else 1 for a in range(rank)]
         return ops.cast(ops.reshape(value, shape), normalized.dtype)
 
@@ -59,7 +61,9 @@ def _scale_and_shift(unit: Unit, inputs: Any, gamma: Any, beta: Any) -> Any:
         for weight, product in ((gamma, normalized * g), (beta, g)):
             if weight is not None:
                 total = summed_like(product, tuple(axes))
-                found.append((weight, ops.reshape(total, (-1, *weight.shape))))
+                if tuple(total.shape[1:]) != tuple(weight.shape):
+                    total = ops.reshape(total, (-1, *weight.shape))
+                found.append((weight, total))
         return found
 
     return outputs, gradients

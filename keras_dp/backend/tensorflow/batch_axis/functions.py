@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from ..operations import graph_of_function
 from .states import (
     SHARED,
     Mixed,
@@ -23,8 +24,7 @@ from .states import (
 
 
 def graph_of(op: Any, attribute: str) -> Any:
-    function = op.graph._get_function(op.get_attr(attribute).name)
-    return None if function is None else function.graph
+    return graph_of_function(op.graph, op.get_attr(attribute).name)
 
 
 def call(axis: Any, op: Any, states: list[State]) -> State | list[State]:

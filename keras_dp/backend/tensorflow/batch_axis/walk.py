@@ -92,7 +92,10 @@ class BatchAxis:
                 "examples apart"
             )
         else:
-            found = rule(self, op, states)
+            try:
+                found = rule(self, op, states)
+            except ValueError:  # TensorFlow's, of a tensor without a rank
+                found = Unknown(f"the operation '{op.name}' ({op.type}) has no known shape")
         return found if isinstance(found, list) else [found] * len(op.outputs)
 
     def inside(self, graph: Any, states: Sequence[State]) -> tuple[BatchAxis, list[State]]:

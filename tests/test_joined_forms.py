@@ -1,0 +1,89 @@
+"""Small forms of a kind are joined into one: their norms, bounds and sums are those of each."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_dp.gradients.forms import Instantiated, OuterProducts, Rows, Scaled, alike, clipped_sums
+
+RANDOM = np.random.default_rng(0)
+B, COUNT = 4, 3
+
+
+def tensor(*shape):
+    return tf.constant(RANDOM.normal(size=shape).astype("float32"))
+
+
+def heads():
+    """Of a weight (4, 2, 5) from its axes in another order."""
+    return OuterProducts(tensor(B, 9, 4), tensor(B, 9, 10), shape=(4, 2, 5), order=(1, 0, 2))
+
+
+JOINED = {
+    "written out": lambda: Instantiated(tensor(B, 3, 2)),
+    "one position": lambda: OuterProducts(tensor(B, 5), tensor(B, 6)),
+    "products": lambda: OuterProducts(tensor(B, 9, 3), tensor(B, 9, 4)),
+    "pairs": lambda: OuterProducts(tensor(B, 2, 30), tensor(B, 2, 20)),
+    "axes in another order": heads,
+    "scaled": lambda: Scaled(Instantiated(tensor(B, 7)), tf.constant([1.0, 2.0, 0.5, 4.0])),
+}
+
+
+def both(build):
+    forms = [build() for _ in range(COUNT)]
+    weights = [tf.abs(tensor(B)) for _ in forms]
+    once = alike.OnceForEachKind(forms)
+    squares = once.squares(forms)
+    return forms, weights, once, squares, once.weighted_sums(forms, weights)
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_rule_15_joined_forms_give_what_each_gives(name):
+    forms, weights, once, squares, sums = both(JOINED[name])
+    assert once._joined
+    for form, weight, square, total in zip(forms, weights, squares, sums, strict=True):
+        alone = form.squares()
+        np.testing.assert_allclose(square.value, alone.value, rtol=1e-6)
+        np.testing.assert_allclose(square.most, alone.most, rtol=1e-6)
+        assert np.all(np.asarray(square.at_most) >= np.asarray(square.value))
+        wanted = form.weighted_sum(weight)
+        assert total.shape == wanted.shape
+        np.testing.assert_allclose(total, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_large_or_has_no_sums_of_parts_is_left_apart():
+    large = [Instantiated(tensor(B, alike._FEW_NUMBERS + 1)) for _ in range(2)]
+    tables = [Rows(tf.zeros((B, 2), "int32"), tensor(B, 2, 3), 5) for _ in range(2)]
+    blocks = [OuterProducts(tensor(B, 2, 3, 4), tensor(B, 2, 3, 5)) for _ in range(2)]
+    other = [Instantiated(tensor(B, 2)), Instantiated(tensor(B, 3))]
+    for forms in (large, tables, blocks, other):
+        assert not alike.OnceForEachKind(forms)._joined
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_rule_05_one_that_is_not_finite_spoils_no_other_form_or_example(bad, traced):
+    gradients = [RANDOM.normal(size=(B, 3)).astype("float32") for _ in range(COUNT)]
+    gradients[1][2] = bad
+
+    def run(*arrays):
+        def clip(norms):
+            return 1 / tf.maximum(tf.norm(norms, axis=1), 1.0)
+
+        safe = lambda norms: tf.where(  # noqa: E731
+            tf.math.is_finite(clip(norms)), clip(norms), tf.zeros_like(clip(norms))
+        )
+        sums, _ = clipped_sums([Instantiated(a) for a in arrays], arrays, safe, tf.ones(B, "bool"))
+        return sums
+
+    function = tf.function(run, autograph=False) if traced else run
+    sums = function(*(tf.constant(g) for g in gradients))
+    kept = [0, 1, 3]
+    norms = np.linalg.norm(np.concatenate(gradients, axis=1)[kept], axis=1)
+    for total, gradient in zip(sums, gradients, strict=True):
+        assert np.all(np.isfinite(total))
+        wanted = (gradient[kept] / np.maximum(norms, 1)[:, None]).sum(0)
+        if np.isfinite(bad):  # then it counts as one of norm 1
+            assert np.linalg.norm(total - wanted) <= 1 + 1e-4
+        else:
+            np.testing.assert_allclose(total, wanted, rtol=1e-5)
