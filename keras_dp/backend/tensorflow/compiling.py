@@ -11,6 +11,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.core.protobuf import config_pb2
 from tensorflow.python.eager import context
+from tensorflow.python.ops import control_flow_util
 
 from .operations import all_operations, concrete_of, graphs_of, require_nothing_kept
 from .types import EngineResult, Tensor
@@ -28,8 +29,11 @@ _tracing = threading.local()  # `for_xla`: whether what is being traced is for X
 
 
 def is_for_xla() -> bool:
-    """Whether what is being traced is for XLA."""
-    return getattr(_tracing, "for_xla", False)
+    """Whether what is being traced is for XLA: by ourselves, or within a function of yours."""
+    if getattr(_tracing, "for_xla", False):
+        return True
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    return graph is not None and bool(control_flow_util.GraphOrParentsInXlaContext(graph))
 
 
 def compiled_candidate(
