@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.core.protobuf import config_pb2
 from tensorflow.python.eager import context
-from tensorflow.python.ops import control_flow_util
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext as in_xla_context
 
 from .operations import all_operations, concrete_of, graphs_of, require_nothing_kept
 from .types import EngineResult, Tensor
@@ -29,11 +29,9 @@ _tracing = threading.local()  # `for_xla`: whether what is being traced is for X
 
 
 def is_for_xla() -> bool:
-    """Whether what is being traced is for XLA: by ourselves, or within a function of yours."""
-    if getattr(_tracing, "for_xla", False):
-        return True
-    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-    return graph is not None and bool(control_flow_util.GraphOrParentsInXlaContext(graph))
+    """Whether what is being traced is for XLA: an engine, or a `tf.function` around it all."""
+    graph = tf.compat.v1.get_default_graph()
+    return getattr(_tracing, "for_xla", False) or in_xla_context(graph)
 
 
 def compiled_candidate(
@@ -93,13 +91,8 @@ def prepared_quickly() -> Iterator[None]:
     TensorFlow prepares a function anew for other options.
     """
     options = context.context().function_call_options
-    config = config_pb2.ConfigProto.FromString(options.config_proto_serialized)
-    rewriting = config.graph_options.rewrite_options
-    rewriting.disable_tfg_optimizer = True
-    if rewriting.memory_optimization == rewriting.DEFAULT_MEM_OPT and not has_gpu():
-        rewriting.memory_optimization = rewriting.NO_MEM_OPT
-    context.context().function_call_options = context.FunctionCallOptions(
-        executor_type=options.executor_type, config_proto=config
+    context.context().function_call_options = _quicker(
+        options.config_proto_serialized, options.executor_type
     )
     try:
         yield
@@ -107,9 +100,15 @@ def prepared_quickly() -> Iterator[None]:
         context.context().function_call_options = options
 
 
-@functools.cache
-def has_gpu() -> bool:
-    return bool(tf.config.list_physical_devices("GPU"))
+@functools.lru_cache(8)
+def _quicker(serialized: bytes, executor_type: str) -> Any:
+    config = config_pb2.ConfigProto.FromString(serialized)
+    rewriting = config.graph_options.rewrite_options
+    rewriting.disable_tfg_optimizer = True
+    with_gpu = tf.config.list_physical_devices("GPU")
+    if rewriting.memory_optimization == rewriting.DEFAULT_MEM_OPT and not with_gpu:
+        rewriting.memory_optimization = rewriting.NO_MEM_OPT
+    return context.FunctionCallOptions(executor_type=executor_type, config_proto=config)
 
 
 class BrokenMatmul(RuntimeError):
