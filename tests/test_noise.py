@@ -217,7 +217,7 @@ def test_resumed_training_draws_noise_unrelated_to_what_came_before_and_after(fi
 
 
 def test_the_correlation_check_sees_reused_noise(monkeypatch):
-    monkeypatch.setattr(NoiseSource, "refresh", lambda self: self._generator.rekey(KEY))
+    monkeypatch.setattr(NoiseSource, "refresh", lambda self, key=None: self._generator.rekey(KEY))
     found = []
     model = noise_model()
     for _ in range(2):

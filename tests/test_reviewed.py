@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from scipy import stats
 
 import keras_dp
-from keras_dp import PrivacyError, PrivacyLedger, PrivacyWarning, several
+from keras_dp import PrivacyError, PrivacyLedger, PrivacyWarning, noise, several
 from keras_dp.ledger import Release
 from keras_dp.noise import NoiseSource
 from keras_dp.sampling import UNKNOWN
@@ -43,10 +44,10 @@ def test_rule_07_no_key_that_workers_share_outlives_its_fit():
     for _ in range(2):  # workers
         source = optimizer()
         source.session.begin_fit(UNKNOWN, 1, secret)
-        noise = source.session._mechanism.noise
-        drawn.append([np.asarray(noise.draw([((8,), "float32")], 1.0)[0])])
+        draw = source.session._mechanism.noise.draw
+        drawn.append([np.asarray(draw([((8,), "float32")], 1.0)[0])])
         source.session.end_fit()
-        drawn[-1].append(np.asarray(noise.draw([((8,), "float32")], 1.0)[0]))
+        drawn[-1].append(np.asarray(draw([((8,), "float32")], 1.0)[0]))
     (first, after), (second, later) = drawn
     np.testing.assert_array_equal(first, second)  # in the fit: once, the same in each
     assert not np.array_equal(after, later)
@@ -71,12 +72,34 @@ def test_rule_06_a_worker_takes_over_the_ledger_of_the_chief():
     assert model.optimizer.ledger.steps == 3
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_the_largest_numbers_of_numpy_s_noise_have_further_bits(dtype, monkeypatch):
+    """What ends at 6.76 deviations gives an example away among many numbers and steps."""
+    words = noise._random_words
+    monkeypatch.setattr(noise, "_random_words", lambda dtype, count: 0 * words(dtype, count))
+    numbers = np.empty(2**16, dtype)
+    noise._fill(numbers, 1.0)  # of length alone, and direction 0
+    lengths = numbers[: 2**15].astype("f8")
+    unit = 2.0 ** (-8 * numbers.itemsize)
+    rest = np.exp(-(lengths**2) / 2) / unit  # of a word of 0
+    assert stats.kstest(rest, "uniform").pvalue > 1e-7
+    assert rest.min() < 0.01
+
+
+def test_the_largest_numbers_of_the_framework_s_noise_are_sums_of_two(monkeypatch):
+    source = NoiseSource()
+    ends = source._generator._generator
+    monkeypatch.setattr(ends, "normal", lambda shape, dtype: tf.fill(shape, tf.cast(5.68, dtype)))
+    (found,) = source.draw([((3,), "float32")], 2.0)
+    np.testing.assert_allclose(found, 2 * 5.68 * np.sqrt(2), rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_much_noise_in_half_precision_is_finite(dtype):
-    (noise,) = NoiseSource().draw([((20_000,), dtype)], 1.0)
-    noise = np.asarray(noise).astype("float64")
-    assert np.isfinite(noise).all()
-    assert abs(noise.std() - 1) < 0.03  # six deviations
+    (drawn,) = NoiseSource().draw([((20_000,), dtype)], 1.0)
+    drawn = np.asarray(drawn).astype("float64")
+    assert np.isfinite(drawn).all()
+    assert abs(drawn.std() - 1) < 0.03  # six deviations
 
 
 def test_rule_03_the_step_of_replicas_is_taken_by_fit_alone():
@@ -151,3 +174,17 @@ def test_rule_18_it_is_said_whose_python_sees_examples_when_functions_run_eagerl
     assert any(not isinstance(t, keras.KerasTensor) and hasattr(t, "numpy") for t in seen)
     report = str(keras_dp.privacy_report(model, delta=1e-3))
     assert "keeping" in report
+
+
+@pytest.mark.filterwarnings("ignore::keras_dp.PrivacyWarning")
+def test_rule_14_a_whole_step_inside_xla_gives_the_numbers_of_a_graph():
+    """There float64 takes over within what is compiled, and not in Python."""
+    found = []
+    for jit_compile in (False, True):
+        keras.utils.set_random_seed(1)
+        model = linear()
+        model.compile(optimizer(noise_multiplier=0.0, max_grad_norm=0.1), loss="mse")
+        step = tf.function(lambda x, y: model.train_step((x, y)), jit_compile=jit_compile)  # noqa: B023
+        step(X, Y)
+        found.append(model.get_weights()[0])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
