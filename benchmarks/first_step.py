@@ -9,7 +9,8 @@ with random weights and made-up examples. Each is trained for one batch by an
 ordinary optimizer and by `keras_dp.DPSGD`, in turns, as often as `--repeats` says, in a
 process of its own unless `--together` is given; printed are the medians, of seconds
 or, as other programs may run beside it, of the process's processor time (`--cpu`).
-`--write` puts the table into docs/models.md. `--budget` ends the list after so many minutes; what isn't measured says so.
+`--write` puts the table into docs/models.md. `--budget` ends the list after so many
+minutes; what isn't measured is named.
 
 `--alarms` starts deep networks with several seeds and dtype policies, and counts those that
 are refused, or served by another engine than the ghost. `--memory` counts what a
