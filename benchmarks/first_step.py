@@ -208,7 +208,7 @@ HUB = {
         "ResNetBackbone",
         None,
         images(),
-        input_conv_filters=[16],
+        input_conv_filters=[64],
         input_conv_kernel_sizes=[3],
         stackwise_num_filters=[64, 64],
         stackwise_num_blocks=[2, 2],
