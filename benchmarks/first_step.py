@@ -10,7 +10,7 @@ ordinary optimizer and by `keras_dp.DPSGD`, in turns, as often as `--repeats` sa
 process of its own unless `--together` is given; printed are the medians, of seconds
 or, as other programs may run beside it, of the process's processor time (`--cpu`).
 `--write` puts the table into docs/models.md. `--budget` ends the list after so many
-minutes; what isn't measured says so.
+minutes; what isn't measured is named.
 
 `--alarms` starts deep networks with several seeds and dtype policies, and counts those that
 are refused, or served by another engine than the ghost. `--memory` counts what a
@@ -208,9 +208,9 @@ HUB = {
         "ResNetBackbone",
         None,
         images(),
-        input_conv_filters=[16],
+        input_conv_filters=[64],
         input_conv_kernel_sizes=[3],
-        stackwise_num_filters=[16, 32],
+        stackwise_num_filters=[64, 64],
         stackwise_num_blocks=[2, 2],
         stackwise_num_strides=[1, 2],
         block_type="basic_block",
@@ -221,7 +221,7 @@ HUB = {
         None,
         images(),
         image_shape=(32, 32, 3),
-        layerwise_num_layers=[1, 1],
+        layerwise_depths=[1, 1],
         num_layers=2,
         layerwise_num_heads=[1, 2],
         layerwise_sr_ratios=[2, 1],
