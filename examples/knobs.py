@@ -1,15 +1,15 @@
-"""What the knobs of private training do: data, epochs, learning rate, noise.
+"""What the knobs of private training do: noise, clipping norm, epochs, batch size.
 
-Four settings, each trained with and without privacy on made-up data for two
-classes. One knob turns at a time:
+First four settings, each trained with and without privacy on made-up data for two classes:
 
 1. little data, many epochs: a large epsilon;
 2. ten times the data, a tenth of the epochs: a small one, at the same number of steps;
 3. more epochs at a lower learning rate: more steps, more epsilon;
 4. more noise, and another optimizer, which the noise throws about: the smallest epsilon.
 
-The script prints the epsilon of each model as it was really trained, and draws
-the training loss of each, ordinary against private.
+Then one knob at a time, the other three as they are. The script prints the epsilon of each
+model as it was really trained, and draws the training loss of the four, ordinary against
+private, and below them what each knob does to epsilon and to the loss on new data.
 
     pip install ".[examples]" && python examples/knobs.py
 """
@@ -54,17 +54,26 @@ SETTINGS = [
     Setting("more noise", 20_000, 10, keras.optimizers.Adam, keras_dp.DPAdam, 0.01, 2.5),
 ]
 
+# One knob at a time: these values, with the others at BASE.
+BASE = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "epochs": 10, "batch_size": 256}
+KNOBS = {
+    "noise_multiplier": ("noise σ", [0.5, 1.0, 2.0, 4.0, 8.0]),
+    "max_grad_norm": ("clipping norm C", [0.01, 0.1, 1.0, 10.0, 100.0]),
+    "epochs": ("epochs", [1, 3, 10, 30]),
+    "batch_size": ("batch size", [32, 128, 256, 1024]),
+}
 
-def make_data(num_examples, num_features=20):
+
+def make_data(num_examples, num_features=20, seed=0):
     """Two overlapping clouds of points, and which of them each point is from."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, size=(num_examples, 1))
     centres = np.where(labels == 1, 0.4, -0.4)
     points = centres + rng.normal(size=(num_examples, num_features))
     return points.astype("float32"), labels.astype("float32")
 
 
-def train(optimizer, data, epochs):
+def train(optimizer, data, epochs, batch_size=BATCH_SIZE):
     keras.utils.set_random_seed(0)  # the same initial weights for both; never the noise
     model = keras.Sequential(
         [
@@ -74,8 +83,32 @@ def train(optimizer, data, epochs):
         ]
     )
     model.compile(optimizer=optimizer, loss="binary_crossentropy")
-    history = model.fit(*data, batch_size=BATCH_SIZE, epochs=epochs, verbose=0)
+    history = model.fit(*data, batch_size=batch_size, epochs=epochs, verbose=0)
     return model, history.history["loss"]
+
+
+def turn(knob, value, data, epochs=None):
+    """Epsilon, and the loss on new data, with one knob at a value and the others at BASE."""
+    at = BASE | ({"epochs": epochs} if epochs else {}) | {knob: value}
+    optimizer = keras_dp.DPSGD(
+        0.05, max_grad_norm=at["max_grad_norm"], noise_multiplier=at["noise_multiplier"]
+    )
+    model, _ = train(optimizer, data, at["epochs"], at["batch_size"])
+    loss = model.evaluate(*make_data(10_000, seed=1), batch_size=2048, verbose=0)
+    return optimizer.get_epsilon(DELTA), loss
+
+
+def draw_knob(panel, label, values, epsilons, losses):
+    panel.plot(values, epsilons, "o-", color="C3")
+    panel.set(xscale="log", yscale="log", xlabel=label, ylim=(0.1, 100))
+    panel.set_xticks(values, [f"{value:g}" for value in values])
+    panel.minorticks_off()
+    panel.tick_params(axis="y", colors="C3")
+    other = panel.twinx()
+    other.plot(values, losses, "s--", color="C1")
+    other.set(ylim=(0, 0.8))
+    other.tick_params(axis="y", colors="C1")
+    return other
 
 
 def main():
@@ -87,6 +120,13 @@ def main():
         help="where to write the picture (default: %(default)s)",
     )
     parser.add_argument("--epochs", type=int, help="epochs of each setting (default: its own)")
+    parser.add_argument(
+        "--knobs",
+        nargs="*",
+        choices=tuple(KNOBS),
+        default=list(KNOBS),
+        help="knobs to turn one at a time (default: all)",
+    )
     arguments = parser.parse_args()
     settings = SETTINGS
     if arguments.epochs is not None:
@@ -94,8 +134,8 @@ def main():
 
     print(f"delta = {DELTA:g}; one example added or removed\n")
     print("setting      examples  epochs  optimizer      noise   epsilon  loss: ordinary  private")
-    figure, panels = plt.subplots(2, 2, figsize=(10, 7), sharey=True, layout="constrained")
-    for setting, panel in zip(settings, panels.flat, strict=True):
+    figure, panels = plt.subplots(2, 4, figsize=(15, 7.5), layout="constrained")
+    for setting, panel in zip(settings, panels[0], strict=True):
         data = make_data(setting.num_examples)
         _, ordinary = train(setting.optimizer(setting.learning_rate), data, setting.epochs)
         model, private = train(
@@ -120,17 +160,38 @@ def main():
 
         for name, loss in (("ordinary", ordinary), ("private", private)):
             panel.plot(range(1, len(loss) + 1), loss, label=name)
-        panel.set(xlabel="epoch", xlim=(0, setting.epochs), ylim=(0, None))
+        panel.set(xlabel="epoch", xlim=(0, setting.epochs), ylim=(0, 0.9))
         panel.set_title(
-            f"{setting.title}: ε = {epsilon:.3f}\n"
+            f"{setting.title}: ε = {epsilon:.2g}\n"
             f"n = {setting.num_examples}, {setting.epochs} epochs, {optimizer}, "
             f"σ = {setting.noise_multiplier:g}",
             fontsize="medium",
         )
         panel.spines[["top", "right"]].set_visible(False)
     panels[0, 0].legend(frameon=False)
-    figure.supylabel("training loss")
-    figure.suptitle(f"Ordinary and private training (ε at δ = {DELTA:g})")
+    panels[0, 0].set_ylabel("training loss")
+
+    data = make_data(5_000)
+    if arguments.knobs:
+        print("\none knob at a time: 5,000 examples, SGD 0.05; the others at", end=" ")
+        print(", ".join(f"{KNOBS[knob][0]} {value:g}" for knob, value in BASE.items()))
+        print("knob              value   epsilon  loss on new data")
+    for knob, panel in zip(KNOBS, panels[1], strict=True):
+        label, values = KNOBS[knob]
+        if knob not in arguments.knobs:
+            panel.set_axis_off()
+            continue
+        turned = [turn(knob, value, data, arguments.epochs) for value in values]
+        for value, (epsilon, loss) in zip(values, turned, strict=True):
+            print(f"{label:16} {value:6g} {epsilon:9.2f} {loss:17.3f}", flush=True)
+        right = draw_knob(panel, label, values, *zip(*turned, strict=True))
+        if knob == next(iter(KNOBS)):
+            panel.set_ylabel("ε (log scale)", color="C3")
+    if arguments.knobs:
+        right.set_ylabel("loss on new data, private", color="C1")
+    figure.suptitle(
+        f"Above: four settings. Below: one knob at a time, the others held. ε at δ = {DELTA:g}"
+    )
 
     figure.savefig(arguments.output, dpi=120)
     print(f"\nPicture: {arguments.output}")

@@ -94,7 +94,7 @@ def test_the_monitor_draws_what_it_saw_and_says_whether_it_is_private(
 
 
 def test_knobs_prints_the_epsilon_of_what_was_trained_and_draws_a_picture(run_example, tmp_path):
-    printed = run_example("knobs.py", "--epochs", "1")
+    printed = run_example("knobs.py", "--epochs", "1", "--knobs", "max_grad_norm")
 
     spent = [float(row) for row in re.findall(r" (\d+\.\d{3}) +[\d.]+ +[\d.]+$", printed, re.M)]
     expected = [
@@ -104,6 +104,8 @@ def test_knobs_prints_the_epsilon_of_what_was_trained_and_draws_a_picture(run_ex
         for n, sigma in ((2_000, 1.0), (20_000, 1.0), (20_000, 1.0), (20_000, 2.5))
     ]
     assert spent == pytest.approx(expected, abs=1e-3)
+    turned = re.findall(r"^clipping norm C +\S+ +([\d.]+) +[\d.]+$", printed, re.M)
+    assert len(turned) == 5 and len(set(turned)) == 1  # C doesn't change epsilon
     assert is_picture(tmp_path / "knobs.png")
 
 
