@@ -25,7 +25,7 @@ def rows_that_fit(run: Callable[[int], Any], most: int) -> int | None:
         most: The rows of the largest batch that is expected.
 
     Returns:
-        The number, less than `most`; `most` if all fit; `None` if it can't be told.
+        The number, less than `most`; `most` if all fit; `None` if it isn't known.
 
     Raises:
         MemoryError: If not even the smallest number fits.
