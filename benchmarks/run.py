@@ -25,8 +25,8 @@ Printed are, as tables in Markdown:
 
 `--growth` lets the batch, the length, the width and the vocabulary grow, and
 shows how time and memory follow: beside each figure the exponent since the size
-before, 1 for what doubles when the size does. `--largest 1024` leaves out what
-is larger, `--what batch,length` takes some. On a GPU the same commands measure
+before, 1 for what doubles when the size does. `--largest batch=4096,width=0`
+leaves out what is larger. On a GPU the same commands measure
 the GPU; `--policy mixed_bfloat16` and `--tf32 off` are for there.
 """
 
@@ -103,8 +103,9 @@ def arguments():
     parser.add_argument("--xla", action="store_true", help="also with jit_compile=True")
     parser.add_argument("--growth", action="store_true", help="also while sizes double")
     parser.add_argument("--only-growth", action="store_true", help="nothing else than that")
-    parser.add_argument("--what", help="what grows, of batch,length,width,vocabulary; all of it")
-    parser.add_argument("--largest", type=int, help="the largest size to measure")
+    parser.add_argument(
+        "--largest", help="sizes to stop at, such as batch=4096,length=1024; 0: not measured at all"
+    )
     parser.add_argument("--growth-picture", type=Path, help="draw the growth into this file")
     parser.add_argument(
         "--microbatches", action="store_true", help="only memory, while the logical batch grows"
@@ -231,14 +232,15 @@ def measure_growth(names, engine, options):
     """Measures and prints how an ordinary and a private step grow with each size."""
     columns = ("what grows", "model", "ordinary ms", f"{engine} ms", "r")
     print_head(*columns, "ordinary MiB", f"{engine} MiB", "note")
-    wanted = None if options.what is None else options.what.split(",")
+    pairs = [pair.split("=") for pair in (options.largest or "").split(",") if pair]
+    largest = {what: int(size) for what, size in pairs}
     found = []
     for what, name, sizes, others in GROWTH:
-        if name not in names or (wanted is not None and what not in wanted):
+        if name not in names:
             continue
         before = None
         for size in sizes:
-            if options.largest is not None and size > options.largest:
+            if size > largest.get(what, math.inf):
                 break
             variants = ["ordinary", "noise", engine]
             figures = measure_model(name, variants, options, {**others, what: size})

@@ -5,6 +5,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers, ops
 from reference import engine_outcome, relative_error
 from test_rules import normal
@@ -139,6 +140,46 @@ def test_other_sizes_are_refused(wrong):
         keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=1.0, microbatch_size=wrong)
 
 
+# -- convolutions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "shape", "strides", "padding", "dilation", "groups"),
+    [
+        ((9, 8, 2), (4, 3, 3), (3, 3, 2, 3), (2, 2), "valid", (1, 1), 1),
+        ((6, 6, 4), (6, 6, 2), (3, 2, 2, 2), (1, 1), "same", (2, 2), 2),
+        ((10, 3), (4, 2), (3, 3, 2), (2,), "valid", (1,), 1),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 6, 7])
+def test_filters_of_examples_part_by_part_are_those_of_all_at_once(
+    inputs, outputs, shape, strides, padding, dilation, groups, rows, monkeypatch
+):
+    x, g = normal(*inputs, rows=rows), normal(*outputs, seed=1, rows=rows)
+
+    def gradients(x, g):
+        return backend.filter_gradients(x, g, shape, strides, padding, dilation, groups)
+
+    at_once = gradients(ops.convert_to_tensor(x), ops.convert_to_tensor(g))
+    parts = []
+
+    def counted(*arguments):
+        parts.append(arguments[0].shape[0])
+        return folded(*arguments)
+
+    folded = filters._folded
+    monkeypatch.setattr(filters, "_folded", counted)
+    padded = np.prod([*shape[:-2], 16, 16, 4])
+    monkeypatch.setattr(filters, "_CACHED", 2 * padded)  # two examples at a time
+    eagerly = gradients(ops.convert_to_tensor(x), ops.convert_to_tensor(g))
+    assert parts == {1: [1], 6: [2] * 3, 7: [2] * 4}[rows]
+    signature = [tf.TensorSpec([None, *t.shape[1:]]) for t in (x, g)]
+    traced = tf.function(gradients, input_signature=signature)(x, g)
+    for found in (eagerly, traced):
+        assert tuple(found.shape) == (*shape[:-1], rows, shape[-1])
+        np.testing.assert_allclose(found, at_once, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("set_to", "noted"), [(None, 1), ("0", 0)])
 def test_convolutions_without_onednn_are_noted_once(set_to, noted, monkeypatch, caplog):
     monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
@@ -189,7 +230,7 @@ def test_benchmarks_say_how_figures_grow(benchmarks, capsys, monkeypatch):
         return {v: {"ms": 2.0 * size**1.5, "bytes": 2**20 * size, "note": ""} for v in variants}
 
     monkeypatch.setattr(run, "measure_model", figures)
-    monkeypatch.setattr("sys.argv", ["run.py", "--what", "batch", "--largest", "1024"])
+    monkeypatch.setattr("sys.argv", ["run.py", "--largest", "batch=1024,width=0"])
     grown = run.measure_growth(["cnn", "mlp"], "ghost", run.arguments())
     assert [g["size"] for g in grown] == [256, 1024]
     assert "65,536 (1.50)" in capsys.readouterr().out

@@ -84,10 +84,8 @@ class DPOptimizer(Described, OptimizerWrapper):
             planned `fit` may cost, together with all that was spent before.
             sigma is calibrated when `fit` starts.
         target_delta: The delta that belongs to `target_epsilon`.
-        microbatch_size: How many examples are in memory at once. Bounds memory
-            and changes no number. `None`: the whole batch. `"auto"`: as many as
-            fit, found before the first step, on made-up examples: on a processor
-            those that take half of the memory that is left.
+        microbatch_size: How many examples are in memory at once. Changes no
+            number. `None`: the whole batch. `"auto"`: as many as fit.
         augmentation_multiplicity: How many times each example runs through the
             model in a step, with dropout and augmentation of its own each time.
             Its gradients are averaged before they are clipped (De et al. 2022,

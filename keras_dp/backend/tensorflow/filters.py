@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -15,10 +15,12 @@ import tensorflow as tf
 from .compiling import is_for_xla
 from .control import apart
 from .mapping import map_rows
+from .random import runs_python
 from .types import Tensor
 
 __all__ = ["depthwise_filter_gradients", "filter_gradients"]
 
+_CACHED = 2**24  # bytes of filters' gradients, padded as oneDNN does, that stay in a cache
 _ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 
 logger = logging.getLogger("keras_dp")
@@ -60,6 +62,52 @@ def filter_gradients(
         found = map_rows(one, [filters, x, g])
         rank = len(shape) + 1
         return tf.transpose(found, (*range(1, rank - 1), 0, rank - 1))
+
+    def at_once(x: Tensor, g: Tensor) -> Tensor:
+        return _folded(x, g, shape, strides, padding, dilation)
+
+    return _in_parts(at_once, x, g, shape) if runs_python() else at_once(x, g)
+
+
+def _in_parts(
+    at_once: Callable[[Tensor, Tensor], Tensor], x: Tensor, g: Tensor, shape: Sequence[int]
+) -> Tensor:
+    """`at_once` for as many examples at a time as stay in a processor's cache.
+
+    oneDNN pads the channels of every example's filters to a multiple of 16, and takes
+    two to three times as long where all of them together leave the cache.
+    """
+    *kernel, channels, filters = shape
+    sixteens = [-(-n // 16) * 16 for n in (channels, filters)]
+    most = max(_CACHED // (math.prod([*kernel, *sixteens]) * x.dtype.size), 1)
+    rows = tf.shape(x)[0]
+
+    def parts() -> Tensor:
+        count = (rows + most - 1) // most
+        each = (rows + count - 1) // count
+
+        def divided(t: Tensor) -> Tensor:
+            filled = tf.pad(t, [[0, count * each - rows], *([0, 0] for _ in t.shape[1:])])
+            return tf.reshape(filled, [count, each, *t.shape[1:]])
+
+        spec = tf.TensorSpec([*shape[:-1], None, filters], x.dtype)
+        pair = divided(x), divided(g)
+        found = tf.map_fn(
+            lambda p: at_once(*p), pair, fn_output_signature=spec, parallel_iterations=1
+        )
+        places = len(shape) - 1
+        found = tf.transpose(found, [*range(1, places + 1), 0, places + 1, places + 2])
+        return tf.reshape(found, [*shape[:-1], count * each, filters])[..., :rows, :]
+
+    found = tf.cond(rows <= 3 * most // 2, lambda: at_once(x, g), parts)
+    found.set_shape([*shape[:-1], x.shape[0], filters])
+    return found
+
+
+def _folded(
+    x: Tensor, g: Tensor, shape: Sequence[int], strides: Any, padding: str, dilation: Any
+) -> Tensor:
+    """One gradient of one convolution, the examples among its channels."""
     x, g, scale = _of_like_size(x, g)
     if x.shape.rank == 3:
         x, g = x[:, tf.newaxis], g[:, tf.newaxis]
