@@ -577,11 +577,11 @@ def alarms(options):
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")
                         model.train_on_batch(x, y)
-                    told = model.optimizer.engine
+                    said = model.optimizer.engine
                 except Exception as error:
-                    told = keras_dp.errors.first_line(error)
-                if told != "ghost":
-                    wrong.append((policy, number, seed, told))
+                    said = keras_dp.errors.first_line(error)
+                if said != "ghost":
+                    wrong.append((policy, number, seed, said))
                     print(*wrong[-1], flush=True)
                 keras.backend.clear_session()
         print(f"{policy}: {starts} starts so far, {len(wrong)} of them alarms", flush=True)

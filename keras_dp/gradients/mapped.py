@@ -64,7 +64,7 @@ def example_gradients(
 ) -> tuple[list[Any], Any, list[Any]]:
     """One example's gradients, written out, its loss, and what else `one` returns.
 
-    `note` is told which of the weights the loss reaches.
+    `note` is given which of the weights the loss reaches.
     """
     with backend.gradient_tape() as tape:
         tape.watch(weights)
@@ -204,7 +204,7 @@ def vectorized_engine(
         leaves: The examples' tensors, each (rows, ...).
         real: Mask, (rows,); rows where it is false add nothing.
         clipped: Clipped sums and norms from written-out gradients.
-        note: Is told which of the weights the loss reaches.
+        note: Is given which of the weights the loss reaches.
         weights_per_example: Give every example a copy of the weights. Slower,
             but multiplications of a batch with a shared matrix, which some
             TensorFlow builds get wrong (`backend.BrokenMatmul`), become
