@@ -460,13 +460,15 @@ class Meter:
         )
 
     def mind(self) -> Any:
-        """What processes that train together must agree on in this step, (4,) in float64.
+        """What processes that train together must agree on in this step, (8,) in float64.
 
-        Whether there is a step; sigma and C; and what it is divided by.
+        Whether there is a step; sigma and C; what it is divided by; and the squares of all
+        these: if sums of both are those of one process times the number, all are alike.
         """
         now = self.now()
         within = ops.cast(self._releases.tensor < self._limit.tensor, "float64")
-        return ops.stack([within, now.noise_multiplier, now.max_grad_norm, now.batch_size])
+        mine = ops.stack([within, now.noise_multiplier, now.max_grad_norm, now.batch_size])
+        return ops.concatenate([mine, ops.square(mine)])
 
     def spend(
         self,

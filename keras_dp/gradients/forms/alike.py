@@ -143,7 +143,16 @@ class _Joined:
 def _is_small(form: PerExample) -> bool:
     sizes = [t.shape[1:] for t in taken_apart(form)[1]]
     few = all(None not in s and math.prod(s) <= _FEW_NUMBERS for s in sizes)
-    return few and form.can_be_joined
+    return few and form.can_be_joined and _sums_go_together(type(form))
+
+
+def _sums_go_together(kind: type[PerExample]) -> bool:
+    """Whether a class's `weighted_sums` are those of its own `weighted_sum`, not of a base's."""
+
+    def place(name: str) -> int:
+        return next(k for k, base in enumerate(kind.__mro__) if name in vars(base))
+
+    return place("weighted_sums") <= place("weighted_sum")
 
 
 def _kind(form: PerExample) -> Any:
