@@ -188,3 +188,14 @@ def test_rule_14_a_whole_step_inside_xla_gives_the_numbers_of_a_graph():
         step(X, Y)
         found.append(model.get_weights()[0])
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+
+
+def test_forms_are_joined_only_where_their_sums_go_together():
+    from keras_dp.gradients.forms import OuterProducts
+    from keras_dp.gradients.forms.alike import _sums_go_together
+
+    class Half(OuterProducts):
+        def weighted_sum(self, clip_weights):
+            return super().weighted_sum(clip_weights) / 2
+
+    assert _sums_go_together(OuterProducts) and not _sums_go_together(Half)
