@@ -69,6 +69,9 @@ class FunctionLoss:
         self._refuse_foreign_state(scope, state)
         return loss, []
 
+    def note_reached(self, reached: list[bool]) -> None:
+        """Nothing: that the loss reaches all variables is required where it is traced."""
+
     def split(self, leaves: list[Any]) -> tuple[list[Any], list[Any]]:
         """An engine's leaves as those of the batch and the seeds."""
         return leaves[: self._leaf_count], leaves[self._leaf_count :]
