@@ -176,6 +176,7 @@ class _TrainFunction:
         self._is_prepared = False
         self.optimizer = optimizer
         self.batch_capacity: int | None = None  # that its step was traced for
+        self.silent = False  # in a fit with verbose=0
 
     def __call__(self, iterator: Any) -> Any:
         with (
@@ -186,7 +187,7 @@ class _TrainFunction:
             said_if_slow(
                 "Preparing private training: tracing the model, and trying its gradients on "
                 "made-up examples",
-                silent=self._is_prepared,
+                silent=self._is_prepared or self.silent,
                 file=sys.stderr,
                 patience=_PATIENCE,
             ),
@@ -406,8 +407,12 @@ class _FitDeclaration(keras.callbacks.Callback):
             first = keras_private.resumed_epoch(self.model) or self._initial_epoch
             epochs = self.params.get("epochs", self._epochs)
             planned = max(epochs - first, 0) * self._steps_per_epoch
+        silent = not self.params.get("verbose", 1)
+        function = self.model.train_function
+        if isinstance(function, _TrainFunction):
+            function.silent = silent
         what = "Calibrating the noise to the target epsilon"
-        with said_if_slow(what, silent=not self.params.get("verbose", 1)):
+        with said_if_slow(what, silent=silent):
             self.optimizer.session.begin_fit(self._sampling, planned, secret)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
