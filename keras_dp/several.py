@@ -188,9 +188,7 @@ def step(
             "example is in the shares of several of them. Call model.fit, which divides one draw "
             "among them."
         )
-    with keras_private.applied_as_they_are(optimizer.inner_optimizer):
-        parts = optimizer.session.parts
-        logs, engine = replicated_train_step(parts, model, replicas, shares)
+    logs, engine = replicated_train_step(optimizer.session.parts, model, replicas, shares)
     optimizer.session.used(engine)
     return logs
 

@@ -462,7 +462,7 @@ class DPOptimizer(Described, OptimizerWrapper):
         variables = grads.variables_of(trainable_variables)
 
         def step() -> Any:
-            self.inner_optimizer.apply(list(grads), variables)
+            self._session.apply(list(grads), variables)
             return ops.zeros(())
 
         backend.branch(grads.released, step, lambda: ops.zeros(()))

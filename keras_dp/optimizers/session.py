@@ -108,10 +108,20 @@ class Session:
             self._meter,
             self._options,
             make_ready=self.make_ready,
-            apply=self._optimizer.inner_optimizer.apply,
+            apply=self.apply,
             warn_once=self.warn_once,
             note_unseen=self.notes.add_unseen,
         )
+
+    def apply(self, gradients: list[Any], variables: list[Any]) -> None:
+        """Has the inner optimizer apply private gradients, as they are.
+
+        Keras adds them up over replicas, which changes nothing on one, and of which TensorFlow
+        keeps a function, and with it the graph of the step, for good.
+        """
+        inner = self._optimizer.inner_optimizer
+        with keras_private.applied_as_they_are(inner):
+            inner.apply(gradients, variables)
 
     def used(self, engine: str | None) -> None:
         """Takes note of the engine that computed the last step's gradients."""
