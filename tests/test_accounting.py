@@ -428,6 +428,7 @@ def test_calibrating_an_unprotected_release():
         calibrate_release((), Release("unprotected", 1.0), steps=10, epsilon=2.0, delta=DELTA)
 
 
+@pytest.mark.thorough
 def test_extreme_targets():
     assert calibrate_noise_multiplier(target_epsilon=1e12, steps=10, **PLAN) <= 0.001
     for target in (1e-3, 500.0):

@@ -142,6 +142,7 @@ def test_the_check_finds_an_example_that_is_missing():
 
 
 @pytest.mark.parametrize("steps_per_execution", [1, 4])
+@pytest.mark.one_in(2)
 def test_fit_feeds_whole_epochs_to_the_step(seen, steps_per_execution):  # noqa: F811
     model = tiny_model()
     model.steps_per_execution = steps_per_execution
@@ -180,6 +181,7 @@ def test_a_fit_that_is_broken_off_and_the_next_have_epochs_of_their_own(seen):  
 # -- what it costs --------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_epsilon_is_below_that_of_poisson_batches_and_of_a_shuffle():
     found = {}
     for kind in (

@@ -580,6 +580,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.oldest
 @pytest.mark.parametrize("first", ["keras", "keras_dp"])
+@pytest.mark.one_in(2)
 def test_a_model_loads_privately_right_after_the_import(first, trained):
     second = {"keras": "keras_dp", "keras_dp": "keras"}[first]
     done = python(

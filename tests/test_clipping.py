@@ -317,6 +317,7 @@ def adaptive(sigma=0.5, bound=1.0, **arguments):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.one_in(3)
 def test_adaptive_clipping_finds_the_median_of_the_norms(mode):
     arguments = dict(MODES[mode])
     own = {k: arguments.pop(k) for k in ("microbatch_size",) if k in arguments}

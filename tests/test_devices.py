@@ -112,6 +112,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.one_in(2)
 def test_weights_are_those_of_one_device_after_20_steps(name):
     """With 3 examples a batch on average, shares are uneven, and some are empty."""
     make, x, clipping, counts = MODELS[name]
@@ -314,6 +315,7 @@ DRAWN = {
 
 
 @pytest.mark.parametrize("kind", DRAWN)
+@pytest.mark.one_in(2)
 def test_every_sampler_feeds_replicas_what_it_feeds_one_device(kind):
     alone, together = (compiled(count, mlp) for count in (1, 2))
     for model in (alone, together):
@@ -323,6 +325,7 @@ def test_every_sampler_feeds_replicas_what_it_feeds_one_device(kind):
     assert (a.sampler, a.steps, a.unit, a.capacity) == (b.sampler, b.steps, b.unit, b.capacity)
 
 
+@pytest.mark.thorough
 def test_weights_of_classes_lora_and_a_regularizer_on_replicas():
     def make():
         model = keras.Sequential(
@@ -358,6 +361,7 @@ def test_what_the_inner_optimizer_does_beside_is_that_of_one_device():
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.one_in(2)
 def test_rule_11_mixed_precision_on_replicas(policy):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
@@ -518,6 +522,7 @@ def test_two_workers_train_as_one_device_on_one_draw_with_one_noise(tmp_path):
     assert refused == (tmp_path / "refused1.txt").read_text()
 
 
+@pytest.mark.thorough
 def test_rule_06_a_killed_worker_ends_the_run_and_a_restart_counts_all_its_steps(tmp_path):
     counts = workers.killed_and_resumed(tmp_path, kills=1, seed=0)
     assert counts[0] == counts[1]

@@ -183,6 +183,7 @@ def test_rule_16_a_target_is_calibrated_for_what_the_weights_cost_before(other):
     assert sigma[0] > sigma[1]
 
 
+@pytest.mark.thorough
 def test_rule_16_models_that_share_layers_are_trained_in_turns():
     encoder = Dense(3, activation="tanh")
     first, second = head(encoder), head(encoder)

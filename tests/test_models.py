@@ -537,6 +537,7 @@ def test_microbatches_change_no_number_of_the_ghost_engine(name, mode):
     assert model.optimizer.engine == "ghost"
 
 
+@pytest.mark.thorough
 def test_microbatches_change_no_number_where_a_loop_takes_over():
     name = "masked bidirectional RNN"
     case, want = CASES[name], expected(name)

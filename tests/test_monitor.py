@@ -238,6 +238,7 @@ def trained(*callbacks, seed=7, clipping="flat"):
 
 
 @pytest.mark.parametrize("clipping", ["flat", "adaptive"])
+@pytest.mark.one_in(2)
 def test_no_monitor_changes_the_ledger_and_a_raw_one_not_even_the_weights(clipping):
     plain = trained(clipping=clipping)
     seen = trained(PrivacyMonitor(tiny.DELTA), clipping=clipping)
@@ -269,6 +270,7 @@ class Fails(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.one_in(2)
 def test_once_the_fit_is_over_nothing_is_gathered_any_more(fails):
     monitor = PrivacyMonitor(tiny.DELTA, accountant="rdp")
     model = tiny.compiled(tiny.sgd(gradients="loop"))
@@ -291,6 +293,7 @@ def test_once_the_fit_is_over_nothing_is_gathered_any_more(fails):
     assert monitor.history["step"] == [10 if fails else 13]
 
 
+@pytest.mark.thorough
 def test_a_model_saved_while_it_is_watched_can_be_loaded(tmp_path):
     path = str(tmp_path / "model.keras")
     trained(PrivacyMonitor(tiny.DELTA), keras.callbacks.ModelCheckpoint(path))
@@ -392,6 +395,7 @@ def test_private_keeps_no_raw_number_anywhere(tmp_path):
     assert not any("not private" in text for text in texts)
 
 
+@pytest.mark.thorough
 def test_the_noise_on_the_share_is_what_it_is_said_to_be():
     steps = 400
     monitor = PrivacyMonitor(tiny.DELTA, private=True, every=1, accountant="rdp")
@@ -421,6 +425,7 @@ def test_the_noise_on_the_sum_grows_by_the_stated_factor(private, factor):
     assert monitor.history["max_grad_norm"] == [1.0]
 
 
+@pytest.mark.thorough
 def test_the_ratio_from_noised_sums_is_near_the_raw_one():
     def ratio(private):
         keras.utils.set_random_seed(0)

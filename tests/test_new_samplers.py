@@ -133,6 +133,7 @@ def test_monte_carlo_agrees_to_one_percent(sigma, t, steps, delta):
     assert below[0] + 5 * below[1] > delta  # nor above it by more than one per cent
 
 
+@pytest.mark.thorough
 def test_every_step_of_an_epoch_counts():
     t = 8
     found = [epsilon(bins(1.0, steps, t)) for steps in range(2 * t + 2)]
@@ -177,6 +178,7 @@ def test_rounding_keeps_the_mean_and_gives_nothing_away():
         assert exact * (1 - 1e-9) <= variance < 1.002 * exact
 
 
+@pytest.mark.thorough
 def test_balls_in_bins_goes_with_other_samplers():
     one, other = bins(1.1, 20 * 235, 235), poisson(1.1, 20 * 235, 1 / 235)
     both = epsilon(one, other)
@@ -230,6 +232,7 @@ def test_figures_of_truncated_poisson(capacity, wanted):
     assert found == pytest.approx(wanted, abs=1e-3 if wanted < 10 else 5e-3)
 
 
+@pytest.mark.thorough
 def test_a_capacity_never_makes_it_cheaper():
     plain = epsilon(poisson(1.0, 100, 0.1))
     found = [epsilon(truncated(1.0, 100, 10, 1000, c)) for c in (1000, 140)]

@@ -185,6 +185,7 @@ def test_reduce_on_plateau_callback_sets_the_rate():
 
 
 @quiet
+@pytest.mark.thorough
 def test_averaged_weights_are_in_place_when_fit_ends():
     def weights(optimizer):
         model = tiny.compiled(optimizer)

@@ -72,7 +72,7 @@ def test_images_spends_its_budget_and_its_model_takes_images(run_example, tmp_pa
     )
 
 
-def test_texts_are_told_apart_and_no_word_is_learned_before_training(run_example, monkeypatch):
+def test_texts_are_sorted_and_no_word_is_learned_before_training(run_example, monkeypatch):
     printed = run_example("texts.py", "--epochs", "1", "--most", "150")
 
     assert 2.9 < float(re.search(r"^private +([\d.]+)", printed, re.M)[1]) <= 3
@@ -85,7 +85,8 @@ def test_texts_are_told_apart_and_no_word_is_learned_before_training(run_example
     assert both[0, 2] == both[1, 0] and (both[0, 3:] == 0).all()
 
 
-def test_names_are_told_apart_privately(run_example):
+@pytest.mark.thorough
+def test_names_are_sorted_by_country_privately(run_example):
     printed = run_example("names.py", "--epochs", "1", "--most", "60")
 
     assert 2.9 < float(re.search(r"^private +([\d.]+)", printed, re.M)[1]) <= 3
@@ -121,6 +122,7 @@ def test_own_rule_agrees_with_the_loop_and_a_wrong_one_is_refused(run_example):
     assert re.search(r"PrivacyError: .*Careless", printed, re.S | re.I)
 
 
+@pytest.mark.thorough
 def test_advanced_spends_no_more_than_the_budget_whatever_the_way(run_example, tmp_path):
     printed = run_example("advanced.py", "--epochs", "3", "--ways", "noise", "per-layer")
 
@@ -137,6 +139,7 @@ def test_check_and_fix_finds_every_batch_normalization(run_example):
     assert "PrivacyError: " in printed and "problems left: 0" in printed
 
 
+@pytest.mark.thorough
 def test_contrastive_spends_its_budget(run_example):
     printed = run_example("contrastive.py", "--epochs", "2", "--public", "8")
 
@@ -144,6 +147,7 @@ def test_contrastive_spends_its_budget(run_example):
     assert 2.9 < float(last) <= 3
 
 
+@pytest.mark.thorough
 def test_synthetic_people_answer_what_was_asked(run_example, tmp_path):
     printed = run_example("synthetic.py", "--epochs", "2", "--epsilon", "1")
 
