@@ -444,11 +444,15 @@ def _unless_unscaled(scale: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def applied_as_they_are(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
     """Has an optimizer apply gradients that are the same on all of several replicas.
 
-    Keras would add them up over the replicas once more.
+    Keras would add them up over the replicas once more. Within another such one (in the
+    thread of a replica) it does nothing.
     """
     name = "_all_reduce_sum_gradients"
     if not hasattr(type(optimizer), name):
         raise NotImplementedError(f"keras_dp doesn't know this version of Keras: no {name}")
+    if name in vars(optimizer):
+        yield
+        return
     vars(optimizer)[name] = list
     try:
         yield

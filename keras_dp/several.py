@@ -188,7 +188,9 @@ def step(
             "example is in the shares of several of them. Call model.fit, which divides one draw "
             "among them."
         )
-    logs, engine = replicated_train_step(optimizer.session.parts, model, replicas, shares)
+    with keras_private.applied_as_they_are(optimizer.inner_optimizer):  # for all threads at once
+        parts = optimizer.session.parts
+        logs, engine = replicated_train_step(parts, model, replicas, shares)
     optimizer.session.used(engine)
     return logs
 
