@@ -204,7 +204,7 @@ def frozen(recorder, present, traced, executed):
     patch = pytest.MonkeyPatch()
     step = DPOptimizer.train_step
     candidate = tensorflow_backend.compiled_candidate
-    metrics = training._metrics
+    metrics = training.update_metrics
     noting = False
 
     def planned(self):
@@ -246,7 +246,7 @@ def frozen(recorder, present, traced, executed):
     patch.setattr(PoissonDataset, "_epoch", planned)
     patch.setattr(NoiseSource, "add_to", lambda self, sums, stddev: recorder.add_to(sums, stddev))
     patch.setattr(DPOptimizer, "train_step", noted_step)
-    patch.setattr(training, "_metrics", left_out)
+    patch.setattr(training, "update_metrics", left_out)
     patch.setattr(backend, "compiled_candidate", noted_candidate)
     try:
         yield
@@ -401,13 +401,13 @@ def empty_batches_not_counted():
 
 
 def a_mean_norm_that_is_kept():
-    metrics, kept = training._metrics, []
+    metrics, kept = training.update_metrics, []
 
-    def keeping(model, batch, rows, real, outcome, penalty):
-        kept.append(tf.Variable(tf.reduce_mean(outcome.norms)))
-        return metrics(model, batch, rows, real, outcome, penalty)
+    def keeping(model, shown):
+        kept.append(tf.Variable(tf.reduce_mean(shown.outcome.norms)))
+        return metrics(model, shown)
 
-    return training, "_metrics", keeping
+    return training, "update_metrics", keeping
 
 
 def noise_that_follows_the_norms():
