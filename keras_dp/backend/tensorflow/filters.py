@@ -88,7 +88,8 @@ def _in_parts(
 
         def divided(t: Tensor) -> Tensor:
             filled = tf.pad(t, [[0, count * each - rows], *([0, 0] for _ in t.shape[1:])])
-            return tf.reshape(filled, [count, each, *t.shape[1:]])
+            parted = tf.reshape(filled, tf.concat([[count, each], tf.shape(t)[1:]], 0))
+            return tf.ensure_shape(parted, [None, None, *t.shape[1:]])
 
         spec = tf.TensorSpec([*shape[:-1], None, filters], x.dtype)
         pair = divided(x), divided(g)
