@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import warnings
 import zipfile
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -105,7 +106,10 @@ def _require_loadable(file: pathlib.Path, model: keras.Model) -> None:
     layers = [x for x in all_layers(model) if not is_keras_layer(x)]
     own_classes = {type(x).__name__: type(x) for x in layers}  # which whoever loads it has to have
     try:
-        loaded = keras.saving.load_model(file, own_classes, compile=False)
+        # Of what it skips, such as the optimizer of a model within, which isn't in the file.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = keras.saving.load_model(file, own_classes, compile=False)
     except Exception as error:
         raise ValueError(
             f"{what}, but not loaded again: {error} A class of yours needs a `get_config` that "
