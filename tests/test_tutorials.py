@@ -13,7 +13,7 @@ import keras_dp
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-PAGES = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+PAGES = sorted(set((ROOT / "docs" / "tutorials").glob("*.md")) - {ROOT / "docs/tutorials/index.md"})
 SCRIPT = re.compile(r"python examples/(\w+\.py)")
 
 
