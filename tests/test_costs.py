@@ -1,5 +1,6 @@
 """What is chosen for its cost changes no number."""
 
+import sys
 from pathlib import Path
 
 import keras
@@ -202,7 +203,10 @@ def test_convolutions_without_onednn_are_noted_once(set_to, noted, monkeypatch, 
 
 @pytest.fixture
 def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    folder = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    for file in folder.glob("*.py"):  # another folder may have a module of that name
+        monkeypatch.delitem(sys.modules, file.stem, raising=False)
 
 
 @pytest.mark.filterwarnings("ignore:train_on_batch can't know")
