@@ -84,8 +84,9 @@ def sum_of_squares(tensor: Any) -> tuple[Any, float]:
         each = sizes[-1]
         if each is None or each > _IN_ONE_GO:
             tensor, each = ops.cast(tensor, "float64"), 1
+    elif (numbers := math.prod(sizes)) <= _IN_ONE_GO:
+        tensor, each = ops.reshape(tensor, (-1, numbers)) if len(sizes) > 1 else tensor, numbers
     else:
-        numbers = math.prod(sizes)
         tensor = ops.reshape(tensor, (-1, numbers))
         each = next(k for k in range(min(numbers, _IN_ONE_GO), 0, -1) if numbers % k == 0)
         if each < min(numbers, 32):  # hardly any divisors: filled up

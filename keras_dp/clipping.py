@@ -232,7 +232,7 @@ class Clip:
         given = self.max_grad_norm
         bound = self.strategy.norm(ops.cast(given() if callable(given) else given, norms.dtype))
         weights = ops.cast(weights_of(self.strategy, norms, bound), norms.dtype)
-        finite = ops.isfinite(_total(norms))
+        finite = ops.all(ops.isfinite(norms), axis=1)
         if len(weights.shape) > 1:
             finite = ops.expand_dims(finite, 1)
         # A gradient that isn't finite would make its weight not a number, or 0 times infinite.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
-from keras import tree
+from keras import ops, tree
 from keras.src.backend import compute_output_spec
 from keras.src.backend import core as backend_core
 from keras.src.backend.common import global_state
@@ -43,6 +43,8 @@ __all__ = [
     "drawing_as_here",
     "innermost",
     "is_keras_layer",
+    "is_one_tensor",
+    "is_plain_loss",
     "layers_with_lora",
     "layers_with_losses",
     "logits_of",
@@ -269,11 +271,15 @@ class LossFunction:
         function: What it computes with; `None` where that isn't all that it does.
         settings: The arguments of that function.
         reduction: How it reduces over a batch.
+        weight: What the loss is multiplied with, or `None`.
+        unreduced: From targets and predictions to what would be reduced.
     """
 
     function: Any
     settings: dict[str, Any]
     reduction: str | None
+    weight: Any
+    unreduced: Callable[[Any, Any], Any]
 
 
 def loss_functions_of(loss: CompileLoss) -> list[LossFunction]:
@@ -287,8 +293,26 @@ def loss_functions_of(loss: CompileLoss) -> list[LossFunction]:
             and type(one).__call__ is keras.losses.Loss.__call__
         )
         function, settings = (one.fn, one._fn_kwargs) if plain else (None, {})
-        found.append(LossFunction(function, settings, getattr(one, "reduction", None)))
+        reduction, unreduced = getattr(one, "reduction", None), functools.partial(_unreduced, one)
+        found.append(LossFunction(function, settings, reduction, entry.loss_weights, unreduced))
     return found
+
+
+def _unreduced(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> Any:
+    given = (ops.convert_to_tensor(t, dtype=loss.dtype) for t in (y_true, y_pred))
+    return loss.call(*given)
+
+
+def is_plain_loss(model: keras.Model) -> bool:
+    """Whether what the model computes as its loss is just that it was compiled with."""
+    if type(model).compute_loss is not keras.Model.compute_loss:
+        return False
+    return type(model._compile_loss) is CompileLoss and "compute_loss" not in vars(model)
+
+
+def is_one_tensor(structure: Any) -> bool:
+    """Whether it is no structure of tensors, nor `None`."""
+    return structure is not None and not tree.is_nested(structure)
 
 
 def losses_are_of_keras(model: keras.Model) -> bool:

@@ -100,12 +100,32 @@ class NoiseSource:
             like = [KerasTensor(shape, dtype) for shape, dtype in wanted]
             stddev = ops.convert_to_tensor(stddev, "float64")
             return call_numpy(lambda size: _drawn(wanted, float(size)), [stddev], like)
-        return [self._generator.normal(shape, dtype, stddev) for shape, dtype in wanted]
+        # The small ones of a type together: what a draw needs around it is traced once.
+        drawn: dict[int, Any] = {}
+        for numbers in _drawn_together(wanted):
+            shapes = [wanted[k][0] for k in numbers]
+            found = self._generator.normal(shapes, wanted[numbers[0]][1], stddev)
+            drawn.update(zip(numbers, found, strict=True))
+        return [drawn[k] for k in range(len(wanted))]
 
     def add_to(self, sums: Sequence[Any], stddev: Any) -> list[Any]:
         """The sums, each with independent noise of standard deviation `stddev`."""
         noise = self.draw([(s.shape, s.dtype) for s in sums], stddev)
         return [s + n for s, n in zip(sums, noise, strict=True)]
+
+
+def _drawn_together(
+    shapes_and_dtypes: Sequence[tuple[tuple[int, ...], str]],
+) -> list[list[int]]:
+    """Which tensors are drawn in one: by their numbers, small ones of the same type."""
+    small: dict[str, list[int]] = {}
+    large: list[list[int]] = []
+    for k, (shape, dtype) in enumerate(shapes_and_dtypes):
+        if math.prod(shape) < _MANY:
+            small.setdefault(dtype, []).append(k)
+        else:
+            large.append([k])
+    return [*small.values(), *large]
 
 
 def _drawn(

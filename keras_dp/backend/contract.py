@@ -81,8 +81,9 @@ CELLS = {
 RANDOM = {
     "NoiseGenerator(state)": (
         "Gaussian noise from a generator with a key of its own, `.STATE_WORDS` int64 words, that "
-        "no global seed reaches and nothing saves: `.rekey()`; in a step `.normal()`, from a "
-        "shape, a type, float32 or float64, and a scalar standard deviation, fresh each time."
+        "no global seed reaches and nothing saves: `.rekey()`; in a step `.normal()`, from shapes, "
+        "a type, float32 or float64, and a scalar standard deviation: a tensor for each shape, "
+        "fresh each time."
     ),
     "call_numpy(function, inputs, like)": (
         "What a function makes of arrays, run in Python each time the step runs; tensors of the "

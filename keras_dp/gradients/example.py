@@ -13,6 +13,7 @@ from keras import ops, tree
 
 from .. import arithmetic, backend, keras_private
 from ..errors import PrivacyError
+from . import known_losses
 from .scaling import LossScale
 
 
@@ -214,6 +215,23 @@ class ExampleLoss:
                 keras.Layer.add_loss(self.model, ops.zeros(()))
             outputs = self._with_masks([ops.expand_dims(t, 0) for t in flat])
             return self.loss(scope, data, outputs)
+
+    def losses_of_rows(self, leaves: list[Any], flat: list[Any]) -> Any:
+        """The losses of all examples at once, (rows,), without what layers have added.
+
+        Args:
+            leaves: The examples' tensors and seeds, each (rows, ...).
+            flat: Their `flat_with_masks`.
+
+        Returns:
+            `None` where it isn't known of the loss that no example sees another.
+        """
+        batch = self._batch.with_leaves(self.split(leaves)[0])
+        outputs = self._with_masks(flat)
+        losses = known_losses.of_rows(self.model, batch.y, outputs, batch.sample_weight)
+        if losses is not None:
+            self.metric_variables = []
+        return losses
 
     def loss(self, scope: Any, data: list[Any], outputs: Any) -> tuple[Any, list[Any]]:
         """One example's loss from the prediction for it, inside of a `stateless` scope."""

@@ -225,12 +225,18 @@ class GhostEngine:
     ) -> _Backward:
         """Losses, and the gradient of each example's own at the outputs."""
         loss, penalties = self.example_loss, forward.capture.penalties
-        losses, of_weights, upstream, updates = mapped.map_loss(
-            functools.partial(loss.loss_of_outputs, more=bool(penalties)),
-            weights,
-            leaves,
-            forward.flat,
-        )
+        flat = forward.flat
+        known = mapped.losses_at_once(functools.partial(loss.losses_of_rows, leaves, flat), flat)
+        if known is not None:
+            losses, upstream = known
+            of_weights, updates = [False] * len(weights), list[Any]()
+        else:
+            losses, of_weights, upstream, updates = mapped.map_loss(
+                functools.partial(loss.loss_of_outputs, more=bool(penalties)),
+                weights,
+                leaves,
+                flat,
+            )
         of_penalties = [ops.ones_like(p) for p in penalties]
         scales = None
         if loss.scaled:

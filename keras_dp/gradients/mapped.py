@@ -22,6 +22,7 @@ __all__ = [
     "chunked_sum",
     "example_gradients",
     "loop_engine",
+    "losses_at_once",
     "map_examples",
     "map_loss",
     "map_weight_gradients",
@@ -121,6 +122,30 @@ def map_loss(
         next(gradients) if is_float(t) and next(of_predictions) else None for t in predictions
     ]
     return losses, of_weights, upstream, extra
+
+
+def losses_at_once(
+    losses_of: Callable[[], Any], predictions: list[Any]
+) -> tuple[Any, list[Any]] | None:
+    """Each example's loss, computed for all at once, and its gradient.
+
+    Args:
+        losses_of: The losses, (rows,), of which no row sees another; or `None`.
+        predictions: What they are computed from, each (rows, ...).
+
+    Returns:
+        Losses, and the gradient of each prediction as `map_loss` has them; `None` if
+        `losses_of` returned that.
+    """
+    sources = [t for t in predictions if is_float(t)]
+    with backend.gradient_tape() as tape:
+        tape.watch(sources)
+        losses = losses_of()
+        if losses is None:
+            return None
+    found = iter(tape.gradient(losses, sources))
+    gradients = [next(found) if is_float(t) else None for t in predictions]
+    return at_least_float32(losses), [None if g is None else backend.dense(g) for g in gradients]
 
 
 def _vectorized_or_looped(function: Callable[[Any], Any], mapped: Any) -> Any:

@@ -7,50 +7,15 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import losses, ops, tree
+from keras import ops, tree
 
 from .. import keras_private
 from ..errors import PrivacyError, first_line
-from ..gradients import Batch
+from ..gradients import Batch, known_losses
 
 __all__ = ["require_loss_apart"]
 
 _checked_losses: weakref.WeakSet[Any] = weakref.WeakSet()
-# Keras' own, by their definition: means over the last axis of what follows from each number...
-_OF_NUMBERS = (
-    losses.binary_crossentropy,
-    losses.binary_focal_crossentropy,
-    losses.hinge,
-    losses.huber,
-    losses.log_cosh,
-    losses.mean_absolute_error,
-    losses.mean_absolute_percentage_error,
-    losses.mean_squared_error,
-    losses.mean_squared_logarithmic_error,
-    losses.poisson,
-    losses.squared_hinge,
-)
-# ... and what follows from the numbers along the last axis, which must not be the examples.
-_OF_ROWS = (
-    losses.categorical_crossentropy,
-    losses.categorical_focal_crossentropy,
-    losses.categorical_hinge,
-    losses.cosine_similarity,
-    losses.kl_divergence,
-    losses.sparse_categorical_crossentropy,
-)
-
-
-def _is_known(model: keras.Model, loss: keras_private.LossFunction) -> bool:
-    """Whether it is known of a loss that each example's part of it is its own."""
-    if loss.reduction not in ("sum_over_batch_size", "sum", "mean"):
-        return False
-    if loss.function in _OF_NUMBERS:
-        return bool(loss.settings.get("axis", -1) == -1)
-    if loss.function not in _OF_ROWS or loss.settings.get("axis", -1) != -1:
-        return False
-    outputs = getattr(model, "outputs", None) or ()
-    return bool(outputs) and all(len(t.shape) > 1 for t in outputs)
 
 
 def require_loss_apart(model: keras.Model, batch: Batch) -> None:
@@ -67,7 +32,7 @@ def require_loss_apart(model: keras.Model, batch: Batch) -> None:
     if loss is None or loss in _checked_losses or batch.y is None:
         return
     functions = keras_private.loss_functions_of(loss)
-    known = [one for one in functions if one.function in (*_OF_NUMBERS, *_OF_ROWS)]
+    known = [one for one in functions if known_losses.is_of_keras(one)]
     targets = [t for t in tree.flatten(batch.y) if t is not None]
     if known and any(t.dtype == "string" for t in targets):
         raise ValueError(
@@ -75,7 +40,7 @@ def require_loss_apart(model: keras.Model, batch: Batch) -> None:
             "training, for instance by keras.layers.StringLookup(vocabulary=..., "
             "num_oov_indices=0)(y)."
         )
-    if functions and all(_is_known(model, one) for one in functions):
+    if functions and all(known_losses.is_known(model, one) for one in functions):
         _checked_losses.add(loss)
         return
     outputs = keras_private.output_spec_of(model, batch.x)

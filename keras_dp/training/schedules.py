@@ -257,6 +257,6 @@ class StepSettings:
 
         To be read before the step is counted.
         """
-        first = ops.zeros_like(self._count.tensor)
-        number = self._count.tensor - self._window.tensor if self.scheduled else first
-        return self._tables[name].at(number)
+        if not self.scheduled:
+            return self._tables[name].at(ops.convert_to_tensor(0, "int64"))
+        return self._tables[name].at(self._count.tensor - self._window.tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,12 +42,15 @@ class NoiseGenerator:
         with tf.init_scope():
             self._generator.reset(tf.constant(state, dtype=tf.int64))
 
-    def normal(self, shape: Sequence[int], dtype: Any, stddev: Tensor) -> Tensor:
-        stddev = tf.cast(stddev, dtype)
+    def normal(self, shapes: Sequence[Sequence[int]], dtype: Any, stddev: Tensor) -> list[Tensor]:
+        sizes = [math.prod(shape) for shape in shapes]
         # TensorFlow's normal numbers end at 5.68, which among many is not seldom enough: an
         # example could show itself by a number beyond. The sum of two, scaled back, is as normal.
-        one, other = (self._generator.normal(tf.TensorShape(shape), dtype=dtype) for _ in "ab")
-        return (one + other) * (stddev * tf.constant(0.5**0.5, dtype))
+        pairs = self._generator.normal(tf.TensorShape([2, sum(sizes)]), dtype=dtype)
+        numbers = tf.reduce_sum(pairs, axis=0) * (tf.cast(stddev, dtype) * 0.5**0.5)
+        return [
+            tf.reshape(n, shape) for n, shape in zip(tf.split(numbers, sizes), shapes, strict=True)
+        ]
 
 
 def runs_python() -> bool:

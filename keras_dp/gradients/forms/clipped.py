@@ -96,7 +96,7 @@ def clipped_sums(
             return [ops.cast(g.weighted_sum(c), type_) for g, c, type_ in every]
 
         computed, most = backend.seldom(norms, [real, *tensors], [(shape, dtype)] * 2)
-        bad = ops.logical_not(ops.isfinite(arithmetic.total_norms(most)))
+        bad = ops.logical_not(ops.all(ops.isfinite(most), axis=1))
         clip_weights = ops.cast(weights_for(most), "float64")
         given = [bad, clip_weights, *tensors]
         pairs = zip(gradients, variables, strict=True)
@@ -113,7 +113,7 @@ def clipped_sums(
     clip_weights = arithmetic.masked(both[:rows], real) / views
     known = both[:rows] >= (1 - _HARDER) * both[rows:]
     known = ops.logical_or(known, ops.logical_not(column_like(real, known)))
-    fine = ops.logical_and(ops.all(ops.isfinite(arithmetic.total_norms(most))), ops.all(known))
+    fine = ops.logical_and(ops.all(ops.isfinite(most)), ops.all(known))
     *total, norms = backend.branch(
         fine, lambda: [*sums(clip_weights), backend.copy_of(computed)], in_float64
     )

@@ -1,0 +1,107 @@
+"""Keras' own losses, of which it is known that each example's part is its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import losses, ops
+
+from .. import arithmetic, keras_private
+
+__all__ = ["is_known", "is_of_keras", "of_rows"]
+
+# By their definition: means over the last axis of what follows from each number...
+_OF_NUMBERS = (
+    losses.binary_crossentropy,
+    losses.binary_focal_crossentropy,
+    losses.hinge,
+    losses.huber,
+    losses.log_cosh,
+    losses.mean_absolute_error,
+    losses.mean_absolute_percentage_error,
+    losses.mean_squared_error,
+    losses.mean_squared_logarithmic_error,
+    losses.poisson,
+    losses.squared_hinge,
+)
+# ... and what follows from the numbers along the last axis, which must not be the examples.
+_OF_ROWS = (
+    losses.categorical_crossentropy,
+    losses.categorical_focal_crossentropy,
+    losses.categorical_hinge,
+    losses.cosine_similarity,
+    losses.kl_divergence,
+    losses.sparse_categorical_crossentropy,
+)
+
+
+def is_of_keras(loss: keras_private.LossFunction) -> bool:
+    """Whether a loss computes with one of these functions of Keras."""
+    return loss.function in (*_OF_NUMBERS, *_OF_ROWS)
+
+
+def is_known(model: keras.Model, loss: keras_private.LossFunction) -> bool:
+    """Whether it is known of a loss that each example's part of it is its own."""
+    if loss.reduction not in ("sum_over_batch_size", "sum", "mean"):
+        return False
+    if loss.function in _OF_NUMBERS:
+        return bool(loss.settings.get("axis", -1) == -1)
+    if loss.function not in _OF_ROWS or loss.settings.get("axis", -1) != -1:
+        return False
+    outputs = getattr(model, "outputs", None) or ()
+    return bool(outputs) and all(len(t.shape) > 1 for t in outputs)
+
+
+def of_rows(model: keras.Model, y: Any, prediction: Any, sample_weight: Any) -> Any:
+    """The losses of all rows at once, (rows,), each what the model's loss of that row alone is.
+
+    Args:
+        model: The model, compiled.
+        y: The targets.
+        prediction: What the model returned for the examples.
+        sample_weight: Their weights, or `None`.
+
+    Returns:
+        The losses; `None` where it isn't known of them that no row sees another. Then each row
+        must be computed alone.
+    """
+    if not keras_private.is_plain_loss(model):
+        return None
+    functions = keras_private.loss_functions_of(keras_private.compile_loss_of(model))
+    if len(functions) != 1 or not is_known(model, functions[0]):
+        return None
+    (one,) = functions
+    if not all(keras_private.is_one_tensor(t) for t in (y, prediction)):
+        return None
+    if not _go_together(one.function, y.shape, prediction.shape):
+        return None
+    if keras_private.mask_of(prediction) is not None:
+        return None
+    if sample_weight is not None and not (
+        keras_private.is_one_tensor(sample_weight) and len(sample_weight.shape) == 1
+    ):
+        return None
+    values = one.unreduced(y, prediction)
+    if keras_private.mask_of(values) is not None:  # of `ignore_class`
+        return None
+    numbers = arithmetic.numbers_each(values)
+    found = ops.sum(values, axis=tuple(range(1, len(values.shape))))
+    if sample_weight is not None:
+        found = found * ops.cast(sample_weight, found.dtype)
+    if one.reduction != "sum":
+        found = ops.divide_no_nan(found, ops.cast(numbers, found.dtype))
+    return found if one.weight is None else found * one.weight
+
+
+def _go_together(function: Any, targets: Any, predictions: Any) -> bool:
+    """Whether shapes are such that Keras lays each row of the targets beside that of predictions.
+
+    Others it may stretch, a row of one along the rows of the other.
+    """
+    if len(predictions) < 2 or not targets:
+        return False
+    more = len(predictions) - len(targets)
+    if function is losses.sparse_categorical_crossentropy:
+        return more == 1 or (more == 0 and targets[-1] == 1)
+    return more == 0 or (more == 1 and predictions[-1] == 1) or (more == -1 and targets[-1] == 1)

@@ -1,0 +1,164 @@
+"""Keras' own losses, all rows at once: each as it is of that row alone."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_dp import keras_private
+from keras_dp.gradients import known_losses
+
+pytestmark = pytest.mark.fast
+
+RANDOM = np.random.default_rng(0)
+ROWS = 4
+NUMBERS = [f.__name__ for f in known_losses._OF_NUMBERS]
+OF_ROWS = [f.__name__ for f in known_losses._OF_ROWS if "sparse" not in f.__name__]
+
+
+def compiled(loss, shape, **given):
+    model = keras.Sequential([keras.Input(shape[1:]), keras.layers.Identity()])
+    model.compile(loss=loss, **given)
+    return model
+
+
+def made_up(shape):
+    values = RANDOM.uniform(0.05, 0.95, shape).astype("float32")
+    return values / values.sum(-1, keepdims=True) if shape[-1] > 1 else values
+
+
+def both(model, y, prediction, weight=None):
+    """What `of_rows` finds, and the model's own loss of each row alone; with its gradient."""
+    prediction = ops.convert_to_tensor(prediction)
+    weight = None if weight is None else ops.convert_to_tensor(weight)
+    keras_private.loss_of(model, None, y, prediction, None, training=True)  # builds it
+    found = known_losses.of_rows(model, ops.convert_to_tensor(y), prediction, weight)
+    alone = [
+        keras_private.loss_of(
+            model,
+            None,
+            y[k : k + 1],
+            prediction[k : k + 1],
+            None if weight is None else weight[k : k + 1],
+            training=True,
+        )
+        for k in range(len(y))
+    ]
+    return found, np.asarray([float(a) for a in alone])
+
+
+def classes_of(name):
+    return {
+        "mean_squared_error": keras.losses.MeanSquaredError,
+        "mean_absolute_error": keras.losses.MeanAbsoluteError,
+        "mean_absolute_percentage_error": keras.losses.MeanAbsolutePercentageError,
+        "mean_squared_logarithmic_error": keras.losses.MeanSquaredLogarithmicError,
+        "kl_divergence": keras.losses.KLDivergence,
+    }.get(name) or getattr(keras.losses, "".join(part.title() for part in name.split("_")))
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
+@pytest.mark.parametrize("name", [*NUMBERS, *OF_ROWS])
+def test_each_row_has_the_loss_that_it_has_alone(name, reduction):
+    for shape in ((ROWS, 3), (ROWS, 2, 5, 3)):
+        model = compiled(classes_of(name)(reduction=reduction), shape)
+        y, weight = made_up(shape), RANDOM.uniform(0, 2, ROWS).astype("float32")
+        for w in (None, weight):
+            found, alone = both(model, y, made_up(shape), w)
+            assert found.shape == (ROWS,)
+            np.testing.assert_allclose(found, alone, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [(ROWS,), (ROWS, 1), (ROWS, 5), (ROWS, 5, 1)])
+@pytest.mark.parametrize("settings", [{}, {"from_logits": True}])
+def test_classes_by_number(targets, settings):
+    shape = (*targets[:2], 3) if targets[-1] == 5 or len(targets) == 3 else (ROWS, 3)
+    model = compiled(keras.losses.SparseCategoricalCrossentropy(**settings), shape)
+    y = RANDOM.integers(0, 3, targets)
+    found, alone = both(model, y, made_up(shape), RANDOM.uniform(0, 2, ROWS).astype("float32"))
+    np.testing.assert_allclose(found, alone, rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("targets", "outputs"),
+    [
+        ((ROWS,), (ROWS, 1)),
+        ((ROWS, 1), (ROWS, 1)),
+        ((ROWS, 5), (ROWS, 5, 1)),
+        ((ROWS, 5, 1), (ROWS, 5)),
+        ((ROWS, 1), (ROWS, 6)),
+        ((ROWS, 1, 6), (ROWS, 5, 6)),
+    ],
+)
+def test_targets_that_keras_stretches_along_the_same_row(targets, outputs):
+    model = compiled("mse", outputs)
+    found, alone = both(model, made_up(targets), made_up(outputs))
+    np.testing.assert_allclose(found, alone, rtol=2e-6)
+
+
+def test_a_weight_of_the_loss_counts():
+    model = compiled("mse", (ROWS, 3), loss_weights=2.5)
+    found, alone = both(model, made_up((ROWS, 3)), made_up((ROWS, 3)))
+    np.testing.assert_allclose(found, alone, rtol=2e-6)
+
+
+def own_loss(y_true, y_pred):
+    return ops.mean(ops.square(y_true - y_pred), axis=-1)
+
+
+class OwnCall(keras.losses.MeanSquaredError):
+    def call(self, y_true, y_pred):
+        return super().call(y_true, y_pred) * ops.mean(y_pred)
+
+
+class OwnLoss(keras.Sequential):
+    def compute_loss(self, *args, **kwargs):
+        return 2 * super().compute_loss(*args, **kwargs)
+
+
+SQUARE = (ROWS, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "outputs", "weights"),
+    [
+        ("mse", (ROWS,), (ROWS,), None),  # the mean over the last axis would be over the examples
+        ("mse", (ROWS,), SQUARE, None),  # targets along the columns
+        ("mse", (ROWS, 1, ROWS), SQUARE, None),
+        ("mse", SQUARE, SQUARE, SQUARE),
+        (own_loss, SQUARE, SQUARE, None),
+        (OwnCall(), SQUARE, SQUARE, None),
+        (keras.losses.CategoricalCrossentropy(axis=0), SQUARE, SQUARE, None),
+        (keras.losses.MeanSquaredError(reduction="mean_with_sample_weight"), SQUARE, SQUARE, None),
+        (keras.losses.SparseCategoricalCrossentropy(ignore_class=0), (ROWS,), SQUARE, None),
+        (keras.losses.CTC(), SQUARE, (ROWS, ROWS, 3), None),
+    ],
+)
+def test_rule_19_what_is_not_known_is_left_to_single_rows(loss, targets, outputs, weights):
+    model = compiled(loss, outputs)
+    y, prediction = (ops.convert_to_tensor(made_up(s)) for s in (targets, outputs))
+    weight = None if weights is None else ops.convert_to_tensor(made_up(weights))
+    if isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
+        y = ops.convert_to_tensor(np.arange(ROWS) % 2)
+    keras_private.loss_of(model, None, y, prediction, None, training=True)  # builds it
+    assert known_losses.of_rows(model, y, prediction, weight) is None
+
+
+def test_rule_19_a_loss_of_your_own_model_is_left_to_single_rows():
+    model = OwnLoss([keras.Input((3,)), keras.layers.Identity()])
+    model.compile(loss="mse")
+    y = ops.convert_to_tensor(made_up((ROWS, 3)))
+    keras_private.loss_of(model, None, y, y, None, training=True)
+    assert known_losses.of_rows(model, y, y, None) is None
+    del OwnLoss.compute_loss
+    assert known_losses.of_rows(model, y, y, None) is not None
+
+
+def test_rule_19_masked_predictions_are_left_to_single_rows():
+    model = compiled("mse", (ROWS, 5, 3))
+    y = ops.convert_to_tensor(made_up((ROWS, 5, 3)))
+    keras_private.loss_of(model, None, y, y, None, training=True)
+    assert known_losses.of_rows(model, y, y, None) is not None
+    prediction = ops.copy(y)
+    keras_private.set_mask(prediction, ops.ones((ROWS, 5), "bool"))
+    assert known_losses.of_rows(model, y, prediction, None) is None
