@@ -177,7 +177,7 @@ def test_losses_of_single_examples_are_not_taken_for_those_of_batches():
 def test_targets_of_strings_are_refused_by_name():
     model = after(layers.Dense(2))
     model.compile(noiseless_optimizer(1.0), loss="mse")
-    with pytest.raises(ValueError, match="`y` hold strings"):
+    with pytest.raises(ValueError, match="`y` holds text"):
         update_on_batch(model, VECTORS, np.array(["a"] * ROWS))
 
 

@@ -9,7 +9,7 @@ from keras import losses, ops
 
 from .. import arithmetic, keras_private
 
-__all__ = ["is_known", "is_of_keras", "of_rows"]
+__all__ = ["is_known", "of_rows"]
 
 # By their definition: means over the last axis of what follows from each number...
 _OF_NUMBERS = (
@@ -34,11 +34,6 @@ _OF_ROWS = (
     losses.kl_divergence,
     losses.sparse_categorical_crossentropy,
 )
-
-
-def is_of_keras(loss: keras_private.LossFunction) -> bool:
-    """Whether a loss computes with one of these functions of Keras."""
-    return loss.function in (*_OF_NUMBERS, *_OF_ROWS)
 
 
 def is_known(model: keras.Model, loss: keras_private.LossFunction) -> bool:

@@ -32,14 +32,6 @@ def require_loss_apart(model: keras.Model, batch: Batch) -> None:
     if loss is None or loss in _checked_losses or batch.y is None:
         return
     functions = keras_private.loss_functions_of(loss)
-    known = [one for one in functions if known_losses.is_of_keras(one)]
-    targets = [t for t in tree.flatten(batch.y) if t is not None]
-    if known and any(t.dtype == "string" for t in targets):
-        raise ValueError(
-            "The targets `y` hold strings, and the loss needs numbers. Encode them before "
-            "training, for instance by keras.layers.StringLookup(vocabulary=..., "
-            "num_oov_indices=0)(y)."
-        )
     if functions and all(known_losses.is_known(model, one) for one in functions):
         _checked_losses.add(loss)
         return

@@ -25,6 +25,7 @@ from ..gradients import (
     mapped,
 )
 from ..sampling import RowsOfUsers, Sampling
+from ..text import require_numbers
 from .loss_check import require_loss_apart
 from .mechanism import Clipped, Mechanism, StepValues
 from .meter import Meter
@@ -208,6 +209,7 @@ def prepare(parts: Parts, model: keras.Model, batch: Batch) -> list[Any]:
         The trainable variables.
     """
     require_trainable_privately(model)
+    require_numbers(model, (batch.x, batch.y, batch.sample_weight))
     with backend.outside_graph():
         keras_private.build_from_batch(model, batch.x, batch.y, batch.sample_weight)
         require_trainable_privately(model)
