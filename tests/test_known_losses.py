@@ -102,6 +102,14 @@ def test_a_weight_of_the_loss_counts():
     np.testing.assert_allclose(found, alone, rtol=2e-6)
 
 
+@pytest.mark.parametrize("weights", [(ROWS, 5), (ROWS, 1), (ROWS,)])
+def test_weights_of_each_token_count(weights):
+    model = compiled("sparse_categorical_crossentropy", (ROWS, 5, 3))
+    weight = RANDOM.uniform(0, 2, weights).astype("float32")
+    found, alone = both(model, RANDOM.integers(0, 3, (ROWS, 5)), made_up((ROWS, 5, 3)), weight)
+    np.testing.assert_allclose(found, alone, rtol=2e-6)
+
+
 def own_loss(y_true, y_pred):
     return ops.mean(ops.square(y_true - y_pred), axis=-1)
 

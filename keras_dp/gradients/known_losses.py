@@ -55,7 +55,7 @@ def of_rows(model: keras.Model, y: Any, prediction: Any, sample_weight: Any) -> 
         model: The model, compiled.
         y: The targets.
         prediction: What the model returned for the examples.
-        sample_weight: Their weights, or `None`.
+        sample_weight: Weights of them, (rows,), or of each number in a loss of many, or `None`.
 
     Returns:
         The losses; `None` where it isn't known of them that no row sees another. Then each row
@@ -73,17 +73,22 @@ def of_rows(model: keras.Model, y: Any, prediction: Any, sample_weight: Any) -> 
         return None
     if keras_private.mask_of(prediction) is not None:
         return None
-    if sample_weight is not None and not (
-        keras_private.is_one_tensor(sample_weight) and len(sample_weight.shape) == 1
-    ):
-        return None
     values = one.unreduced(y, prediction)
     if keras_private.mask_of(values) is not None:  # of `ignore_class`
         return None
+    weights = None
+    if sample_weight is not None:
+        if not keras_private.is_one_tensor(sample_weight):
+            return None
+        weights = ops.cast(sample_weight, values.dtype)
+        if len(weights.shape) == len(values.shape):
+            values, weights = values * weights, None
+        elif len(weights.shape) != 1:
+            return None
     numbers = arithmetic.numbers_each(values)
     found = ops.sum(values, axis=tuple(range(1, len(values.shape))))
-    if sample_weight is not None:
-        found = found * ops.cast(sample_weight, found.dtype)
+    if weights is not None:
+        found = found * weights
     if one.reduction != "sum":
         found = ops.divide_no_nan(found, ops.cast(numbers, found.dtype))
     return found if one.weight is None else found * one.weight
