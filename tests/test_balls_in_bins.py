@@ -346,6 +346,7 @@ def test_what_is_cut_is_chosen_uniformly(secure_mode):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.one_in(2)
 def test_every_batch_is_padded_to_the_capacity_and_padding_adds_nothing(jit_compile, monkeypatch):
     padded = []
     original = Engine.padding.fget

@@ -64,6 +64,7 @@ def is_private(model, x, y):
 @pytest.mark.parametrize(
     "mode", [{}, {"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 3}], ids=str
 )
+@pytest.mark.one_in(2)
 def test_every_kind_of_model_trains_privately_in_every_mode(make, mode):
     model = make()
     model.compile(tiny.sgd(), loss="mse", metrics=["mae"], **mode)
@@ -74,6 +75,7 @@ def test_every_kind_of_model_trains_privately_in_every_mode(make, mode):
     assert [r.sampler for r in model.optimizer.ledger] == ["poisson"]
 
 
+@pytest.mark.thorough
 def test_several_inputs_and_outputs_train_privately():
     model = functional()
     model.compile(tiny.sgd(), loss={"p": "mse", "q": "mae"}, metrics={"q": ["mse"]})
@@ -176,6 +178,7 @@ COPIES = {
 
 @pytest.mark.parametrize("make", [tiny.model, Subclassed])
 @pytest.mark.parametrize("how", COPIES)
+@pytest.mark.one_in(2)
 def test_a_copy_trains_privately_and_remembers_what_was_spent(how, make, tmp_path):
     model = make()
     model.compile(tiny.sgd(momentum=0.5), loss="mse")

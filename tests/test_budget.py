@@ -274,6 +274,7 @@ def test_a_target_needs_a_known_number_of_steps():
     assert np.isclose(model.optimizer.noise_multiplier, np.sqrt(4) * 2.01, atol=0.6)
 
 
+@pytest.mark.thorough
 def test_a_target_works_with_a_callback_list_of_the_users_own():
     model = tiny.compiled(aimed())
     callbacks = keras.callbacks.CallbackList(

@@ -106,6 +106,7 @@ def test_rule_18_what_computes_metrics_writes_to_metrics_alone(what, mode):
 
 @own_code
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.one_in(3)
 def test_rule_18_metrics_of_the_model_and_random_layers_work_in_compute_metrics(mode):
     def more(model, mean):
         model.mean.update_state(ops.mean(mean))
@@ -347,6 +348,7 @@ def test_rule_18_a_loss_function_of_a_loop_of_ones_own_is_looked_through_as_well
 
 
 @pytest.mark.parametrize("gradients", ["auto", "loop"])
+@pytest.mark.one_in(2)
 def test_rule_18_what_is_harmless_still_trains(gradients):
     """Tables that are read, asserts, stateless and stateful random numbers, frozen variables."""
     table = tf.lookup.StaticHashTable(
@@ -476,6 +478,7 @@ def test_rule_18_a_strategy_that_writes_is_refused(how, mode):
 
 
 @pytest.mark.parametrize("mode", ["graph", "eager"])
+@pytest.mark.one_in(2)
 def test_rule_18_the_python_code_of_a_strategy_sees_no_number(mode):
     seen = []
 

@@ -218,6 +218,7 @@ def test_the_table_of_one_number_is_sensible(capsys):
 @pytest.mark.parametrize(
     "ending, beginning", [("png", b"\x89PNG"), ("SVG", b"<?xml"), ("pdf", b"%PDF")]
 )
+@pytest.mark.one_in(2)
 def test_a_picture_is_drawn_in_the_format_of_its_name(ending, beginning, capsys, tmp_path):
     file = tmp_path / f"ε.{ending}"
     targets = "--epsilon 1e-9 2" if ending == "png" else "-s 0 2 1e9"  # with gaps
@@ -323,6 +324,7 @@ def examples():
 
 
 @pytest.mark.parametrize("line, said", examples(), ids=[line for line, _ in examples()])
+@pytest.mark.one_in(2)
 def test_the_document_shows_what_the_command_prints(line, said, capsys):
     out = run(line, capsys)[1].rstrip()
     said, cut, _ = said.partition("\n...")

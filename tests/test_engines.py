@@ -114,6 +114,7 @@ def test_recurrence_that_xla_cannot_compile_vectorized_is_looped_over_there(grad
 
 
 @pytest.mark.parametrize("build", [attention, masked_recurrence])
+@pytest.mark.one_in(2)
 def test_every_engine_gives_the_same(build):
     model = build()
     model.compile("sgd", loss="mse")
@@ -338,14 +339,15 @@ def test_a_chunked_sum_adds_sums_and_joins_the_rest_in_order(in_graph):
 @pytest.mark.parametrize(
     ("gradients", "mode"),
     [
-        ("ghost", {}),
-        ("ghost", {"run_eagerly": True}),
         ("ghost", {"jit_compile": True}),
+        ("ghost", {}),
         ("vectorized", {}),
+        ("ghost", {"run_eagerly": True}),
         ("loop", {}),
         ("loop", {"run_eagerly": True}),
     ],
 )
+@pytest.mark.one_in(2)
 def test_rule_04_an_empty_batch_is_a_step_that_moves_nothing_without_noise(gradients, mode):
     x = keras.Input((4, 4, 1))
     h = layers.MaxPooling2D()(layers.Conv2D(2, 2)(x))

@@ -57,6 +57,7 @@ def test_quickstart_spends_its_budget_and_saves_a_model_to_resume_and_one_to_dep
     assert stated == pytest.approx(float(epsilon), abs=1e-3)
 
 
+@pytest.mark.thorough
 def test_digits_prints_each_seed_their_mean_and_what_was_spent(run_example):
     printed = run_example("digits.py", "--epochs", "1", "--seeds", "2", "--epsilon", "1")
 
@@ -93,6 +94,7 @@ def test_the_monitor_draws_what_it_saw_and_says_whether_it_is_private(
     assert is_picture(tmp_path / "monitor_output" / f"{name}.png")
 
 
+@pytest.mark.thorough
 def test_knobs_prints_the_epsilon_of_what_was_trained_and_draws_a_picture(run_example, tmp_path):
     printed = run_example("knobs.py", "--epochs", "1", "--knobs", "max_grad_norm")
 

@@ -581,10 +581,11 @@ def test_rule_06_after_kill_minus_nine_no_executed_step_is_forgotten():
     lives = kill_and_resume.Lives()
     seed = random.SystemRandom().randrange(10**6)
     try:
-        with_journal = kill_and_resume.chain(lives, 7, "backup", True, seed)
-        without = kill_and_resume.chain(lives, 3, "backup", False, seed)
+        with_journal = kill_and_resume.chain(lives, 5, "backup", True, seed)
+        without = kill_and_resume.chain(lives, 2, "backup", False, seed)
+        assert lives.forks
     finally:
         lives.close()
-    assert (with_journal.kills, without.kills) == (7, 3)
+    assert (with_journal.kills, without.kills) == (5, 2)
     assert with_journal.forgotten == without.forgotten == [], seed
     assert with_journal.counted >= with_journal.over - 20 > 0  # the last life takes 20

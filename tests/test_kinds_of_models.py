@@ -134,6 +134,7 @@ def warnings_of(model, x, y, loss="mse"):
 
 
 @pytest.mark.parametrize("gradients", ["auto", "vectorized"])
+@pytest.mark.one_in(2)
 def test_weights_that_only_receive_noise_are_named(gradients):
     inputs = keras.Input((4,))
     unused = ops.stop_gradient(layers.Dense(3, name="unused")(inputs))

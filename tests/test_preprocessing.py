@@ -104,6 +104,7 @@ def test_what_can_not_be_drawn_from_shows_no_data(classifier):
 
 
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")  # KerasHub's
+@pytest.mark.thorough
 def test_an_ordinary_task_trains_as_ever(hub, classifier):
     plain = type(classifier)(
         classifier.backbone.__class__.from_config(classifier.backbone.get_config()),

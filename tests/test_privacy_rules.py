@@ -189,6 +189,7 @@ def unknown_length(batches):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("microbatch_size", [None, 4])
+@pytest.mark.one_in(2)
 def test_rule_04_an_empty_batch_is_a_step_of_noise(microbatch_size, jit_compile):
     model = keras.Sequential(
         [
@@ -343,6 +344,7 @@ def test_rule_06_weights_files_carry_the_ledger_and_take_nothing_back(tmp_path, 
     counted(model, 9)
 
 
+@pytest.mark.thorough
 def test_rule_06_model_files_carry_the_ledger(tmp_path):
     model = private()
     fit(model)
@@ -355,6 +357,7 @@ def test_rule_06_model_files_carry_the_ledger(tmp_path):
     assert [r.steps for r in loaded.optimizer.ledger.merge(model.optimizer.ledger)] == [3, 3]
 
 
+@pytest.mark.thorough
 def test_rule_06_backup_and_restore_carries_the_ledger(tmp_path):
     class Crash(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
@@ -760,6 +763,7 @@ def test_rule_11_a_sum_in_half_precision_would_be_seen(gradients):
 
 @pytest.mark.parametrize("name", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_rule_11_training_in_mixed_precision_learns_and_stays_finite(name):
     with policy(name):
         model = keras.Sequential(

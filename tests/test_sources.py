@@ -197,6 +197,7 @@ def test_the_check_fails_for_each_example_once_an_epoch(source):
 
 
 @pytest.mark.parametrize("name", ["memmap", "hdf5", "map-style", "spooled"])
+@pytest.mark.one_in(2)
 def test_fit_on_a_source_has_the_epsilon_of_arrays(name, tmp_path):
     given = SOURCES[name](tmp_path)
     found = []
@@ -526,6 +527,7 @@ class Batches(OneEach):
         (Batches, r"fit\(keras_dp\.PoissonDataset\(data, .*one_example_each=True\)\)"),
     ],
 )
+@pytest.mark.one_in(3)
 def test_a_foreign_source_is_warned_of_with_the_line_to_write(make, line):
     model = tiny.model(width=3)
     model.compile(tiny.sgd(), loss="mse")

@@ -94,6 +94,7 @@ def test_names_are_sorted_by_country_privately(run_example):
     assert len(rows) == 6 and all(97 <= sum(map(int, row)) <= 103 for row in rows)
 
 
+@pytest.mark.thorough
 def test_tabular_chooses_on_public_data_and_spends_once_for_each_model(run_example):
     printed = run_example("tabular.py", "--epochs", "2", "--candidates", "1")
 
@@ -207,6 +208,7 @@ class TestTheLossOfALanguageModel:
         assert weights.sum(axis=1).tolist() == [2, 4]
 
     @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")  # KerasHub's
+    @pytest.mark.thorough
     def test_a_language_model_learns_privately_and_writes(self, run_example):
         printed = run_example(
             "lora.py",
