@@ -41,10 +41,14 @@ def run(source, namespace):
             exec(code, namespace)
 
 
+# Their subjects have a file of tests each: test_fine_tuning, test_monitor, test_users.
+THOROUGH = {"docs/fine-tuning.md", "docs/monitor.md", "docs/moving.md", "docs/people.md"}
+
+
 @pytest.mark.parametrize(
     "path",
     [
-        path
+        pytest.param(path, marks=[pytest.mark.thorough] if name_of(path) in THOROUGH else [])
         for path in (ROOT / "README.md", *PAGES)
         if path.parent.name != "tutorials" and BLOCK.search(path.read_text(encoding="utf-8"))
     ],

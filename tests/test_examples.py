@@ -84,7 +84,8 @@ def test_a_custom_loop_spends_its_budget(run_example):
     assert 0.5 < spent[-1] <= 0.7
 
 
-@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.one_in(2)
 def test_the_monitor_draws_what_it_saw_and_says_whether_it_is_private(
     run_example, tmp_path, private
 ):
@@ -126,6 +127,7 @@ def test_digits_at_epsilon_3_are_recognised_as_well_as_promised(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["several_devices.py", "several_workers.py"])
+@pytest.mark.one_in(2)
 def test_training_on_several_replicas_spends_its_budget(name, tmp_path):
     """In processes of their own: a strategy must come before anything else of TensorFlow."""
     command = [sys.executable, str(EXAMPLES / name), "--epochs", "2", "--epsilon", "3"]

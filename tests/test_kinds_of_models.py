@@ -107,7 +107,16 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+THOROUGH = {"positions, taken out of it", "keras.remat, kept", "numbers without unknown ones"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.thorough] if name in THOROUGH else [])
+        for name in KINDS
+    ],
+)
 def test_the_ghost_engine_serves_it_exactly(name, caplog):
     model, x, y, loss = KINDS[name]()
     model.compile("sgd", loss=loss)

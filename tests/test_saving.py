@@ -1,5 +1,6 @@
 """What training has cost travels with the model; what is deployed needs no keras_dp."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -129,28 +130,29 @@ def test_rule_07_no_seed_and_no_generator_state_is_saved(tmp_path):
 # -- BackupAndRestore -------------------------------------------------------------------------
 
 
+def go_on(folder, *callbacks):
+    backup = keras.callbacks.BackupAndRestore(folder)
+    optimizer = tiny.sgd(momentum=0.9, noise_multiplier=None, target_epsilon=2.0, target_delta=1e-5)
+    model = tiny.compiled(optimizer)
+    x, y = tiny.data()
+    model.fit(x, y, batch_size=16, epochs=5, callbacks=[backup, *callbacks], verbose=0)
+    print(optimizer.ledger.steps, int(optimizer.iterations), optimizer.get_epsilon(1e-5))
+
+
+class Crash(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+
 def test_rule_06_backup_and_restore_goes_on_in_a_fresh_process(tmp_path):
-    script = """
-        import os, sys
-        sys.path.insert(0, sys.argv[1])
-        import keras, tiny
-        backup = keras.callbacks.BackupAndRestore(sys.argv[2])
-        class Crash(keras.callbacks.Callback):
-            def on_epoch_begin(self, epoch, logs=None):
-                if epoch == 2 and sys.argv[3] == "crash":
-                    print("crashed", flush=True)
-                    os._exit(0)
-        optimizer = tiny.sgd(
-            momentum=0.9, noise_multiplier=None, target_epsilon=2.0, target_delta=1e-5
-        )
-        model = tiny.compiled(optimizer)
-        x, y = tiny.data()
-        model.fit(x, y, batch_size=16, epochs=5, callbacks=[backup, Crash()], verbose=0)
-        print(optimizer.ledger.steps, int(optimizer.iterations), optimizer.get_epsilon(1e-5))
-    """
-    here, folder = os.path.dirname(__file__), tmp_path / "backup"
-    assert run(script, here, folder, "crash") == "crashed"
-    steps, iterations, epsilon = map(float, run(script, here, folder, "go on").split())
+    folder = tmp_path / "backup"
+    with pytest.raises(KeyboardInterrupt):
+        go_on(folder, Crash())
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import keras, tiny\n"
+    script += inspect.getsource(go_on) + "go_on(sys.argv[2])"
+    last = run(script, os.path.dirname(__file__), folder)
+    steps, iterations, epsilon = map(float, last.split())
     assert (steps, iterations) == (20, 20)
     assert 1.96 < epsilon <= 2.0
 
