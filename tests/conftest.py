@@ -43,7 +43,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish(session):
-    """What is there now stays: searching it for garbage again and again takes a quarter of a fit."""
+    """What is there now stays: looking through it for garbage takes a quarter of a small fit."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
