@@ -221,6 +221,7 @@ def test_the_accountant_imports_no_framework():
 # --- speed, extremes, history -----------------------------------------------
 
 
+@pytest.mark.thorough
 def test_tiny_and_huge_noise_answer_quickly_with_a_bound():
     start = time.perf_counter()
     for sigma in (0.25, 0.03, 1e-3, 1e-12, 1e-300):

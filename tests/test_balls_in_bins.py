@@ -204,6 +204,7 @@ def test_the_divisor_is_the_number_of_examples_over_that_of_steps():
     assert len(sizes) > 1
 
 
+@pytest.mark.thorough
 def test_a_budget_stops_within_an_epoch_at_the_exact_step():
     model = tiny.compiled()
     x, y = tiny.data(400)

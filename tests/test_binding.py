@@ -64,7 +64,7 @@ def is_private(model, x, y):
 @pytest.mark.parametrize(
     "mode", [{}, {"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 3}], ids=str
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_every_kind_of_model_trains_privately_in_every_mode(make, mode):
     model = make()
     model.compile(tiny.sgd(), loss="mse", metrics=["mae"], **mode)
@@ -116,6 +116,7 @@ def test_compiling_with_an_ordinary_optimizer_unbinds_fully():
     assert {"train_step", "fit", "make_train_function", "train_on_batch"}.isdisjoint(vars(model))
 
 
+@pytest.mark.thorough
 def test_rule_06_another_dp_optimizer_takes_over_what_was_spent():
     model = tiny.compiled()
     x, y = tiny.data()
@@ -178,7 +179,7 @@ COPIES = {
 
 @pytest.mark.parametrize("make", [tiny.model, Subclassed])
 @pytest.mark.parametrize("how", COPIES)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_a_copy_trains_privately_and_remembers_what_was_spent(how, make, tmp_path):
     model = make()
     model.compile(tiny.sgd(momentum=0.5), loss="mse")

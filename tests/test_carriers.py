@@ -94,6 +94,7 @@ WRITES = {
 @own_code
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("what", WRITES)
+@pytest.mark.one_in(2)
 def test_rule_18_what_computes_metrics_writes_to_metrics_alone(what, mode):
     more, match = WRITES[what]
     model = WithMetrics(more)
@@ -270,6 +271,7 @@ KEPT = {
     + [(what, "vectorized", "graph") for what in ("numpy_function", "print", "function", "map")]
     + [("py_function", "auto", "eager"), ("file", "loop", "graph")],
 )
+@pytest.mark.one_in(2)
 def test_rule_18_a_layer_that_keeps_or_carries_out_what_it_sees_is_refused(what, gradients, mode):
     how, match = KEPT[what]
     # After a layer with weights, so that the way back goes through it, too.

@@ -422,7 +422,7 @@ def test_an_interruption_is_no_traceback(capsys, monkeypatch):
 
 TEXTS = st.sampled_from(
     ["1", "10", "1000", "1e3", "0", "-1", "nan", "inf", "1e-400", "1e300", "0.5", "3", "x", "", "٣"]
-) | st.text(max_size=8)
+) | st.text("aZ09 ._-+=/\\%\n\0é語😀", max_size=8)
 OPTIONS = [
     "-n",
     "-b",
@@ -583,6 +583,7 @@ def trained(tmp_path_factory):
 @pytest.mark.oldest
 @pytest.mark.parametrize("first", ["keras", "keras_dp"])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_a_model_loads_privately_right_after_the_import(first, trained):
     second = {"keras": "keras_dp", "keras_dp": "keras"}[first]
     done = python(

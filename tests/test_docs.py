@@ -41,8 +41,16 @@ def run(source, namespace):
             exec(code, namespace)
 
 
-# Their subjects have a file of tests each: test_fine_tuning, test_monitor, test_users.
-THOROUGH = {"docs/fine-tuning.md", "docs/monitor.md", "docs/moving.md", "docs/people.md"}
+# Pages that train for long; their subjects have files of tests.
+THOROUGH = {
+    "docs/custom-loops.md",
+    "docs/data.md",
+    "docs/fine-tuning.md",
+    "docs/monitor.md",
+    "docs/moving.md",
+    "docs/people.md",
+    "docs/start.md",
+}
 
 
 @pytest.mark.parametrize(

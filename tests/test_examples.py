@@ -68,6 +68,7 @@ def test_digits_prints_each_seed_their_mean_and_what_was_spent(run_example):
     assert float(mean) == pytest.approx(sum(map(float, each)) / 2, abs=0.1)
 
 
+@pytest.mark.thorough
 def test_users_spend_what_was_asked_for_whatever_they_have(run_example):
     printed = run_example("users.py", "--epochs", "1", "--seeds", "1", "--examples", "1", "4")
 
@@ -128,6 +129,7 @@ def test_digits_at_epsilon_3_are_recognised_as_well_as_promised(monkeypatch):
 
 @pytest.mark.parametrize("name", ["several_devices.py", "several_workers.py"])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_training_on_several_replicas_spends_its_budget(name, tmp_path):
     """In processes of their own: a strategy must come before anything else of TensorFlow."""
     command = [sys.executable, str(EXAMPLES / name), "--epochs", "2", "--epsilon", "3"]

@@ -445,6 +445,7 @@ def test_a_keras_hub_backbone_has_exact_gradients_of_its_factors_whatever_the_pa
 
 @pytest.mark.parametrize(("make", "eagerly"), [(bert, False), (gemma, True)])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_a_keras_hub_backbone_is_fine_tuned_privately_and_goes_on_from_a_file(
     hub, make, eagerly, tmp_path
 ):

@@ -194,7 +194,7 @@ def test_an_empty_generator_is_refused(batches):
     ],
     ids=str,
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_steps_and_sampling_rate(arguments, steps, rate):
     counted = []
     callback = keras.callbacks.LambdaCallback(on_train_batch_end=lambda b, logs: counted.append(b))

@@ -199,6 +199,7 @@ HOW = {
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.one_in(2)
 def test_rule_15_what_is_added_is_at_most_c(form):
     for name, how in HOW.items():
         lengths = added(form, how)
@@ -440,6 +441,7 @@ def test_rule_15_two_time_steps_that_nearly_cancel():
 
 
 @pytest.mark.parametrize("gradients", ["ghost", "vectorized", "loop"])
+@pytest.mark.one_in(3)
 def test_rule_15_inputs_whose_squares_are_too_small(gradients):
     model = keras.Sequential([keras.Input((784,)), layers.Dense(1, use_bias=False)])
     x, y = np.full((1, 784), 9e-20, "float32"), np.full((1, 1), 8e18, "float32")

@@ -81,7 +81,7 @@ def weights_by_layer(norms, clipping):
         ("microbatches", "per_layer"),
     ],
 )
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_the_numbers_are_those_of_one_example_at_a_time(mode, clipping):
     monitor = PrivacyMonitor(tiny.DELTA, quantiles=(0.1, 0.5, 0.8), accountant="rdp")
     epochs = 1 if clipping == "adaptive" else EPOCHS  # then C moves

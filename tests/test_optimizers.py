@@ -109,7 +109,7 @@ SETTINGS = {
 
 @quiet
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_noiseless_and_unclipped_it_takes_its_namesakes_steps(setting):
     private, ordinary = PAIRS[setting.split(",")[0]]
     rate, kwargs = SETTINGS[setting]

@@ -91,6 +91,7 @@ def test_they_are_the_clipped_mean_of_what_each_example_alone_gives(
 
 
 @UNKNOWN
+@pytest.mark.thorough
 def test_a_batch_may_be_any_structure_and_a_loss_may_have_an_axis_of_one():
     model, loss_fn, (x, y), _ = setup()
     variables = model.trainable_variables
@@ -135,6 +136,7 @@ def test_regularizers_of_weights_are_left_to_the_caller():
 
 
 @pytest.mark.parametrize("secure_mode", [False, True])
+@pytest.mark.one_in(2)
 def test_noise_is_gaussian_of_sigma_c_and_new_each_step(secure_mode):
     """False alarms: 1e-6 in all, for each of the two."""
     model = keras.Sequential(

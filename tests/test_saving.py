@@ -59,6 +59,7 @@ def test_rule_06_a_keras_file_carries_ledger_and_optimizer_state(tmp_path):
 
 
 @pytest.mark.parametrize("built", [False, True])
+@pytest.mark.thorough
 def test_rule_06_a_weights_file_carries_ledger_and_optimizer_state(built, tmp_path):
     model = fitted()
     model.save_weights(tmp_path / "m.weights.h5")
@@ -71,6 +72,7 @@ def test_rule_06_a_weights_file_carries_ledger_and_optimizer_state(built, tmp_pa
     assert other.optimizer.ledger == model.optimizer.ledger
 
 
+@pytest.mark.thorough
 def test_rule_06_loading_an_older_state_of_the_same_training_takes_nothing_back(tmp_path):
     model = fitted()
     model.save_weights(tmp_path / "old.weights.h5")

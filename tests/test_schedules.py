@@ -173,14 +173,14 @@ def test_the_journal_counts_each_sigma(tmp_path):
     path = tmp_path / "ledger.jsonl"
     x, y = tiny.data(64)
     model = tiny.compiled(tiny.sgd(noise_multiplier=falling))
-    budget = keras_dp.PrivacyBudget(delta=DELTA, ledger_path=path)
+    budget = keras_dp.PrivacyBudget(delta=DELTA, accountant="rdp", ledger_path=path)
     model.fit(x, y, batch_size=8, epochs=2, callbacks=[budget], verbose=0)
     written, problems = keras_dp.journal.read(path)
     assert problems == []
     assert releases([r for r in written if r.steps]) == releases(model.optimizer.ledger)
     # What another process reads from it.
     other = tiny.compiled(tiny.sgd(noise_multiplier=falling))
-    budget = keras_dp.PrivacyBudget(delta=DELTA, ledger_path=path)
+    budget = keras_dp.PrivacyBudget(delta=DELTA, accountant="rdp", ledger_path=path)
     other.fit(x, y, batch_size=8, callbacks=[budget], verbose=0)
     assert other.optimizer.ledger.steps == 16 + 8
 

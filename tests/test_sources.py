@@ -197,7 +197,7 @@ def test_the_check_fails_for_each_example_once_an_epoch(source):
 
 
 @pytest.mark.parametrize("name", ["memmap", "hdf5", "map-style", "spooled"])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_fit_on_a_source_has_the_epsilon_of_arrays(name, tmp_path):
     given = SOURCES[name](tmp_path)
     found = []

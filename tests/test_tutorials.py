@@ -57,6 +57,7 @@ def test_every_link_and_picture_of_a_page_is_there(page):
     assert "```\n" in text and "{{" not in text  # an output, and nothing left to fill in
 
 
+@pytest.mark.thorough
 def test_images_spends_its_budget_and_its_model_takes_images(run_example, tmp_path):
     printed = run_example("images.py", "--recipes", "bank", "--epochs", "2")
 
@@ -115,6 +116,7 @@ def test_serving_gives_the_same_answers_in_every_format(run_example, tmp_path):
     assert "differentially private" in statement
 
 
+@pytest.mark.thorough
 def test_own_rule_agrees_with_the_loop_and_a_wrong_one_is_refused(run_example):
     printed = run_example("own_rule.py", "--width", "16", "--places", "4", "--steps", "1")
 

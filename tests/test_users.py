@@ -157,7 +157,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(6)
 def test_what_is_clipped_is_the_mean_of_a_persons_gradients(name):
     model, x = MODELS[name]()
     y = np.random.default_rng(1).normal(size=np.shape(model(x))).astype("float32")
@@ -196,7 +196,7 @@ def test_what_is_clipped_is_the_mean_of_a_persons_gradients(name):
         ("loop", {"batch_capacity": 6, "microbatch_size": 8}),
     ],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(6)
 def test_rule_14_every_engine_and_mode_gives_the_same_numbers(gradients, mode):
     model, x = compiled(keras.Input((6,)), layers.Dense(5, "tanh"), layers.Dense(2)), rows(6)
     y = rows(2, seed=1)
@@ -350,6 +350,7 @@ def test_rule_10_balls_in_bins_hold_each_person_once_an_epoch(secure_mode):
     assert len(set(sizes)) > 1  # by chance
 
 
+@pytest.mark.thorough
 def test_balls_in_bins_and_capacities_count_people_in_the_ledger():
     model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
     model.compile(tiny.sgd(), loss="mse")
