@@ -222,6 +222,7 @@ def test_one_example_changes_the_clipped_sum_by_at_most_c(case, gradients):
 
 
 @pytest.mark.parametrize("gradients", ["ghost", "vectorized"])
+@pytest.mark.one_in(2)
 def test_the_neighbour_check_sees_a_missing_clip(gradients, monkeypatch):
     monkeypatch.setattr(*_unclipped())
     model = dense_model()

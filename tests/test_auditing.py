@@ -312,6 +312,7 @@ def test_right_training_passes_the_audit_which_is_not_blind():
 
 
 @pytest.mark.parametrize("mutant", [lambda: noise_times(0.1), unclipped], ids=["noise", "clip"])
+@pytest.mark.one_in(2)
 def test_badly_broken_training_is_refuted_by_the_audit(mutant, monkeypatch):
     monkeypatch.setattr(*mutant())
     result = easy_audit()

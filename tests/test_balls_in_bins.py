@@ -271,6 +271,7 @@ def test_rule_07_choices_are_not_replayed():
         assert np.mean(one == other) < 0.5
 
 
+@pytest.mark.thorough
 def test_a_seed_repeats_the_choices_and_marks_the_ledger():
     made = [keras_dp.BallsInBinsDataset(ids(N), ids(N), batch_size=BATCH, seed=3) for _ in "ab"]
     one, other = (choices_of(of_data(data, 2)) for data in made)

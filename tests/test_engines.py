@@ -87,6 +87,7 @@ def test_asking_for_the_loop_says_nothing(caplog):
 @pytest.mark.parametrize(
     ("gradients", "engine"), [("auto", "ghost"), ("ghost", "ghost"), ("vectorized", "vectorized")]
 )
+@pytest.mark.one_in(3)
 def test_a_model_that_the_engine_can_serve_is_served_silently(gradients, engine, caplog):
     model = attention()
     model.compile("sgd", loss="mse")
@@ -99,6 +100,7 @@ def test_a_model_that_the_engine_can_serve_is_served_silently(gradients, engine,
 
 @pytest.mark.parametrize(("gradients", "engine"), [("vectorized", "loop"), ("ghost", "ghost")])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_recurrence_that_xla_cannot_compile_vectorized_is_looped_over_there(gradients, engine):
     model = keras.Sequential([keras.Input((3, 2)), layers.SimpleRNN(2), layers.Dense(1)])
     model.compile("sgd", loss="mse")
@@ -264,6 +266,7 @@ def test_rule_05_an_example_with_a_non_finite_norm_adds_nothing(bad, gradients):
 
 
 @pytest.mark.parametrize("gradients", ALL)
+@pytest.mark.one_in(3)
 def test_examples_with_a_gradient_of_zero_add_zero(gradients):
     outcome, _ = engine_outcome(
         linear(), np.zeros((2, 2)), np.zeros((2, 1)), max_grad_norm=1.0, gradients=gradients

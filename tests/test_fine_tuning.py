@@ -212,6 +212,7 @@ def test_factors_inside_a_nested_backbone_are_served_by_their_layers_rules(how):
     require_exact(disturb(with_head(how(backbone()))), *data(4))
 
 
+@pytest.mark.thorough
 def test_the_kernel_may_be_trained_along_with_its_factors():
     model = with_head(enable_lora(backbone()))
     for name in ("mix", "dense"):

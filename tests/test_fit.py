@@ -35,6 +35,7 @@ ARRAYS = {
 @pytest.mark.oldest
 @pytest.mark.parametrize("kind", ARRAYS)
 @pytest.mark.one_in(4)
+@pytest.mark.thorough
 def test_rule_10_arrays_are_poisson_sampled(kind):
     x, y = ARRAYS[kind]
     model = tiny.compiled(metrics=["mae"])

@@ -505,6 +505,7 @@ def test_rule_16_ordinary_models_do_not_notice():
     assert not any(id(v) in lineage._lineages for v in [*model.variables, *again.variables])
 
 
+@pytest.mark.thorough
 def test_rule_16_ordinary_training_on_several_replicas_is_seen():
     script = """
         import sys

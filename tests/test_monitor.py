@@ -272,6 +272,7 @@ class Fails(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_once_the_fit_is_over_nothing_is_gathered_any_more(fails):
     monitor = PrivacyMonitor(tiny.DELTA, accountant="rdp")
     model = tiny.compiled(tiny.sgd(gradients="loop"))
@@ -590,6 +591,7 @@ def test_what_is_quick_or_silent_is_not_said(monkeypatch, capsys):
 
 @pytest.mark.parametrize("verbose", [0, 2])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_a_silent_fit_is_silent_about_calibration_and_search_too(verbose, monkeypatch):
     asked = []
 

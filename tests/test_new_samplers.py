@@ -152,6 +152,7 @@ def test_balls_in_bins_is_monotone():
 
 
 @pytest.mark.parametrize("accountant", accounting.ACCOUNTANTS)
+@pytest.mark.thorough
 def test_extremes_of_balls_in_bins_are_bounds(accountant):
     for sigma in (1e-12, 1e-3, 0.05, 0.4, 30.0, 1e9):
         for t in (2, 50):

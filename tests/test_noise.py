@@ -306,6 +306,7 @@ def test_no_saved_file_holds_the_key(file, tmp_path, monkeypatch):
     assert any(weights in content for content in contents)
 
 
+@pytest.mark.thorough
 def test_a_chosen_seed_is_not_saved_either(tmp_path):
     seed = 987654321987
     model = noise_model({"seed": seed})

@@ -50,6 +50,7 @@ def releases(model):
     return [(r.sampler, r.steps, r.num_examples) for r in model.optimizer.ledger]
 
 
+@pytest.mark.thorough
 def test_fit_of_a_task_samples_at_the_epsilon_of_arrays(classifier):
     """It cost 10.0 where arrays cost 4.2."""
     with warnings.catch_warnings():

@@ -201,6 +201,7 @@ def test_an_empty_batch_is_a_step_of_noise_alone(compiled):
 
 
 @UNKNOWN
+@pytest.mark.thorough
 def test_an_example_that_is_not_finite_contributes_nothing():
     model, loss_fn, (x, y), _ = setup()
     variables = model.trainable_variables
@@ -272,6 +273,7 @@ def test_a_function_made_anew_for_every_step_is_pointed_out(caplog):
 @UNKNOWN
 @pytest.mark.parametrize("gradients", ["vectorized", "loop"])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_examples_and_views_have_dropout_masks_of_their_own(gradients):
     """The gradient of a weight behind the mask shows it. False alarms: 2^-64 for each pair."""
     dropout = layers.Dropout(0.5)
@@ -647,6 +649,7 @@ def test_a_limit_is_not_carried_over_to_batches_that_cost_more():
     assert optimizer.ledger.steps == 0
 
 
+@pytest.mark.thorough
 def test_a_target_is_aimed_at_for_the_steps_that_were_announced():
     model, loss_fn, _, _ = setup()
     optimizer = keras_dp.DPSGD(0.1, max_grad_norm=1.0, target_epsilon=3.0, target_delta=DELTA)

@@ -249,6 +249,7 @@ def test_an_inference_model_loads_where_keras_dp_is_not_installed(make, tmp_path
     assert model.optimizer.ledger.steps == 8
 
 
+@pytest.mark.thorough
 def test_the_statement_lies_beside_the_inference_model(tmp_path):
     model = fitted()
     keras_dp.save_inference_model(model, str(tmp_path / "m.keras"), delta=1e-6)

@@ -515,6 +515,7 @@ def test_rule_16_the_choice_follows_the_weights_into_every_file_and_model(select
     assert accounting.ledger_epsilon(again, 1e-3) == pytest.approx(wanted)
 
 
+@pytest.mark.thorough
 def test_a_budget_knows_of_the_choice():
     model = chosen().model
     spent = model.optimizer.get_epsilon(1e-3)

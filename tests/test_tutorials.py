@@ -105,6 +105,7 @@ def test_tabular_chooses_on_public_data_and_spends_once_for_each_model(run_examp
 
 
 @pytest.mark.filterwarnings("ignore:In the future `np:FutureWarning")  # tf2onnx, if it is there
+@pytest.mark.thorough
 def test_serving_gives_the_same_answers_in_every_format(run_example, tmp_path):
     printed = run_example("serving.py", "--epochs", "2")
 

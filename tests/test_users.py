@@ -232,6 +232,7 @@ def test_rule_08_examples_of_a_person_draw_apart_and_views_are_averaged(gradient
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e5])
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_float16_neither_loses_nor_overflows_what_is_a_persons(size):
     """One of somebody's examples has a far larger gradient than the others."""
 
@@ -373,6 +374,7 @@ def test_balls_in_bins_and_capacities_count_people_in_the_ledger():
     assert "of a batch above the public capacity of 12" in text
 
 
+@pytest.mark.thorough
 def test_batches_of_people_are_padded_to_a_size_that_their_capacity_tells():
     for counts in [(1,), (4, 4, 4), (2, 1, 3)]:
         model, x = compiled(keras.Input((6,)), layers.Dense(2)), rows(6)[: sum(counts)]
@@ -388,6 +390,7 @@ def test_batches_of_people_are_padded_to_a_size_that_their_capacity_tells():
 
 @pytest.mark.parametrize("width", [5, 16])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_layers_that_are_alike_are_averaged_apart(width):
     """Their norms and sums are traced once for all: what is whose goes there too."""
     alike = [layers.Dense(width, "tanh") for _ in range(4)]
@@ -722,6 +725,7 @@ def test_the_white_box_audit_finds_a_wrong_unit_out(monkeypatch):
     assert not audited().consistent
 
 
+@pytest.mark.thorough
 def test_the_neighbours_find_a_wrong_unit_out(monkeypatch):
     monkeypatch.setattr(*rows_clipped_in_the_place_of_people())
     assert max(neighbours("loop")) > 2 * C

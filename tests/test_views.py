@@ -174,7 +174,7 @@ def deep(policy, factor):
     ],
 )
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e5])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_float16_neither_loses_small_gradients_nor_large_ones(gradients, mode, size):
     """A loss of another size gives gradients of another size, right to float16's digits."""
     random = np.random.default_rng(0)
@@ -212,6 +212,7 @@ def test_the_loss_scale_of_an_example_depends_on_that_example_alone():
     np.testing.assert_array_equal(of_views, scales[1])  # the views of one example have one
 
 
+@pytest.mark.thorough
 def test_mixed_float16_trains_privately_without_a_loss_scale_optimizer():
     x, y = tiny.data(64)
     model = keras.Sequential(
