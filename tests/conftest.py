@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import cases
 import keras
 import pytest
@@ -38,6 +40,13 @@ NO_NUMBERS = {
 
 def pytest_configure(config):
     cases.everything = not config.option.markexpr
+
+
+def pytest_collection_finish(session):
+    """What is there now stays: looking through it for garbage takes a quarter of a small fit."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ Each is compared in steps and in epsilon. Half of the kills are made with a
 journal, half without, unless `--journal` says otherwise. The exit status is 1 if
 any step was forgotten.
 
-A kill costs a second or so: one process imports TensorFlow, and forks for each life
+A kill costs two seconds or so: one process imports TensorFlow, and forks for each life
 before it has used it, while it has a single thread (the fork is a whole process,
 and the kill a real one). Where that is not so, each life is a process from scratch.
 """
@@ -127,8 +127,7 @@ def serve() -> None:
     keras_dp.accounting.compute_epsilon(  # imports the accountant, for every fork
         num_examples=2, batch_size=1, noise_multiplier=1.0, steps=1, delta=DELTA, accountant="rdp"
     )
-    threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 2
-    print("ready" if threads == 1 else "threads", flush=True)
+    print("ready" if _may_fork() else "threads", flush=True)
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()
@@ -137,6 +136,13 @@ def serve() -> None:
             live(folder, **order)
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _may_fork() -> bool:
+    """Whether there is one thread; that of jemalloc, pandas' allocator, makes ready for forks."""
+    tasks = pathlib.Path("/proc/self/task")
+    names = [(task / "comm").read_text().strip() for task in tasks.glob("*")]
+    return len(names) - names.count("jemalloc_bg_thd") == 1
 
 
 class Lives:
@@ -161,6 +167,11 @@ class Lives:
         command = [sys.executable, os.path.abspath(__file__), *arguments]
         kwargs = {"stderr": subprocess.DEVNULL, **streams}
         return subprocess.Popen(command, env=self._environment, text=True, **kwargs)
+
+    @property
+    def forks(self) -> bool:
+        """Whether lives are forks."""
+        return self._server is not None
 
     def close(self) -> None:
         """Ends the process that forks."""

@@ -120,6 +120,7 @@ def test_shuffled_is_never_accounted_as_poisson():
     (poisson(1.0, 700, 1 / 79), poisson(2.0, 300, 1 / 79), poisson(1.5, 100, 1 / 30)),
     (poisson(1.0, 700, 1 / 79), Release("unknown", 9.0, 20)),
 ])  # fmt: skip
+@pytest.mark.one_in(2)
 def test_figures_are_dp_accountings_own(releases):
     assert pld.grid_interval(ledgers._counts(releases)) == 1e-4
     ours = ledger_epsilon(PrivacyLedger(releases), DELTA)
@@ -132,6 +133,7 @@ def test_figures_are_dp_accountings_own(releases):
         assert ours > max(ledger_epsilon((r,), DELTA) for r in releases)
 
 
+@pytest.mark.thorough
 def test_a_coarser_grid_is_a_close_upper_bound():
     """Little noise would need endless grids (FACTS H10)."""
     rate, sigma, steps = 0.1, 0.33, 20
@@ -219,6 +221,7 @@ def test_the_accountant_imports_no_framework():
 # --- speed, extremes, history -----------------------------------------------
 
 
+@pytest.mark.thorough
 def test_tiny_and_huge_noise_answer_quickly_with_a_bound():
     start = time.perf_counter()
     for sigma in (0.25, 0.03, 1e-3, 1e-12, 1e-300):

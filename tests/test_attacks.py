@@ -107,16 +107,14 @@ def test_rule_17_two_loops_on_the_same_weights_keep_one_budget():
     """Each kept its own: 3.33 for 3."""
     model = model_of(layers.Dense(1))
     data = keras_dp.PoissonDataset(X, Y, batch_size=8)
-    optimizers = [dp(3.0), dp(3.0)]
+    optimizers, loss = [dp(3.0), dp(3.0)], loss_of(model)
     for optimizer in optimizers:
         optimizer.begin_loop(data)
         optimizer.limit_steps(epsilon=1.5, delta=DELTA, at_most=100)
     with pytest.raises(keras_dp.PrivacyBudgetExceeded):
         for _ in range(100):
             for optimizer in optimizers:
-                optimizer.private_gradients(
-                    loss_of(model), model.trainable_variables, data[0], sampling=data
-                )
+                optimizer.private_gradients(loss, model.trainable_variables, data[0], sampling=data)
     epsilons = [optimizer.get_epsilon(DELTA) for optimizer in optimizers]
     assert epsilons[0] == epsilons[1]
     assert 1.2 < epsilons[0] <= 1.5

@@ -231,6 +231,7 @@ def unclipped():
     ],
     ids=["default", "microbatches", "vectorized"],
 )
+@pytest.mark.one_in(3)
 def test_right_training_passes_the_white_box_audit_and_barely(settings):
     result = white_box(**settings)
     assert result.claimed_epsilon == pytest.approx(GAUSSIAN, abs=1e-4)
@@ -244,6 +245,7 @@ def test_right_training_passes_the_white_box_audit_and_barely(settings):
     [lambda: noise_times(0.5), lambda: noise_times(0.8), unclipped],
     ids=["half the noise", "a fifth less noise", "not clipped"],
 )
+@pytest.mark.one_in(2)
 def test_broken_training_is_refuted_by_the_white_box_audit(mutant, monkeypatch):
     monkeypatch.setattr(*mutant())
     result = white_box()
@@ -310,12 +312,14 @@ def test_right_training_passes_the_audit_which_is_not_blind():
 
 
 @pytest.mark.parametrize("mutant", [lambda: noise_times(0.1), unclipped], ids=["noise", "clip"])
+@pytest.mark.one_in(2)
 def test_badly_broken_training_is_refuted_by_the_audit(mutant, monkeypatch):
     monkeypatch.setattr(*mutant())
     result = easy_audit()
     assert not result.consistent and "REFUTED" in str(result)
 
 
+@pytest.mark.thorough
 def test_a_score_of_ones_own_is_the_attack():
     asked = []
 
@@ -332,6 +336,7 @@ def test_a_score_of_ones_own_is_the_attack():
     assert easy_audit(score=blind).epsilon_lower_bound == 0
 
 
+@pytest.mark.thorough
 def test_a_model_of_several_inputs_and_outputs_is_audited():
     def make_model():
         a, b = keras.Input((4,), name="a"), keras.Input((2,), name="b")

@@ -204,6 +204,7 @@ def test_the_divisor_is_the_number_of_examples_over_that_of_steps():
     assert len(sizes) > 1
 
 
+@pytest.mark.thorough
 def test_a_budget_stops_within_an_epoch_at_the_exact_step():
     model = tiny.compiled()
     x, y = tiny.data(400)
@@ -270,6 +271,7 @@ def test_rule_07_choices_are_not_replayed():
         assert np.mean(one == other) < 0.5
 
 
+@pytest.mark.thorough
 def test_a_seed_repeats_the_choices_and_marks_the_ledger():
     made = [keras_dp.BallsInBinsDataset(ids(N), ids(N), batch_size=BATCH, seed=3) for _ in "ab"]
     one, other = (choices_of(of_data(data, 2)) for data in made)
@@ -346,6 +348,7 @@ def test_what_is_cut_is_chosen_uniformly(secure_mode):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.one_in(2)
 def test_every_batch_is_padded_to_the_capacity_and_padding_adds_nothing(jit_compile, monkeypatch):
     padded = []
     original = Engine.padding.fget

@@ -254,6 +254,7 @@ SUMS = {  # of which nothing is proved, and which can be run on one example
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6, np.nan, np.inf])
 @pytest.mark.parametrize("name", SUMS)
+@pytest.mark.one_in(2)
 def test_rule_19_what_is_not_proved_is_run_alone(name, size):
     """Another row moves the sum by at most 2 C, whatever it holds."""
     x, y = tiny.data(6)

@@ -52,7 +52,7 @@ MODES = {
         (1.5, 8, 1.5, "pld", "eager"),
     ],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_stops_at_the_last_step_within_the_budget(sigma, batch_size, epsilon, accountant, mode):
     model = tiny.compiled(tiny.sgd(noise_multiplier=sigma), **MODES[mode])
     callback = budget(epsilon, accountant=accountant)
@@ -80,6 +80,7 @@ def test_the_message_at_the_stop_says_steps_and_what_is_left(capsys):
     assert f"{3 - spent:.4f} is left" in said
 
 
+@pytest.mark.thorough
 def test_nothing_is_said_when_the_budget_does_not_bind(capsys):
     model = tiny.compiled()
     callback = keras_dp.PrivacyBudget(50.0, delta=DELTA)
@@ -274,6 +275,7 @@ def test_a_target_needs_a_known_number_of_steps():
     assert np.isclose(model.optimizer.noise_multiplier, np.sqrt(4) * 2.01, atol=0.6)
 
 
+@pytest.mark.thorough
 def test_a_target_works_with_a_callback_list_of_the_users_own():
     model = tiny.compiled(aimed())
     callbacks = keras.callbacks.CallbackList(

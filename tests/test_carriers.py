@@ -94,6 +94,7 @@ WRITES = {
 @own_code
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("what", WRITES)
+@pytest.mark.one_in(2)
 def test_rule_18_what_computes_metrics_writes_to_metrics_alone(what, mode):
     more, match = WRITES[what]
     model = WithMetrics(more)
@@ -106,6 +107,7 @@ def test_rule_18_what_computes_metrics_writes_to_metrics_alone(what, mode):
 
 @own_code
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.one_in(3)
 def test_rule_18_metrics_of_the_model_and_random_layers_work_in_compute_metrics(mode):
     def more(model, mean):
         model.mean.update_state(ops.mean(mean))
@@ -269,6 +271,7 @@ KEPT = {
     + [(what, "vectorized", "graph") for what in ("numpy_function", "print", "function", "map")]
     + [("py_function", "auto", "eager"), ("file", "loop", "graph")],
 )
+@pytest.mark.one_in(2)
 def test_rule_18_a_layer_that_keeps_or_carries_out_what_it_sees_is_refused(what, gradients, mode):
     how, match = KEPT[what]
     # After a layer with weights, so that the way back goes through it, too.
@@ -347,6 +350,7 @@ def test_rule_18_a_loss_function_of_a_loop_of_ones_own_is_looked_through_as_well
 
 
 @pytest.mark.parametrize("gradients", ["auto", "loop"])
+@pytest.mark.one_in(2)
 def test_rule_18_what_is_harmless_still_trains(gradients):
     """Tables that are read, asserts, stateless and stateful random numbers, frozen variables."""
     table = tf.lookup.StaticHashTable(
@@ -476,6 +480,7 @@ def test_rule_18_a_strategy_that_writes_is_refused(how, mode):
 
 
 @pytest.mark.parametrize("mode", ["graph", "eager"])
+@pytest.mark.one_in(2)
 def test_rule_18_the_python_code_of_a_strategy_sees_no_number(mode):
     seen = []
 

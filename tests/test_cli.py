@@ -218,6 +218,7 @@ def test_the_table_of_one_number_is_sensible(capsys):
 @pytest.mark.parametrize(
     "ending, beginning", [("png", b"\x89PNG"), ("SVG", b"<?xml"), ("pdf", b"%PDF")]
 )
+@pytest.mark.one_in(2)
 def test_a_picture_is_drawn_in_the_format_of_its_name(ending, beginning, capsys, tmp_path):
     file = tmp_path / f"ε.{ending}"
     targets = "--epsilon 1e-9 2" if ending == "png" else "-s 0 2 1e9"  # with gaps
@@ -323,6 +324,7 @@ def examples():
 
 
 @pytest.mark.parametrize("line, said", examples(), ids=[line for line, _ in examples()])
+@pytest.mark.one_in(2)
 def test_the_document_shows_what_the_command_prints(line, said, capsys):
     out = run(line, capsys)[1].rstrip()
     said, cut, _ = said.partition("\n...")
@@ -420,7 +422,7 @@ def test_an_interruption_is_no_traceback(capsys, monkeypatch):
 
 TEXTS = st.sampled_from(
     ["1", "10", "1000", "1e3", "0", "-1", "nan", "inf", "1e-400", "1e300", "0.5", "3", "x", "", "٣"]
-) | st.text(max_size=8)
+) | st.text("aZ09 ._-+=/\\%\n\0é語😀", max_size=8)
 OPTIONS = [
     "-n",
     "-b",
@@ -581,6 +583,7 @@ def trained(tmp_path_factory):
 @pytest.mark.oldest
 @pytest.mark.parametrize("first", ["keras", "keras_dp"])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_a_model_loads_privately_right_after_the_import(first, trained):
     second = {"keras": "keras_dp", "keras_dp": "keras"}[first]
     done = python(

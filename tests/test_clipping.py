@@ -125,6 +125,7 @@ def problem():
         ("loop", "graph"),
     ],
 )
+@pytest.mark.one_in(2)
 def test_per_layer_clipping_is_that_of_each_layer_in_every_engine(gradients, mode):
     model, x, y = problem()
     model.compile("sgd", loss="mse")
@@ -179,6 +180,7 @@ class Tanh(Clipping):
 
 
 @pytest.mark.parametrize("mode", ["graph", "xla"])
+@pytest.mark.one_in(2)
 def test_a_strategy_of_the_users_own_is_used_and_recorded(mode):
     model, x, y = problem()
     model.compile("sgd", loss="mse")

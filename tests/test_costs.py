@@ -88,6 +88,7 @@ def test_the_memory_that_is_taken_and_left():
 
 
 @pytest.mark.parametrize("mode", [{}, {"jit_compile": True}, {"gradients": "vectorized"}])
+@pytest.mark.one_in(3)
 def test_microbatches_of_a_size_that_was_found_change_no_number(mode, monkeypatch):
     model = keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(2)])
     model.compile("sgd", "mse")
@@ -114,6 +115,7 @@ def test_microbatches_of_a_size_that_was_found_change_no_number(mode, monkeypatc
 
 
 @pytest.mark.parametrize("people", [False, True])
+@pytest.mark.one_in(2)
 def test_fit_finds_a_size_before_the_first_step(people, monkeypatch):
     model = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
     optimizer = keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=1.0, microbatch_size="auto")

@@ -112,7 +112,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_weights_are_those_of_one_device_after_20_steps(name):
     """With 3 examples a batch on average, shares are uneven, and some are empty."""
     make, x, clipping, counts = MODELS[name]
@@ -315,7 +315,7 @@ DRAWN = {
 
 
 @pytest.mark.parametrize("kind", DRAWN)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_every_sampler_feeds_replicas_what_it_feeds_one_device(kind):
     alone, together = (compiled(count, mlp) for count in (1, 2))
     for model in (alone, together):
@@ -347,6 +347,7 @@ def test_weights_of_classes_lora_and_a_regularizer_on_replicas():
     assert furthest(alone, together) < 1e-5
 
 
+@pytest.mark.thorough
 def test_what_the_inner_optimizer_does_beside_is_that_of_one_device():
     def inner():
         return keras.optimizers.AdamW(

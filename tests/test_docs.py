@@ -41,10 +41,22 @@ def run(source, namespace):
             exec(code, namespace)
 
 
+# Pages that train for long; their subjects have files of tests.
+THOROUGH = {
+    "docs/custom-loops.md",
+    "docs/data.md",
+    "docs/fine-tuning.md",
+    "docs/monitor.md",
+    "docs/moving.md",
+    "docs/people.md",
+    "docs/start.md",
+}
+
+
 @pytest.mark.parametrize(
     "path",
     [
-        path
+        pytest.param(path, marks=[pytest.mark.thorough] if name_of(path) in THOROUGH else [])
         for path in (ROOT / "README.md", *PAGES)
         if path.parent.name != "tutorials" and BLOCK.search(path.read_text(encoding="utf-8"))
     ],

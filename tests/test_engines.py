@@ -66,9 +66,6 @@ def test_where_the_vectorizer_fails_the_loop_takes_over_with_one_line_in_the_log
     model.compile(noiseless_optimizer(0.5, "vectorized"), loss="mse")
     update_on_batch(model, TOKENS, Y)
     update_on_batch(model, TOKENS, Y)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", keras_dp.PrivacyWarning)
-        model.fit(TOKENS, Y, batch_size=2, verbose=0)
     model.compile(noiseless_optimizer(0.5, "vectorized"), loss="mse")
     update_on_batch(model, TOKENS, Y)
     assert model.optimizer.engine == "loop"
@@ -90,6 +87,7 @@ def test_asking_for_the_loop_says_nothing(caplog):
 @pytest.mark.parametrize(
     ("gradients", "engine"), [("auto", "ghost"), ("ghost", "ghost"), ("vectorized", "vectorized")]
 )
+@pytest.mark.one_in(3)
 def test_a_model_that_the_engine_can_serve_is_served_silently(gradients, engine, caplog):
     model = attention()
     model.compile("sgd", loss="mse")
@@ -100,7 +98,9 @@ def test_a_model_that_the_engine_can_serve_is_served_silently(gradients, engine,
     assert not [r for r in caplog.records if r.name == "keras_dp"]
 
 
-@pytest.mark.parametrize(("gradients", "engine"), [("ghost", "ghost"), ("vectorized", "loop")])
+@pytest.mark.parametrize(("gradients", "engine"), [("vectorized", "loop"), ("ghost", "ghost")])
+@pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_recurrence_that_xla_cannot_compile_vectorized_is_looped_over_there(gradients, engine):
     model = keras.Sequential([keras.Input((3, 2)), layers.SimpleRNN(2), layers.Dense(1)])
     model.compile("sgd", loss="mse")
@@ -114,6 +114,7 @@ def test_recurrence_that_xla_cannot_compile_vectorized_is_looped_over_there(grad
 
 
 @pytest.mark.parametrize("build", [attention, masked_recurrence])
+@pytest.mark.one_in(2)
 def test_every_engine_gives_the_same(build):
     model = build()
     model.compile("sgd", loss="mse")
@@ -265,6 +266,7 @@ def test_rule_05_an_example_with_a_non_finite_norm_adds_nothing(bad, gradients):
 
 
 @pytest.mark.parametrize("gradients", ALL)
+@pytest.mark.one_in(3)
 def test_examples_with_a_gradient_of_zero_add_zero(gradients):
     outcome, _ = engine_outcome(
         linear(), np.zeros((2, 2)), np.zeros((2, 1)), max_grad_norm=1.0, gradients=gradients
@@ -338,14 +340,15 @@ def test_a_chunked_sum_adds_sums_and_joins_the_rest_in_order(in_graph):
 @pytest.mark.parametrize(
     ("gradients", "mode"),
     [
-        ("ghost", {}),
-        ("ghost", {"run_eagerly": True}),
         ("ghost", {"jit_compile": True}),
+        ("ghost", {}),
         ("vectorized", {}),
+        ("ghost", {"run_eagerly": True}),
         ("loop", {}),
         ("loop", {"run_eagerly": True}),
     ],
 )
+@pytest.mark.one_in(2)
 def test_rule_04_an_empty_batch_is_a_step_that_moves_nothing_without_noise(gradients, mode):
     x = keras.Input((4, 4, 1))
     h = layers.MaxPooling2D()(layers.Conv2D(2, 2)(x))
@@ -360,6 +363,7 @@ def test_rule_04_an_empty_batch_is_a_step_that_moves_nothing_without_noise(gradi
 
 
 @pytest.mark.parametrize("gradients", ALL)
+@pytest.mark.one_in(3)
 def test_weights_that_the_loss_does_not_reach_stay_as_they_are(gradients):
     x = keras.Input((2,))
     used, unused = layers.Dense(1, name="used"), layers.Dense(1, name="unused")

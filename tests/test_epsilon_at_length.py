@@ -141,6 +141,7 @@ def test_what_rounding_took_is_seen_where_it_is_more():
     forget()
 
 
+@pytest.mark.thorough
 def test_the_statement_says_which_accountant_a_figure_is_from():
     model = tiny.compiled(tiny.sgd(noise_multiplier=2.0))
     few = keras_dp.privacy_report(model, delta=1e-7)

@@ -57,6 +57,7 @@ def test_quickstart_spends_its_budget_and_saves_a_model_to_resume_and_one_to_dep
     assert stated == pytest.approx(float(epsilon), abs=1e-3)
 
 
+@pytest.mark.thorough
 def test_digits_prints_each_seed_their_mean_and_what_was_spent(run_example):
     printed = run_example("digits.py", "--epochs", "1", "--seeds", "2", "--epsilon", "1")
 
@@ -67,6 +68,7 @@ def test_digits_prints_each_seed_their_mean_and_what_was_spent(run_example):
     assert float(mean) == pytest.approx(sum(map(float, each)) / 2, abs=0.1)
 
 
+@pytest.mark.thorough
 def test_users_spend_what_was_asked_for_whatever_they_have(run_example):
     printed = run_example("users.py", "--epochs", "1", "--seeds", "1", "--examples", "1", "4")
 
@@ -83,7 +85,8 @@ def test_a_custom_loop_spends_its_budget(run_example):
     assert 0.5 < spent[-1] <= 0.7
 
 
-@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.one_in(2)
 def test_the_monitor_draws_what_it_saw_and_says_whether_it_is_private(
     run_example, tmp_path, private
 ):
@@ -93,6 +96,7 @@ def test_the_monitor_draws_what_it_saw_and_says_whether_it_is_private(
     assert is_picture(tmp_path / "monitor_output" / f"{name}.png")
 
 
+@pytest.mark.thorough
 def test_knobs_prints_the_epsilon_of_what_was_trained_and_draws_a_picture(run_example, tmp_path):
     printed = run_example("knobs.py", "--epochs", "1", "--knobs", "max_grad_norm")
 
@@ -124,6 +128,8 @@ def test_digits_at_epsilon_3_are_recognised_as_well_as_promised(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["several_devices.py", "several_workers.py"])
+@pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_training_on_several_replicas_spends_its_budget(name, tmp_path):
     """In processes of their own: a strategy must come before anything else of TensorFlow."""
     command = [sys.executable, str(EXAMPLES / name), "--epochs", "2", "--epsilon", "3"]

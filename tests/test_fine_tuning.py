@@ -212,6 +212,7 @@ def test_factors_inside_a_nested_backbone_are_served_by_their_layers_rules(how):
     require_exact(disturb(with_head(how(backbone()))), *data(4))
 
 
+@pytest.mark.thorough
 def test_the_kernel_may_be_trained_along_with_its_factors():
     model = with_head(enable_lora(backbone()))
     for name in ("mix", "dense"):
@@ -253,6 +254,7 @@ def test_lora_enabled_between_compile_and_the_first_step_is_trained():
 
 @pytest.mark.parametrize(("how", "eagerly"), [("fit", False), ("train_on_batch", True)])
 @pytest.mark.filterwarnings("ignore:train_on_batch can't know")
+@pytest.mark.one_in(2)
 def test_lora_enabled_after_training_began_asks_for_compile(how, eagerly):
     """Keras would go on training the weights of before, and never the factors."""
     model = with_head(backbone())
@@ -434,6 +436,7 @@ def texts(model, rows=4, length=6):
 
 
 @pytest.mark.parametrize("make", [bert, gemma])
+@pytest.mark.one_in(2)
 def test_a_keras_hub_backbone_has_exact_gradients_of_its_factors_whatever_the_padding(hub, make):
     model, _ = classifier(hub, make)
     x, y = texts(model)
@@ -442,6 +445,8 @@ def test_a_keras_hub_backbone_has_exact_gradients_of_its_factors_whatever_the_pa
 
 
 @pytest.mark.parametrize(("make", "eagerly"), [(bert, False), (gemma, True)])
+@pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_a_keras_hub_backbone_is_fine_tuned_privately_and_goes_on_from_a_file(
     hub, make, eagerly, tmp_path
 ):
@@ -473,6 +478,7 @@ def test_a_keras_hub_backbone_is_fine_tuned_privately_and_goes_on_from_a_file(
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+@pytest.mark.thorough
 def test_a_quantized_keras_hub_backbone_is_served_too(hub):
     model, made = classifier(hub, bert, quantize="int8")
     assert any(w.dtype == "int8" for w in made.weights)
@@ -512,6 +518,7 @@ def run_example(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.thorough
 def test_the_example_noises_what_it_trains_and_nothing_else(run_example):
     rows = run_example("--ways", "LoRA", "--epochs", "1", "--pretrain-epochs", "0")
     [(trained, of_all, noised, epsilon, _)] = rows.values()

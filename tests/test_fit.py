@@ -34,6 +34,8 @@ ARRAYS = {
 
 @pytest.mark.oldest
 @pytest.mark.parametrize("kind", ARRAYS)
+@pytest.mark.one_in(4)
+@pytest.mark.thorough
 def test_rule_10_arrays_are_poisson_sampled(kind):
     x, y = ARRAYS[kind]
     model = tiny.compiled(metrics=["mae"])
@@ -46,6 +48,7 @@ def test_rule_10_arrays_are_poisson_sampled(kind):
 
 
 @pytest.mark.parametrize("kind", [dict, list, tuple])
+@pytest.mark.one_in(3)
 def test_rule_10_structures_of_arrays_are_poisson_sampled(kind):
     a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
     model = keras.Model([a, b], keras.layers.Dense(1)(keras.layers.Concatenate()([a, b])))
@@ -94,6 +97,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.thorough
 def test_rule_10_sources_of_unknown_sampling_count_every_example_in_every_step(kind):
     model = tiny.compiled(tiny.sgd(noise_multiplier=2.0))
     with pytest.warns(keras_dp.PrivacyWarning, match="PoissonDataset") as caught:
@@ -107,6 +111,7 @@ def test_rule_10_sources_of_unknown_sampling_count_every_example_in_every_step(k
     assert model.optimizer.get_epsilon(1e-5) == keras_dp.accounting.ledger_epsilon(gaussian, 1e-5)
 
 
+@pytest.mark.thorough
 def test_rule_10_train_on_batch_counts_every_example_and_warns_once():
     model = tiny.compiled()
     with pytest.warns(keras_dp.PrivacyWarning, match="`fit` on arrays") as caught:
@@ -190,7 +195,7 @@ def test_an_empty_generator_is_refused(batches):
     ],
     ids=str,
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_steps_and_sampling_rate(arguments, steps, rate):
     counted = []
     callback = keras.callbacks.LambdaCallback(on_train_batch_end=lambda b, logs: counted.append(b))
@@ -239,6 +244,7 @@ def test_validation_data_is_evaluated_as_ever_and_never_trained_on():
     [({}, 4), ({"validation_batch_size": 8}, 8), ({"validation_batch_size": None}, 4)],
     ids=str,
 )
+@pytest.mark.one_in(2)
 def test_validation_batches_are_of_the_training_batch_size(arguments, batches):
     counted = []
     callback = keras.callbacks.LambdaCallback()
@@ -333,6 +339,7 @@ def test_the_usual_callbacks_work(tmp_path):
         assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1"]
 
 
+@pytest.mark.thorough
 def test_rule_06_early_stopping_restores_weights_and_keeps_the_ledger():
     model = tiny.compiled()
     stop = keras.callbacks.EarlyStopping(
@@ -346,6 +353,7 @@ def test_rule_06_early_stopping_restores_weights_and_keeps_the_ledger():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.one_in(2)
 def test_rule_06_an_interrupted_fit_keeps_its_ledger_and_training_goes_on(error):
     class Interrupt(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -363,6 +371,7 @@ def test_rule_06_an_interrupted_fit_keeps_its_ledger_and_training_goes_on(error)
     assert releases(model) == [("poisson", 7), ("unknown", 1)]
 
 
+@pytest.mark.thorough
 def test_a_callback_list_of_the_users_own_serves_again():
     model = tiny.compiled()
     callbacks = keras.callbacks.CallbackList(
@@ -377,6 +386,7 @@ def test_a_callback_list_of_the_users_own_serves_again():
 @pytest.mark.parametrize(
     "callbacks", [None, [], keras_dp.PrivacyBudget(delta=1e-5)], ids=lambda v: type(v).__name__
 )
+@pytest.mark.one_in(2)
 def test_callbacks_may_be_none_or_a_single_one(callbacks):
     model = tiny.compiled()
     model.fit(X, Y, batch_size=16, callbacks=callbacks, verbose=0)

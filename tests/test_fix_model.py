@@ -436,7 +436,8 @@ def separable(x):
     return layers.Average()([x, layers.ZeroPadding2D(1)(layers.Cropping2D(1)(y))])
 
 
-@pytest.mark.parametrize("block", [dense_block, inverted_bottleneck, separable])
+@pytest.mark.parametrize("block", [separable, dense_block, inverted_bottleneck])
+@pytest.mark.one_in(3)
 def test_small_models_built_like_those_of_keras_applications_train(block):
     inputs = keras.Input((6, 6, 3))
     x = block(layers.Conv2D(8, 3, padding="same")(layers.Rescaling(1 / 255)(inputs)))

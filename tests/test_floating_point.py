@@ -199,6 +199,7 @@ HOW = {
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.one_in(2)
 def test_rule_15_what_is_added_is_at_most_c(form):
     for name, how in HOW.items():
         lengths = added(form, how)
@@ -221,6 +222,7 @@ def exact_norms(name, how):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.one_in(3)
 def test_rule_15_what_is_not_extreme_is_clipped_to_c(form):
     """Nor is what leaves the range of float32 in its squares only."""
     factor = 2.0**-9 if form == "scaled" else 1.0
@@ -385,6 +387,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.one_in(2)
 def test_rule_15_two_uses_of_a_layer_that_nearly_cancel(way):
     lengths = alone(difference_model(), *difference_data(), **WAYS[way])
     assert lengths.max() <= MOST
@@ -392,6 +395,7 @@ def test_rule_15_two_uses_of_a_layer_that_nearly_cancel(way):
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "float64"])
+@pytest.mark.one_in(2)
 def test_rule_15_two_uses_that_nearly_cancel_in_other_types(policy):
     keras.config.set_dtype_policy(policy)
     try:
@@ -437,6 +441,7 @@ def test_rule_15_two_time_steps_that_nearly_cancel():
 
 
 @pytest.mark.parametrize("gradients", ["ghost", "vectorized", "loop"])
+@pytest.mark.one_in(3)
 def test_rule_15_inputs_whose_squares_are_too_small(gradients):
     model = keras.Sequential([keras.Input((784,)), layers.Dense(1, use_bias=False)])
     x, y = np.full((1, 784), 9e-20, "float32"), np.full((1, 1), 8e18, "float32")

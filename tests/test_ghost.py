@@ -149,6 +149,7 @@ def many_kinds():
 
 
 @pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}])
+@pytest.mark.one_in(2)
 def test_layers_are_as_they_were_after_training(mode, tmp_path):
     model, x = many_kinds(), normal(3, 3)
     before_training = model.predict(x, verbose=0)
@@ -230,6 +231,7 @@ def wait_in(place, meanwhile):
 
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize("place", ["between layers", "in a Dense", "in a SimpleRNN"])
+@pytest.mark.one_in(3)
 def test_another_thread_may_use_the_model_while_it_is_traced(place, eagerly):
     meanwhile, x = Meanwhile(), normal(3, 2)
     model = sequential(*wait_in(place, meanwhile), layers.Dense(1))(x)
@@ -285,6 +287,7 @@ def test_two_models_may_be_trained_in_two_threads():
 @pytest.mark.parametrize(
     "mode", [{}, {"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 4}], ids=str
 )
+@pytest.mark.thorough
 def test_four_steps_end_alike_in_every_mode(mode):
     x, y = tokens(4, rows=16), normal(4, 1, rows=16)
     parts = [layers.Embedding(7, 3), layers.Dense(3, "tanh"), layers.LayerNormalization()]
@@ -395,6 +398,7 @@ SHARED = {
 
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize("name", SHARED)
+@pytest.mark.one_in(3)
 def test_every_use_of_a_weight_is_counted(name, eagerly):
     build, x = SHARED[name]
     require_exact(build(x), x, eagerly=eagerly)
@@ -429,6 +433,7 @@ def example_loss_of(model, x, y):
 
 
 @pytest.mark.parametrize("name", ["a kernel used by hand", "a model with weights of its own"])
+@pytest.mark.one_in(2)
 def test_weights_used_outside_of_their_layer_beside_dropout_are_vectorized(name, caplog):
     class WithDropout(keras.Model):
         def __init__(self, inner):
@@ -603,7 +608,7 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize("name", UNKNOWN)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_layers_without_a_rule_are_exact(name, eagerly):
     build, x = UNKNOWN[name]
     require_exact(build(x), x, eagerly=eagerly)
@@ -611,6 +616,7 @@ def test_layers_without_a_rule_are_exact(name, eagerly):
 
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 @pytest.mark.parametrize("after_another", [False, True])
+@pytest.mark.one_in(2)
 def test_an_unknown_layer_with_dropout_inside_draws_as_the_loop_does(
     after_another, microbatch_size
 ):
@@ -662,6 +668,7 @@ class Repeating(layers.Layer):
 
 
 @pytest.mark.parametrize("how", ["while_loop", "scan", "vectorized_map"])
+@pytest.mark.one_in(3)
 def test_a_layer_that_loops_over_another_is_taken_as_one(how):
     x = normal(4)
     model = sequential(Repeating(how), layers.Dense(1))(x)
@@ -707,6 +714,7 @@ class Windows(layers.Layer):
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize("layer", [lambda: Positions(6), Windows], ids=["positions", "windows"])
+@pytest.mark.one_in(2)
 def test_rows_that_are_not_examples_are_told_apart(layer, eagerly, microbatch_size):
     x = tokens(6)
     model = sequential(layers.Embedding(7, 3), layer(), layers.Dense(1))(x)
@@ -769,6 +777,7 @@ def test_a_layer_that_mixes_examples_is_refused_by_name(name, dropout, gradients
 
 
 @pytest.mark.parametrize("name", ["mean", "flip"])
+@pytest.mark.one_in(2)
 def test_the_vectorized_engine_trains_what_mixes_examples_each_alone(name):
     x, y = normal(3), normal(1)
     model = mixing_model(name)(x)
@@ -789,6 +798,7 @@ class Shuffling(layers.Layer):
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
+@pytest.mark.one_in(4)
 def test_a_shuffled_batch_is_refused_or_each_example_is_shuffled_alone(seed):
     """Whatever becomes of the first example."""
     x, y = normal(3), normal(1)
@@ -888,7 +898,7 @@ BAD = {"nan": np.nan, "inf": np.inf, "overflow": 1e30}
     [(n, m) for n in BAD_MODELS for m in ("graph", "eager")]
     + [("dense", "xla"), ("convolution", "xla"), ("embedding", "xla")],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_an_example_with_bad_numbers_adds_at_most_c_and_spoils_nothing(name, mode, bad):
     """Nothing if its gradient isn't finite; where only its square would overflow, at most C."""
     build, x = BAD_MODELS[name]
@@ -930,6 +940,7 @@ def test_an_example_with_bad_numbers_adds_at_most_c_and_spoils_nothing(name, mod
 
 
 @pytest.mark.parametrize("gradients", ["ghost", "vectorized", "loop"])
+@pytest.mark.one_in(3)
 def test_layers_that_would_be_computed_anew_for_the_gradient_are_not(gradients):
     x, y = normal(5, 4), normal(3, 1)
     with keras.RematScope(mode="full"):
@@ -949,6 +960,7 @@ def test_layers_that_would_be_computed_anew_for_the_gradient_are_not(gradients):
 
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize("microbatch_size", [None, 3])
+@pytest.mark.one_in(2)
 def test_padding_adds_nothing(microbatch_size, eagerly):
     x, y = tokens(4, rows=4), normal(4, 1)
     parts = [layers.Embedding(7, 3), layers.LayerNormalization(), layers.Dense(3, "tanh")]
@@ -961,6 +973,7 @@ def test_padding_adds_nothing(microbatch_size, eagerly):
     assert np.all(np.asarray(outcome.norms[4:]) > 0)  # rows of zeros, which would add something
 
 
+@pytest.mark.thorough
 def test_microbatches_take_one_chunk_at_a_time():
     x = normal(3, 4, rows=6)
     model = sequential(layers.Conv1D(2, 2, activation="tanh"), layers.LSTM(2), layers.Dense(1))(x)
@@ -982,6 +995,7 @@ def summed(y, y_pred):
 
 @pytest.mark.parametrize("width", [2, 128])  # written out, and by pairs of positions
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.one_in(2)
 def test_half_precision_is_left_behind_before_anything_is_added_up(policy, width):
     """A norm of 4096 equal products: added up in half precision it would stop at 256 or 2048."""
     positions = 4096
@@ -1000,6 +1014,7 @@ def test_half_precision_is_left_behind_before_anything_is_added_up(policy, width
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.one_in(2)
 def test_one_layer_in_half_precision_is_not_taken_for_a_wrong_rule(policy):
     x = normal(50, 8)
     model = sequential(layers.Dense(3, dtype=policy), layers.Dense(1, dtype="float32"))(x)
@@ -1122,6 +1137,7 @@ def test_a_wrong_rule_is_found_before_it_is_used(fault, eagerly, own_rules):
 
 
 @pytest.mark.parametrize("late", [False, True])
+@pytest.mark.one_in(2)
 def test_a_rule_that_breaks_gives_way_to_another_engine_with_a_line_in_the_log(
     late, own_rules, caplog
 ):

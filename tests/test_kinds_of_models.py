@@ -107,7 +107,16 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+THOROUGH = {"positions, taken out of it", "keras.remat, kept", "numbers without unknown ones"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.thorough] if name in THOROUGH else [])
+        for name in KINDS
+    ],
+)
 def test_the_ghost_engine_serves_it_exactly(name, caplog):
     model, x, y, loss = KINDS[name]()
     model.compile("sgd", loss=loss)
@@ -134,6 +143,7 @@ def warnings_of(model, x, y, loss="mse"):
 
 
 @pytest.mark.parametrize("gradients", ["auto", "vectorized"])
+@pytest.mark.one_in(2)
 def test_weights_that_only_receive_noise_are_named(gradients):
     inputs = keras.Input((4,))
     unused = ops.stop_gradient(layers.Dense(3, name="unused")(inputs))

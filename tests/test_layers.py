@@ -239,6 +239,10 @@ LAYERS = {
         normal(2, 3, 3, 1),
     ),
     "ConvLSTM2D": (one(lambda: [layers.ConvLSTM2D(2, 2)]), normal(2, 3, 3, 1)),
+    "ConvLSTM1D unrolled": (
+        one(lambda: [layers.ConvLSTM1D(2, 2, unroll=True)]),
+        normal(2, 3, 1),
+    ),
     "MultiHeadAttention": (attending(self_attention), normal(3, 4)),
     "MultiHeadAttention causal": (attending(causal_attention), normal(3, 4)),
     "MultiHeadAttention masked": (attending(masked_attention), tokens(4)),
@@ -301,9 +305,38 @@ def example(name):
 NOT_GHOST = {("ConvLSTM2D", "xla")}
 
 
-# All layers in graphs; under XLA and eagerly one or two of a family: `test_rules` has the rest.
-CASES = [(name, "graph") for name in LAYERS]
-CASES += some([(name, "xla") for name in list(LAYERS)[1::4]], 4)
+# Every time one of a family in graphs, and a few under XLA and eagerly: `test_rules` has the
+# families over their options.
+EVERY_TIME = {
+    "Dense",
+    "EinsumDense with LoRA",
+    "Conv1D causal dilated",
+    "Conv2D same strided",
+    "Conv2DTranspose",
+    "SeparableConv2D",
+    "DepthwiseConv1D",
+    "Embedding masked, pooled",
+    "LayerNormalization",
+    "Normalization",
+    "BatchNormalization frozen",
+    "Activations",
+    "SimpleRNN after Masking",
+    "LSTM masked",
+    "RNN of stacked cells",
+    "MultiHeadAttention masked",
+    "Attention",
+    "ConvLSTM1D unrolled",
+    "merging layers",
+    "pooling",
+    "reshaping",
+    "idle noise and dropout",
+    "custom layer",
+}
+CASES = [
+    pytest.param(name, "graph", marks=[] if name in EVERY_TIME else [pytest.mark.thorough])
+    for name in LAYERS
+]
+CASES += some([(name, "xla") for name in list(LAYERS)[1::4]], 8)
 CASES += some([(name, "eager") for name in list(LAYERS)[::4]], 4)
 
 
@@ -316,7 +349,7 @@ def test_norms_and_clipped_sum_are_those_of_a_loop_over_examples(name, mode):
 
 
 @pytest.mark.parametrize("name", list(LAYERS)[2::4])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(12)
 def test_the_vectorized_engine_gives_them_too(name):
     require_as_in_a_loop(name, gradients="vectorized")
 

@@ -21,6 +21,7 @@ def traced_step(optimizer, model, data):
     return step
 
 
+@pytest.mark.thorough
 def test_the_steps_of_a_loop_are_forgotten_by_a_later_fit():
     """They once outlived it, so that a schedule in a traced loop died with advice for others."""
     model = tiny.model()

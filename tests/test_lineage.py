@@ -505,6 +505,7 @@ def test_rule_16_ordinary_models_do_not_notice():
     assert not any(id(v) in lineage._lineages for v in [*model.variables, *again.variables])
 
 
+@pytest.mark.thorough
 def test_rule_16_ordinary_training_on_several_replicas_is_seen():
     script = """
         import sys
@@ -810,6 +811,7 @@ def test_rule_16_a_count_that_a_file_sets_back_hides_no_ordinary_step(tmp_path):
     assert spent(model) == np.inf
 
 
+@pytest.mark.thorough
 def test_rule_16_files_load_where_keras_dp_is_not_installed(tmp_path):
     model = trained()
     keras_dp.save_inference_model(model, tmp_path / "deploy.keras")
@@ -942,6 +944,7 @@ def tensorflow_checkpoint(model, other, folder):
 
 
 @pytest.mark.parametrize("way", [state_tree, optimizer_weights, tensorflow_checkpoint])
+@pytest.mark.one_in(3)
 def test_rule_16_an_optimizer_with_steps_and_no_ledger_never_reports_0(way, tmp_path):
     keras.utils.clear_session()  # a state tree goes by names: as in another process
     model = trained()

@@ -81,7 +81,7 @@ def weights_by_layer(norms, clipping):
         ("microbatches", "per_layer"),
     ],
 )
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_the_numbers_are_those_of_one_example_at_a_time(mode, clipping):
     monitor = PrivacyMonitor(tiny.DELTA, quantiles=(0.1, 0.5, 0.8), accountant="rdp")
     epochs = 1 if clipping == "adaptive" else EPOCHS  # then C moves
@@ -148,6 +148,7 @@ def test_a_row_that_is_not_a_number_counts_as_clipped_and_spoils_no_other_number
 
 
 @pytest.mark.parametrize("private", [False, True])
+@pytest.mark.one_in(2)
 def test_empty_batches_and_batches_of_the_callers_own_are_watched_too(private):
     model = tiny.compiled(tiny.sgd(gradients="loop"))
     monitor = PrivacyMonitor(tiny.DELTA, private=private)
@@ -271,6 +272,7 @@ class Fails(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_once_the_fit_is_over_nothing_is_gathered_any_more(fails):
     monitor = PrivacyMonitor(tiny.DELTA, accountant="rdp")
     model = tiny.compiled(tiny.sgd(gradients="loop"))
@@ -332,6 +334,7 @@ class Noise:
 
 
 @pytest.mark.parametrize("clipping", ["flat", "per_layer", "automatic", "adaptive"])
+@pytest.mark.one_in(2)
 def test_what_is_private_follows_from_noised_values_alone(clipping, monkeypatch):
     monitor = PrivacyMonitor(tiny.DELTA, private=True)
     model = tiny.compiled(
@@ -487,6 +490,7 @@ def test_what_is_written_is_complete_and_says_that_it_is_not_private(tmp_path):
     assert "NOT PRIVATE" in figure.get_suptitle()
 
 
+@pytest.mark.thorough
 def test_a_picture_shows_twelve_layers_of_many():
     monitor = PrivacyMonitor(tiny.DELTA)
     model = keras.Sequential([keras.Input((3,)), *(layers.Dense(3) for _ in range(20))])
@@ -498,6 +502,7 @@ def test_a_picture_shows_twelve_layers_of_many():
     assert rows == [12, 12]
 
 
+@pytest.mark.thorough
 def test_a_picture_that_can_not_be_written_does_not_stop_training(tmp_path):
     monitor = PrivacyMonitor(tiny.DELTA, path=tmp_path)
     (tmp_path / "privacy-monitor-not-private.json").mkdir()
@@ -585,6 +590,8 @@ def test_what_is_quick_or_silent_is_not_said(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("verbose", [0, 2])
+@pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_a_silent_fit_is_silent_about_calibration_and_search_too(verbose, monkeypatch):
     asked = []
 

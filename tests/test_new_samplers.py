@@ -122,7 +122,7 @@ PLANS = [
 
 
 @pytest.mark.parametrize(("sigma", "t", "steps", "delta"), PLANS)
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_monte_carlo_agrees_to_one_percent(sigma, t, steps, delta):
     """Twenty plans, partial epochs among them. False alarms: 40 one-sided tests at 5 standard
     errors, 1 in 87,000 in all; one per cent of epsilon must show beyond the error."""
@@ -152,6 +152,7 @@ def test_balls_in_bins_is_monotone():
 
 
 @pytest.mark.parametrize("accountant", accounting.ACCOUNTANTS)
+@pytest.mark.thorough
 def test_extremes_of_balls_in_bins_are_bounds(accountant):
     for sigma in (1e-12, 1e-3, 0.05, 0.4, 30.0, 1e9):
         for t in (2, 50):
@@ -226,6 +227,7 @@ def test_with_little_noise_the_loss_is_that_of_the_smaller_bound():
 @pytest.mark.parametrize(
     ("capacity", "wanted"), [(512, 2.378), (320, 2.401), (288, 4.587), (256, 12.41)]
 )
+@pytest.mark.one_in(2)
 def test_figures_of_truncated_poisson(capacity, wanted):
     """dp_accounting 0.6.0, `TruncatedSubsampledGaussianDpEvent`: n = 60,000, batch 256."""
     found = epsilon(truncated(1.1, 60 * 235, 235, 60_000, capacity))

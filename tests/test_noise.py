@@ -85,6 +85,7 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.filterwarnings("ignore:With run_eagerly=True the Python code of 'no_gradient'")
+@pytest.mark.one_in(4)
 def test_noise_is_gaussian_of_sigma_c_once_per_step(mode):
     """Two steps: variances add up to 2 (sigma C)^2, whatever the mode."""
     (noise,) = noise_of(noise_model(**MODES[mode]), one_epoch)
@@ -95,6 +96,7 @@ def test_noise_is_gaussian_of_sigma_c_once_per_step(mode):
 
 
 @pytest.mark.parametrize("policy", ["float64", "mixed_float16", "mixed_bfloat16"])
+@pytest.mark.one_in(3)
 def test_noise_under_every_dtype_policy(policy):
     keras.config.set_dtype_policy(policy)
     try:
@@ -197,6 +199,7 @@ def test_two_optimizers_under_one_global_seed_draw_unrelated_noise():
 
 
 @pytest.mark.parametrize("file", ["model.keras", "model.weights.h5"])
+@pytest.mark.one_in(2)
 def test_resumed_training_draws_noise_unrelated_to_what_came_before_and_after(file, tmp_path):
     path = str(tmp_path / file)
     model = noise_model()
@@ -277,6 +280,7 @@ def members(path):
 
 
 @pytest.mark.parametrize("file", ["model.keras", "model.weights.h5"])
+@pytest.mark.one_in(2)
 def test_no_saved_file_holds_the_key(file, tmp_path, monkeypatch):
     keys = []
     entropy = os.urandom
@@ -302,6 +306,7 @@ def test_no_saved_file_holds_the_key(file, tmp_path, monkeypatch):
     assert any(weights in content for content in contents)
 
 
+@pytest.mark.thorough
 def test_a_chosen_seed_is_not_saved_either(tmp_path):
     seed = 987654321987
     model = noise_model({"seed": seed})
@@ -368,6 +373,7 @@ def secure_noise(count, stddev=1.0, onto=0.0, dtype="float32"):
 
 @pytest.mark.parametrize("mode", SECURE_MODES)
 @pytest.mark.filterwarnings("ignore:With run_eagerly=True the Python code of 'no_gradient'")
+@pytest.mark.one_in(2)
 def test_secure_noise_is_gaussian_of_sigma_c_once_per_step(mode):
     (noise,) = noise_of(secure_model(**SECURE_MODES[mode]), one_epoch)
     wanted = SIGMA * np.sqrt(2)
@@ -377,6 +383,7 @@ def test_secure_noise_is_gaussian_of_sigma_c_once_per_step(mode):
 
 
 @pytest.mark.parametrize("policy", ["float64", "mixed_float16"])
+@pytest.mark.thorough
 def test_secure_noise_under_other_dtype_policies(policy):
     keras.config.set_dtype_policy(policy)
     try:

@@ -109,7 +109,7 @@ SETTINGS = {
 
 @quiet
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_noiseless_and_unclipped_it_takes_its_namesakes_steps(setting):
     private, ordinary = PAIRS[setting.split(",")[0]]
     rate, kwargs = SETTINGS[setting]
@@ -176,6 +176,7 @@ def test_learning_rate_scheduler_callback_sets_the_rate():
     assert float(model.optimizer.inner_optimizer.learning_rate) == pytest.approx(0.0625)
 
 
+@pytest.mark.thorough
 def test_reduce_on_plateau_callback_sets_the_rate():
     model = tiny.compiled(tiny.sgd(0.5))
     callback = keras.callbacks.ReduceLROnPlateau("loss", factor=0.1, patience=1, min_delta=1e9)

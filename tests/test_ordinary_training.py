@@ -76,6 +76,7 @@ def test_rule_16_a_layer_that_thaws_is_noted_as_well(monkeypatch):
     assert head_on(encoder, tiny.sgd()).optimizer.get_epsilon(1e-5) == float("inf")
 
 
+@pytest.mark.thorough
 def test_rule_16_a_layer_that_is_added_is_noted_as_well(monkeypatch):
     encoder = private_encoder()
     model = head_on(encoder)

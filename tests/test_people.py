@@ -49,7 +49,7 @@ def by_dp_accounting(q, sigma, steps, k):
     ("q", "sigma", "steps", "k"),
     [(0.25, 1.0, 8, 2), (0.25, 2.0, 40, 3), (0.02, 1.5, 300, 5), (0.9, 4.0, 10, 4)],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_figures_are_those_of_dp_accountings_mixture(q, sigma, steps, k):
     release = Release("poisson", sigma, steps, sampling_rate=q)
     for delta in (1e-3, 1e-6):
@@ -182,6 +182,7 @@ def test_nothing_costs_nothing_and_no_noise_everything(release, wanted):
     ],
 )
 @pytest.mark.one_in(5)
+@pytest.mark.thorough
 def test_extreme_settings_have_a_figure_above_that_of_one_example(release):
     for k in (2, 200):
         found = accounting.ledger_epsilon([release], 1e-5, examples_per_person=k)

@@ -258,6 +258,7 @@ def test_rule_17_each_draw_belongs_to_one_step(kind):
 
 
 @pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.one_in(2)
 def test_rule_17_a_train_step_in_a_callback_is_no_draw_of_fit(eagerly):
     model = private_model(run_eagerly=eagerly)
     everything = (tf.constant(X), tf.constant(Y))

@@ -50,6 +50,7 @@ def releases(model):
     return [(r.sampler, r.steps, r.num_examples) for r in model.optimizer.ledger]
 
 
+@pytest.mark.thorough
 def test_fit_of_a_task_samples_at_the_epsilon_of_arrays(classifier):
     """It cost 10.0 where arrays cost 4.2."""
     with warnings.catch_warnings():
@@ -104,6 +105,7 @@ def test_what_can_not_be_drawn_from_shows_no_data(classifier):
 
 
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")  # KerasHub's
+@pytest.mark.thorough
 def test_an_ordinary_task_trains_as_ever(hub, classifier):
     plain = type(classifier)(
         classifier.backbone.__class__.from_config(classifier.backbone.get_config()),

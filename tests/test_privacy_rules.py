@@ -167,6 +167,7 @@ def test_rule_02_batches_of_the_callers_own_are_divided_by_what_is_declared():
     ],
     ids=str,
 )
+@pytest.mark.one_in(2)
 def test_rule_03_noise_has_deviation_sigma_c_once_per_logical_batch(how):
     model = keras.Sequential([keras.Input((3,)), layers.Dense(2000, use_bias=False)])
     private(model, rate=1.0, sigma=2.0, clip=0.5, loss=lambda y, p: 0 * ops.sum(p, -1), **how)
@@ -189,6 +190,7 @@ def unknown_length(batches):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("microbatch_size", [None, 4])
+@pytest.mark.one_in(2)
 def test_rule_04_an_empty_batch_is_a_step_of_noise(microbatch_size, jit_compile):
     model = keras.Sequential(
         [
@@ -326,6 +328,7 @@ def test_rule_06_after_ordinary_training_nothing_bounds_epsilon():
 
 @pytest.mark.parametrize("trained", [0, 1, 3])
 @pytest.mark.parametrize("built", [False, True])
+@pytest.mark.one_in(2)
 def test_rule_06_weights_files_carry_the_ledger_and_take_nothing_back(tmp_path, built, trained):
     path = tmp_path / "w.weights.h5"
     model = private()
@@ -343,6 +346,7 @@ def test_rule_06_weights_files_carry_the_ledger_and_take_nothing_back(tmp_path, 
     counted(model, 9)
 
 
+@pytest.mark.thorough
 def test_rule_06_model_files_carry_the_ledger(tmp_path):
     model = private()
     fit(model)
@@ -355,6 +359,7 @@ def test_rule_06_model_files_carry_the_ledger(tmp_path):
     assert [r.steps for r in loaded.optimizer.ledger.merge(model.optimizer.ledger)] == [3, 3]
 
 
+@pytest.mark.thorough
 def test_rule_06_backup_and_restore_carries_the_ledger(tmp_path):
     class Crash(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
@@ -510,7 +515,7 @@ def masks_of(layer, steps=2, rows=4, **how):
     + [("Dropout", "eager")],
 )
 @pytest.mark.filterwarnings("ignore:With run_eagerly=True the Python code of 'echo'")
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_rule_08_masks_differ_across_examples_microbatches_and_steps(layer, how):
     masks = masks_of(LAYERS[layer](), **HOW[how])
     assert masks.shape == (8, WIDTH)
@@ -617,6 +622,7 @@ def test_rule_09_a_layer_that_mixes_examples_finds_each_alone(gradients):
 
 
 @pytest.mark.parametrize("gradients", ENGINES)
+@pytest.mark.one_in(2)
 def test_rule_09_the_weight_of_one_example_leaves_the_others_alone(gradients):
     model, how = dense(), {"loss": "mse", "max_grad_norm": 1e6, "gradients": gradients}
     one = private_clipped_sum(model, X[:4], Y[:4], np.float32([1, 1, 1, 0]), **how)
@@ -671,6 +677,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.filterwarnings("default:fit can't know")
+@pytest.mark.one_in(2)
 def test_rule_10_what_is_unknown_counts_every_example_in_every_step_and_says_so(source):
     model = private(sigma=np.sqrt(3))
     with pytest.warns(PrivacyWarning, match=r"keras_dp\.PoissonDataset") as said:
@@ -760,6 +767,7 @@ def test_rule_11_a_sum_in_half_precision_would_be_seen(gradients):
 
 @pytest.mark.parametrize("name", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_rule_11_training_in_mixed_precision_learns_and_stays_finite(name):
     with policy(name):
         model = keras.Sequential(
@@ -834,6 +842,7 @@ def test_rule_12_losses_on_data_act_inside_the_clip(build, clip, gradients):
 
 
 @pytest.mark.parametrize("gradients", ENGINES)
+@pytest.mark.one_in(2)
 def test_rule_12_reused_layers_and_tied_weights_count_every_path(gradients):
     tokens = keras.Input((5,), dtype="int32")
     embedding = layers.ReversibleEmbedding(7, 4) if hasattr(layers, "ReversibleEmbedding") else None

@@ -70,7 +70,7 @@ def poisson(rows=12, batch_size=3, **kwargs):
         ({"microbatch_size": 3}, {"run_eagerly": True}, False, "loop"),
     ],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_they_are_the_clipped_mean_of_what_each_example_alone_gives(
     settings, options, compiled, engine
 ):
@@ -91,6 +91,7 @@ def test_they_are_the_clipped_mean_of_what_each_example_alone_gives(
 
 
 @UNKNOWN
+@pytest.mark.thorough
 def test_a_batch_may_be_any_structure_and_a_loss_may_have_an_axis_of_one():
     model, loss_fn, (x, y), _ = setup()
     variables = model.trainable_variables
@@ -135,6 +136,7 @@ def test_regularizers_of_weights_are_left_to_the_caller():
 
 
 @pytest.mark.parametrize("secure_mode", [False, True])
+@pytest.mark.one_in(2)
 def test_noise_is_gaussian_of_sigma_c_and_new_each_step(secure_mode):
     """False alarms: 1e-6 in all, for each of the two."""
     model = keras.Sequential(
@@ -176,7 +178,8 @@ def test_the_divisor_is_the_expected_batch_size():
     assert len(set(sizes)) > 1
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.one_in(2)
 def test_an_empty_batch_is_a_step_of_noise_alone(compiled):
     model, loss_fn, (x, y), optimizer = setup()
     data = poisson()
@@ -198,6 +201,7 @@ def test_an_empty_batch_is_a_step_of_noise_alone(compiled):
 
 
 @UNKNOWN
+@pytest.mark.thorough
 def test_an_example_that_is_not_finite_contributes_nothing():
     model, loss_fn, (x, y), _ = setup()
     variables = model.trainable_variables
@@ -212,6 +216,7 @@ def test_an_example_that_is_not_finite_contributes_nothing():
 
 @UNKNOWN
 @pytest.mark.parametrize("clipping", ["per_layer", "automatic", "adaptive"])
+@pytest.mark.one_in(3)
 def test_clipping_is_that_of_the_optimizer(clipping):
     """As in `train_on_batch`, whose update is minus the gradient at a learning rate of 1."""
     model, loss_fn, (x, y), _ = setup()
@@ -248,6 +253,7 @@ def test_a_function_is_traced_once_for_batches_of_every_size_and_methods_are_kno
     assert len(set(calls)) == 1
 
 
+@pytest.mark.thorough
 def test_a_function_made_anew_for_every_step_is_pointed_out(caplog):
     model, _, _, optimizer = setup(gradients="loop")
     data = poisson()
@@ -266,6 +272,8 @@ def test_a_function_made_anew_for_every_step_is_pointed_out(caplog):
 
 @UNKNOWN
 @pytest.mark.parametrize("gradients", ["vectorized", "loop"])
+@pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_examples_and_views_have_dropout_masks_of_their_own(gradients):
     """The gradient of a weight behind the mask shows it. False alarms: 2^-64 for each pair."""
     dropout = layers.Dropout(0.5)
@@ -383,7 +391,8 @@ def test_a_function_that_takes_the_batch_from_around_it_is_refused():
 # -- applying them ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.one_in(2)
 def test_apply_takes_what_private_gradients_returned(compiled):
     model, loss_fn, _, optimizer = setup()
     data, variables, before = poisson(), model.trainable_variables, tiny.weights_of(model)
@@ -452,7 +461,8 @@ def test_parts_of_the_variables_may_take_turns():
 # -- what they cost -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.one_in(2)
 def test_poisson_draws_cost_what_fit_would_have_cost(compiled):
     model, loss_fn, _, optimizer = setup()
     data = poisson()
@@ -500,6 +510,7 @@ def test_shuffled_batches_cost_one_release_a_pass():
 
 
 @pytest.mark.parametrize("reshuffled", [True, False])
+@pytest.mark.one_in(2)
 def test_passes_that_are_cut_short_count_each(reshuffled):
     """Counted by steps alone, three beginnings of a pass would be one participation."""
     model, loss_fn, (x, y), optimizer = setup(40)
@@ -539,6 +550,7 @@ def test_a_graph_that_would_hide_where_a_pass_begins_is_refused():
     assert optimizer.ledger.steps == 0
 
 
+@pytest.mark.thorough
 def test_the_ledger_is_saved_and_loaded_with_the_optimizer_and_the_model(tmp_path):
     model, loss_fn, _, optimizer = setup()
     model.compile(optimizer)
@@ -561,6 +573,7 @@ def test_the_ledger_is_saved_and_loaded_with_the_optimizer_and_the_model(tmp_pat
     assert "4 steps were taken in a training loop of your own" in str(report)
 
 
+@pytest.mark.thorough
 def test_a_seed_repeats_them_and_the_ledger_says_so():
     model, loss_fn, batch, _ = setup()
     data = poisson()
@@ -636,6 +649,7 @@ def test_a_limit_is_not_carried_over_to_batches_that_cost_more():
     assert optimizer.ledger.steps == 0
 
 
+@pytest.mark.thorough
 def test_a_target_is_aimed_at_for_the_steps_that_were_announced():
     model, loss_fn, _, _ = setup()
     optimizer = keras_dp.DPSGD(0.1, max_grad_norm=1.0, target_epsilon=3.0, target_delta=DELTA)
@@ -652,7 +666,8 @@ def test_a_target_is_aimed_at_for_the_steps_that_were_announced():
         eager(optimizer, loss_fn, variables, data[0], sampling=data)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.one_in(2)
 def test_a_schedule_is_followed_and_accounted_step_by_step(compiled):
     model, loss_fn, _, _ = setup()
     optimizer = tiny.sgd(noise_multiplier=lambda step: 2.0 - step / 4)
@@ -778,6 +793,7 @@ def test_true_draws_are_never_refused():
 # -- two networks -------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_of_two_adversaries_only_the_one_that_sees_data_pays():
     x, _ = tiny.data(40)
     critic = keras.Sequential(

@@ -328,6 +328,7 @@ def test_rule_13_says_what_the_guarantee_does_not_cover(topic):
 # -- which delta, and whether there is anything to state ----------------------------------------
 
 
+@pytest.mark.thorough
 def test_the_delta_is_the_budgets_or_the_targets_or_well_below_one_over_n():
     assert keras_dp.privacy_report(
         of_ledger(dataclasses.replace(POISSON, steps=1, num_examples=64))

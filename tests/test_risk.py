@@ -254,8 +254,9 @@ def test_nothing_released_is_guessing_and_no_noise_is_certainty():
 
 
 @pytest.mark.parametrize(
-    "release", [poisson(0.05, 0.5, 10), poisson(1e-4, 0.01, 1), poisson(2.0, 1e-6, 10**8)]
+    "release", [poisson(1e-4, 0.01, 1), poisson(0.05, 0.5, 10), poisson(2.0, 1e-6, 10**8)]
 )
+@pytest.mark.one_in(2)
 def test_extreme_settings_have_rates_between_guessing_and_certainty(release):
     for k in (1, 3):
         found = risk.attack_risk([release], delta=1e-5, examples_per_person=k)

@@ -128,7 +128,8 @@ def ghost_alone(model, x, y, max_grad_norm):
     leaves = [*batch.leaves(), *backend.per_example_seeds(loss.seed_states, rows)]
     run = ghost.GhostEngine(loss)
     real = tf.fill([rows], True)
-    tf.function(lambda leaves: run(leaves, real, flat(max_grad_norm))).get_concrete_function(leaves)
+    traced = tf.function(lambda leaves: run(leaves, real, flat(max_grad_norm)), autograph=False)
+    traced.get_concrete_function(leaves)
     sums, norms, losses, _ = run(leaves, real, flat(max_grad_norm))
     return sums, arithmetic.total_norms(norms), losses
 
@@ -304,7 +305,8 @@ def test_grouped_convolution(rank, size, channels, strides, padding, groups, use
     require_as_one_at_a_time(after(x, layer), x, mode)
 
 
-@pytest.mark.parametrize("mode", ["graph", "rules alone"])
+@pytest.mark.parametrize("mode", ["rules alone", "graph"])
+@pytest.mark.one_in(2)
 def test_grouped_convolution_with_lora(mode):
     x = normal(5, 4)
     layer = with_lora(layers.Conv1D(4, 3, groups=2), 5, 4, alpha=3)
@@ -640,6 +642,7 @@ TIMED = {
 
 
 @pytest.mark.parametrize("inner", TIMED)
+@pytest.mark.one_in(2)
 def test_time_distributed(inner):
     make, shape = TIMED[inner]
     x = normal(*shape)
@@ -682,7 +685,8 @@ def test_multi_head_attention(
     require_as_one_at_a_time(functional(call, *inputs), inputs, mode)
 
 
-@pytest.mark.parametrize("mode", ["graph", "rules alone"])
+@pytest.mark.parametrize("mode", ["rules alone", "graph"])
+@pytest.mark.one_in(2)
 def test_attention_over_two_axes_with_a_mask_as_an_input(mode):
     layer = layers.MultiHeadAttention(2, 2, attention_axes=(1, 2))
 
@@ -787,7 +791,7 @@ DROPPING = {
 
 
 @pytest.mark.parametrize("name", DROPPING)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(6)
 def test_dropout_draws_as_it_does_for_one_example_alone(name):
     x = normal(4, 4, rows=1)
     require_draws_like_the_loop(after(x, *DROPPING[name]()), x)
@@ -801,6 +805,7 @@ def test_dropout_draws_as_it_does_for_one_example_alone(name):
     ],
     ids=["MultiHeadAttention", "GroupQueryAttention"],
 )
+@pytest.mark.one_in(2)
 def test_attention_draws_as_it_does_for_one_example_alone(layer):
     x, layer = normal(4, 4, rows=1), layer()
 
@@ -812,6 +817,7 @@ def test_attention_draws_as_it_does_for_one_example_alone(layer):
 
 
 @pytest.mark.parametrize("cls", [layers.Attention, layers.AdditiveAttention])
+@pytest.mark.one_in(2)
 def test_attention_with_a_scale_draws_as_it_does_for_one_example_alone(cls):
     x, layer = normal(4, 4, rows=1), cls(use_scale=True, dropout=0.4)
     require_draws_like_the_loop(functional(lambda t: layer([layers.Dense(4)(t), t]), x), x)
@@ -877,13 +883,13 @@ def masked_recurrent(cls):
 @pytest.mark.parametrize(
     ("name", "mode"), [(name, ("eager", "xla")[k % 2]) for k, name in enumerate(FIXED)]
 )
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_eager_and_xla(name, mode):
     require_as_one_at_a_time(*FIXED[name](), mode)
 
 
 @pytest.mark.parametrize("name", FIXED)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_in_bfloat16_with_float32_weights(name):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_bfloat16")
@@ -958,7 +964,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_sizes_known_only_when_the_step_runs(name):
     model, x = UNKNOWN[name]()
     disturb(model)
@@ -1091,6 +1097,10 @@ MUTANTS = {
 }
 
 
+# One of each kind of layer, whose rule is accepted when nothing is changed.
+RIGHT_OTHERWISE = {cls: name for name, (cls, _, _) in MUTANTS.items()}.values()
+
+
 def engine_for(model, x, gradients="ghost"):
     y = with_targets(model, x)
     return engine_outcome(model, x, y, max_grad_norm=1.0, gradients=gradients)
@@ -1112,7 +1122,8 @@ def test_a_wrong_rule_is_refused_before_it_is_used(name):
         layer = fresh(name="culprit") if options is None else fresh(3, **options, name="culprit")
         return after(x, layer, layers.Dense(2))
 
-    assert engine_for(model(unchanged), x)[1] == "ghost"
+    if name in RIGHT_OTHERWISE:
+        assert engine_for(model(unchanged), x)[1] == "ghost"
     with pytest.raises(keras_dp.PrivacyError, match="culprit"):
         engine_for(model(change), x)
 

@@ -160,6 +160,7 @@ def test_fit_on_arrays_feeds_poisson_batches_to_the_step(seen):
     assert (release.sampler, release.sampling_rate) == ("poisson", Q)
 
 
+@pytest.mark.thorough
 def test_fit_on_a_shuffled_dataset_is_rejected_by_the_same_check(seen):
     data = keras_dp.ShuffledDataset(ids(N), ids(N), batch_size=BATCH)
     tiny_model().fit(data, epochs=STEPS // (N // BATCH), verbose=0)
@@ -251,6 +252,7 @@ def test_seeded_draws_mark_the_ledger():
 
 
 @pytest.mark.parametrize("batch_size", [7, 20, 64])
+@pytest.mark.one_in(3)
 def test_shuffled_fit_sees_each_example_once_in_every_epoch(seen, batch_size):
     data = keras_dp.ShuffledDataset(ids(64), ids(64), batch_size=batch_size)
     model = tiny_model()
@@ -302,10 +304,10 @@ def test_an_index_beyond_the_epoch_is_an_index_error():
 @pytest.mark.parametrize(
     ("n", "epochs", "sigma", "kind", "epsilon"),
     [
-        (2000, 100, 1.0, keras_dp.DPSGD, 28.849),
+        pytest.param(2000, 100, 1.0, keras_dp.DPSGD, 28.849, marks=pytest.mark.thorough),
         (20000, 10, 1.0, keras_dp.DPSGD, 2.107),
-        (20000, 50, 1.0, keras_dp.DPSGD, 4.831),
-        (20000, 10, 2.5, keras_dp.DPAdam, 0.538),
+        pytest.param(20000, 50, 1.0, keras_dp.DPSGD, 4.831, marks=pytest.mark.thorough),
+        pytest.param(20000, 10, 2.5, keras_dp.DPAdam, 0.538, marks=pytest.mark.thorough),
     ],
 )
 def test_epsilon_after_real_training_is_the_known_one(n, epochs, sigma, kind, epsilon):

@@ -1,5 +1,6 @@
 """What training has cost travels with the model; what is deployed needs no keras_dp."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -58,6 +59,7 @@ def test_rule_06_a_keras_file_carries_ledger_and_optimizer_state(tmp_path):
 
 
 @pytest.mark.parametrize("built", [False, True])
+@pytest.mark.thorough
 def test_rule_06_a_weights_file_carries_ledger_and_optimizer_state(built, tmp_path):
     model = fitted()
     model.save_weights(tmp_path / "m.weights.h5")
@@ -70,6 +72,7 @@ def test_rule_06_a_weights_file_carries_ledger_and_optimizer_state(built, tmp_pa
     assert other.optimizer.ledger == model.optimizer.ledger
 
 
+@pytest.mark.thorough
 def test_rule_06_loading_an_older_state_of_the_same_training_takes_nothing_back(tmp_path):
     model = fitted()
     model.save_weights(tmp_path / "old.weights.h5")
@@ -129,28 +132,29 @@ def test_rule_07_no_seed_and_no_generator_state_is_saved(tmp_path):
 # -- BackupAndRestore -------------------------------------------------------------------------
 
 
+def go_on(folder, *callbacks):
+    backup = keras.callbacks.BackupAndRestore(folder)
+    optimizer = tiny.sgd(momentum=0.9, noise_multiplier=None, target_epsilon=2.0, target_delta=1e-5)
+    model = tiny.compiled(optimizer)
+    x, y = tiny.data()
+    model.fit(x, y, batch_size=16, epochs=5, callbacks=[backup, *callbacks], verbose=0)
+    print(optimizer.ledger.steps, int(optimizer.iterations), optimizer.get_epsilon(1e-5))
+
+
+class Crash(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+
 def test_rule_06_backup_and_restore_goes_on_in_a_fresh_process(tmp_path):
-    script = """
-        import os, sys
-        sys.path.insert(0, sys.argv[1])
-        import keras, tiny
-        backup = keras.callbacks.BackupAndRestore(sys.argv[2])
-        class Crash(keras.callbacks.Callback):
-            def on_epoch_begin(self, epoch, logs=None):
-                if epoch == 2 and sys.argv[3] == "crash":
-                    print("crashed", flush=True)
-                    os._exit(0)
-        optimizer = tiny.sgd(
-            momentum=0.9, noise_multiplier=None, target_epsilon=2.0, target_delta=1e-5
-        )
-        model = tiny.compiled(optimizer)
-        x, y = tiny.data()
-        model.fit(x, y, batch_size=16, epochs=5, callbacks=[backup, Crash()], verbose=0)
-        print(optimizer.ledger.steps, int(optimizer.iterations), optimizer.get_epsilon(1e-5))
-    """
-    here, folder = os.path.dirname(__file__), tmp_path / "backup"
-    assert run(script, here, folder, "crash") == "crashed"
-    steps, iterations, epsilon = map(float, run(script, here, folder, "go on").split())
+    folder = tmp_path / "backup"
+    with pytest.raises(KeyboardInterrupt):
+        go_on(folder, Crash())
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import keras, tiny\n"
+    script += inspect.getsource(go_on) + "go_on(sys.argv[2])"
+    last = run(script, os.path.dirname(__file__), folder)
+    steps, iterations, epsilon = map(float, last.split())
     assert (steps, iterations) == (20, 20)
     assert 1.96 < epsilon <= 2.0
 
@@ -214,7 +218,8 @@ def nested():
     return keras.Model(inputs, {"a": hidden, "b": keras.layers.Dense(1)(hidden)})
 
 
-@pytest.mark.parametrize("make", [nested, Doubled])
+@pytest.mark.parametrize("make", [Doubled, nested])
+@pytest.mark.one_in(2)
 def test_an_inference_model_loads_where_keras_dp_is_not_installed(make, tmp_path):
     model = make()
     model(X[:1])
@@ -244,6 +249,7 @@ def test_an_inference_model_loads_where_keras_dp_is_not_installed(make, tmp_path
     assert model.optimizer.ledger.steps == 8
 
 
+@pytest.mark.thorough
 def test_the_statement_lies_beside_the_inference_model(tmp_path):
     model = fitted()
     keras_dp.save_inference_model(model, str(tmp_path / "m.keras"), delta=1e-6)
@@ -259,10 +265,11 @@ def test_the_statement_lies_beside_the_inference_model(tmp_path):
     assert f"{model.optimizer.get_epsilon(1e-6):.4f}" in text and "1e-06" in text
 
 
-@pytest.mark.parametrize("name", ["m.h5", "m", "m.weights.h5"])
-def test_another_ending_is_refused_and_nothing_is_written(name, tmp_path):
-    with pytest.raises(ValueError, match=r"\.keras file.*model\.export"):
-        keras_dp.save_inference_model(fitted(), tmp_path / name)
+def test_another_ending_is_refused_and_nothing_is_written(tmp_path):
+    model = fitted()
+    for name in ("m.h5", "m", "m.weights.h5"):
+        with pytest.raises(ValueError, match=r"\.keras file.*model\.export"):
+            keras_dp.save_inference_model(model, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 

@@ -56,6 +56,7 @@ def deviations(model, steps, batch=2):
 
 
 @pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}, {"jit_compile": True}])
+@pytest.mark.one_in(2)
 def test_each_step_draws_the_noise_of_its_own_sigma_and_c(mode):
     optimizer = keras_dp.DPSGD(1.0, max_grad_norm=lambda step: 1.0 + step, noise_multiplier=falling)
     found = deviations(wide(optimizer, **mode), 6)
@@ -88,6 +89,7 @@ def test_each_step_clips_to_the_c_of_its_own():
 
 
 @pytest.mark.parametrize("steps_per_execution", [1, 3])
+@pytest.mark.one_in(2)
 def test_a_scheduled_fit_costs_what_its_steps_cost(steps_per_execution):
     x, y = tiny.data(64)
     model = tiny.compiled(
@@ -171,14 +173,14 @@ def test_the_journal_counts_each_sigma(tmp_path):
     path = tmp_path / "ledger.jsonl"
     x, y = tiny.data(64)
     model = tiny.compiled(tiny.sgd(noise_multiplier=falling))
-    budget = keras_dp.PrivacyBudget(delta=DELTA, ledger_path=path)
+    budget = keras_dp.PrivacyBudget(delta=DELTA, accountant="rdp", ledger_path=path)
     model.fit(x, y, batch_size=8, epochs=2, callbacks=[budget], verbose=0)
     written, problems = keras_dp.journal.read(path)
     assert problems == []
     assert releases([r for r in written if r.steps]) == releases(model.optimizer.ledger)
     # What another process reads from it.
     other = tiny.compiled(tiny.sgd(noise_multiplier=falling))
-    budget = keras_dp.PrivacyBudget(delta=DELTA, ledger_path=path)
+    budget = keras_dp.PrivacyBudget(delta=DELTA, accountant="rdp", ledger_path=path)
     other.fit(x, y, batch_size=8, callbacks=[budget], verbose=0)
     assert other.optimizer.ledger.steps == 16 + 8
 

@@ -308,10 +308,11 @@ def test_wrong_arguments_are_refused_by_name(settings, said):
         tuning.BestOfRuns(settings.pop("declared", DECLARED), **settings)
 
 
-@pytest.mark.parametrize("score", ["high", None, [1, 2]])
-def test_a_score_that_is_no_number_is_refused(score):
-    with pytest.raises(ValueError, match="`score` must be a number"):
-        offering(trained(), score=score)
+def test_a_score_that_is_no_number_is_refused():
+    model = trained()
+    for score in ("high", None, [1, 2]):
+        with pytest.raises(ValueError, match="`score` must be a number"):
+            offering(model, score=score)
 
 
 def test_what_is_no_model_or_function_is_refused():
@@ -398,8 +399,13 @@ def chosen(**settings):
     )
 
 
-def test_rule_13_the_statement_of_a_chosen_model_counts_and_names_the_choice():
-    selected = chosen()
+@pytest.fixture(scope="module")
+def selected():
+    """A choice that tests look at, and leave as it is."""
+    return chosen()
+
+
+def test_rule_13_the_statement_of_a_chosen_model_counts_and_names_the_choice(selected):
     report = keras_dp.privacy_report(selected.model, delta=1e-3)
     wanted = selected.epsilon(1e-3)
     assert report.epsilon == {"pld": wanted, "rdp": wanted}
@@ -486,8 +492,7 @@ def test_a_candidate_draws_what_a_function_for_keras_tuner_asks_for():
             wrong(tuning.Candidate())
 
 
-def test_rule_16_the_choice_follows_the_weights_into_every_file_and_model(tmp_path):
-    selected = chosen()
+def test_rule_16_the_choice_follows_the_weights_into_every_file_and_model(selected, tmp_path):
     wanted = selected.epsilon(1e-3)
     model = selected.model
     assert model.optimizer.get_epsilon(1e-3) == pytest.approx(wanted)
@@ -510,6 +515,7 @@ def test_rule_16_the_choice_follows_the_weights_into_every_file_and_model(tmp_pa
     assert accounting.ledger_epsilon(again, 1e-3) == pytest.approx(wanted)
 
 
+@pytest.mark.thorough
 def test_a_budget_knows_of_the_choice():
     model = chosen().model
     spent = model.optimizer.get_epsilon(1e-3)
@@ -530,8 +536,8 @@ def test_a_result_that_is_asked_for_twice_is_paid_for_once():
     assert best.result().model.optimizer.get_epsilon(1e-3) == first
 
 
-def test_a_choice_is_read_back_from_json_as_it_was():
-    ledger = chosen().model.optimizer.ledger
+def test_a_choice_is_read_back_from_json_as_it_was(selected):
+    ledger = selected.model.optimizer.ledger
     assert PrivacyLedger.from_json(ledger.to_json()) == ledger
     (choice,) = (r for r in ledger if r.choice is not None)
     with pytest.raises(ValueError, match="`choice` is for the sampler 'choice'"):
@@ -540,8 +546,8 @@ def test_a_choice_is_read_back_from_json_as_it_was():
         choice.with_steps(2)
 
 
-def test_a_chosen_model_and_another_are_stated_together():
-    selected, other = chosen(), trained()
+def test_a_chosen_model_and_another_are_stated_together(selected):
+    other = trained()
     report = keras_dp.privacy_report([selected.model, other], delta=1e-3)
     wanted = selection_loss(DECLARED, Repetition("geometric", 2), other.optimizer.ledger)
     assert report.epsilon["pld"] == pytest.approx(wanted.epsilon(1e-3))
@@ -564,15 +570,14 @@ def test_a_run_that_was_passed_over_is_doubted_when_it_is_stated(monkeypatch):
     assert not keras_dp.privacy_report(models[1], delta=1e-3).warnings
 
 
-def test_the_file_for_deployment_has_the_statement_with_the_choice(tmp_path):
-    selected = chosen()
+def test_the_file_for_deployment_has_the_statement_with_the_choice(selected, tmp_path):
     keras_dp.save_inference_model(selected.model, tmp_path / "m.keras", delta=1e-3)
     data = json.loads((tmp_path / "m.privacy.json").read_text(encoding="utf-8"))
     assert data["epsilon"]["pld"] == selected.epsilon(1e-3) and data["tuning_covered"] is True
 
 
-def test_a_chosen_model_can_be_drawn(tmp_path):
-    keras_dp.privacy_report(chosen().model, delta=1e-3).draw(tmp_path / "a.png")
+def test_a_chosen_model_can_be_drawn(selected, tmp_path):
+    keras_dp.privacy_report(selected.model, delta=1e-3).draw(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

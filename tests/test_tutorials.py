@@ -57,6 +57,7 @@ def test_every_link_and_picture_of_a_page_is_there(page):
     assert "```\n" in text and "{{" not in text  # an output, and nothing left to fill in
 
 
+@pytest.mark.thorough
 def test_images_spends_its_budget_and_its_model_takes_images(run_example, tmp_path):
     printed = run_example("images.py", "--recipes", "bank", "--epochs", "2")
 
@@ -94,6 +95,7 @@ def test_names_are_sorted_by_country_privately(run_example):
     assert len(rows) == 6 and all(97 <= sum(map(int, row)) <= 103 for row in rows)
 
 
+@pytest.mark.thorough
 def test_tabular_chooses_on_public_data_and_spends_once_for_each_model(run_example):
     printed = run_example("tabular.py", "--epochs", "2", "--candidates", "1")
 
@@ -103,6 +105,7 @@ def test_tabular_chooses_on_public_data_and_spends_once_for_each_model(run_examp
 
 
 @pytest.mark.filterwarnings("ignore:In the future `np:FutureWarning")  # tf2onnx, if it is there
+@pytest.mark.thorough
 def test_serving_gives_the_same_answers_in_every_format(run_example, tmp_path):
     printed = run_example("serving.py", "--epochs", "2")
 
@@ -114,6 +117,7 @@ def test_serving_gives_the_same_answers_in_every_format(run_example, tmp_path):
     assert "differentially private" in statement
 
 
+@pytest.mark.thorough
 def test_own_rule_agrees_with_the_loop_and_a_wrong_one_is_refused(run_example):
     printed = run_example("own_rule.py", "--width", "16", "--places", "4", "--steps", "1")
 
@@ -207,6 +211,7 @@ class TestTheLossOfALanguageModel:
         assert weights.sum(axis=1).tolist() == [2, 4]
 
     @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")  # KerasHub's
+    @pytest.mark.thorough
     def test_a_language_model_learns_privately_and_writes(self, run_example):
         printed = run_example(
             "lora.py",

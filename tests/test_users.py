@@ -157,7 +157,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_what_is_clipped_is_the_mean_of_a_persons_gradients(name):
     model, x = MODELS[name]()
     y = np.random.default_rng(1).normal(size=np.shape(model(x))).astype("float32")
@@ -196,7 +196,7 @@ def test_what_is_clipped_is_the_mean_of_a_persons_gradients(name):
         ("loop", {"batch_capacity": 6, "microbatch_size": 8}),
     ],
 )
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_rule_14_every_engine_and_mode_gives_the_same_numbers(gradients, mode):
     model, x = compiled(keras.Input((6,)), layers.Dense(5, "tanh"), layers.Dense(2)), rows(6)
     y = rows(2, seed=1)
@@ -211,6 +211,7 @@ def test_rule_14_every_engine_and_mode_gives_the_same_numbers(gradients, mode):
 
 
 @pytest.mark.parametrize("gradients", ["ghost", "loop"])
+@pytest.mark.one_in(2)
 def test_rule_08_examples_of_a_person_draw_apart_and_views_are_averaged(gradients):
     model = compiled(
         keras.Input((4,)), layers.Dropout(0.5, seed=1), layers.Dense(1, use_bias=False)
@@ -230,6 +231,8 @@ def test_rule_08_examples_of_a_person_draw_apart_and_views_are_averaged(gradient
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e5])
+@pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_float16_neither_loses_nor_overflows_what_is_a_persons(size):
     """One of somebody's examples has a far larger gradient than the others."""
 
@@ -348,6 +351,7 @@ def test_rule_10_balls_in_bins_hold_each_person_once_an_epoch(secure_mode):
     assert len(set(sizes)) > 1  # by chance
 
 
+@pytest.mark.thorough
 def test_balls_in_bins_and_capacities_count_people_in_the_ledger():
     model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
     model.compile(tiny.sgd(), loss="mse")
@@ -370,6 +374,7 @@ def test_balls_in_bins_and_capacities_count_people_in_the_ledger():
     assert "of a batch above the public capacity of 12" in text
 
 
+@pytest.mark.thorough
 def test_batches_of_people_are_padded_to_a_size_that_their_capacity_tells():
     for counts in [(1,), (4, 4, 4), (2, 1, 3)]:
         model, x = compiled(keras.Input((6,)), layers.Dense(2)), rows(6)[: sum(counts)]
@@ -384,6 +389,8 @@ def test_batches_of_people_are_padded_to_a_size_that_their_capacity_tells():
 
 
 @pytest.mark.parametrize("width", [5, 16])
+@pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_layers_that_are_alike_are_averaged_apart(width):
     """Their norms and sums are traced once for all: what is whose goes there too."""
     alike = [layers.Dense(width, "tanh") for _ in range(4)]
@@ -472,6 +479,7 @@ def test_the_statement_speaks_of_people():
         },
     ],
 )
+@pytest.mark.one_in(3)
 def test_people_go_with_whatever_else_a_fit_may_have(case):
     random = np.random.default_rng(0)
     x, y = random.normal(size=(60, 4)), random.integers(0, 2, 60)
@@ -639,6 +647,7 @@ def neighbours(gradients, *, value=None, **kwargs):
         ("loop", {"value": 1e30}),
     ],
 )
+@pytest.mark.one_in(2)
 def test_one_person_changes_the_clipped_sum_by_at_most_c(gradients, more):
     changes = neighbours(gradients, **more)
     assert max(changes) <= C * (1 + 1e-4)
@@ -710,11 +719,13 @@ def test_the_white_box_audit_of_people_agrees_with_the_claim():
 
 
 @pytest.mark.filterwarnings("ignore:.*seed")
+@pytest.mark.thorough
 def test_the_white_box_audit_finds_a_wrong_unit_out(monkeypatch):
     monkeypatch.setattr(*rows_clipped_in_the_place_of_people())
     assert not audited().consistent
 
 
+@pytest.mark.thorough
 def test_the_neighbours_find_a_wrong_unit_out(monkeypatch):
     monkeypatch.setattr(*rows_clipped_in_the_place_of_people())
     assert max(neighbours("loop")) > 2 * C
@@ -735,6 +746,7 @@ def test_rule_10_the_rate_that_is_declared_is_that_of_people(monkeypatch):
         declared_rate_is_that_of_people()
 
 
+@pytest.mark.thorough
 def test_the_black_box_audit_plants_people():
     random = np.random.default_rng(0)
     x, y = random.normal(size=(60, 4)), np.arange(60) % 2
@@ -791,6 +803,7 @@ def people_to_replay(*kinds):
     ],
     ids="-".join,
 )
+@pytest.mark.one_in(2)
 def test_rule_18_nothing_but_noised_sums_depends_on_a_person(case, monkeypatch):
     monkeypatch.setattr(replay, "data", people_to_replay)
     shares = replay.check(case)
@@ -817,6 +830,7 @@ def test_rule_18_a_wrong_unit_is_found_out(mutant, match, monkeypatch):
 @pytest.mark.parametrize(
     "mutant", [rows_clipped_in_the_place_of_people, sums_in_the_place_of_means]
 )
+@pytest.mark.one_in(2)
 def test_rule_19_an_engine_that_takes_people_for_something_else_is_not_used(mutant, monkeypatch):
     model, x = MODELS["wide"]()
     monkeypatch.setattr(*mutant())

@@ -74,6 +74,7 @@ def gradients_of_views(model, x, y, seeds):
         ("loop", {}),
     ],
 )
+@pytest.mark.one_in(2)
 def test_the_gradient_of_an_example_is_the_mean_of_its_views(gradients, mode, monkeypatch):
     model, x, y = noisy_model()
     drawn = []
@@ -99,6 +100,7 @@ def test_the_gradient_of_an_example_is_the_mean_of_its_views(gradients, mode, mo
     assert relative_error(outcome.sums, clipped_sum(one_view, clip)) > 1e-2
 
 
+@pytest.mark.thorough
 def test_views_under_xla_which_draws_other_numbers():
     """So this model draws none, and the mean of its views is what each of them is."""
     model, x, y = noisy_model()
@@ -113,6 +115,7 @@ def test_views_under_xla_which_draws_other_numbers():
 
 
 @pytest.mark.parametrize("gradients", ENGINES)
+@pytest.mark.one_in(3)
 def test_more_views_are_trained_on_saved_and_cost_nothing(gradients, tmp_path):
     x, y = tiny.data(32)
     model = keras.Sequential(
@@ -171,6 +174,7 @@ def deep(policy, factor):
     ],
 )
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e5])
+@pytest.mark.one_in(6)
 def test_float16_neither_loses_small_gradients_nor_large_ones(gradients, mode, size):
     """A loss of another size gives gradients of another size, right to float16's digits."""
     random = np.random.default_rng(0)
@@ -208,6 +212,7 @@ def test_the_loss_scale_of_an_example_depends_on_that_example_alone():
     np.testing.assert_array_equal(of_views, scales[1])  # the views of one example have one
 
 
+@pytest.mark.thorough
 def test_mixed_float16_trains_privately_without_a_loss_scale_optimizer():
     x, y = tiny.data(64)
     model = keras.Sequential(
