@@ -75,6 +75,9 @@ __all__ = [
 ]
 
 
+_KNOWN_CODE = ("keras", "keras_hub", "tensorflow")
+
+
 def all_layers(model: keras.Model) -> list[keras.Layer]:
     """The model and every layer in it, at any depth, each once."""
     return model._flatten_layers(include_self=True, recursive=True)
@@ -121,30 +124,44 @@ def _is_keras_class(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == "keras"
 
 
-def settings_of(layer: keras.Layer) -> Any:
-    """All that one of Keras' own layers computes by, but for values.
+def settings_of(layer: keras.Layer, *, order: bool = True) -> Any:
+    """All that a layer of Keras or KerasHub computes by, but for values.
+
+    Args:
+        layer: The layer.
+        order: Whether it counts in which order a graph of layers calls them.
 
     Returns:
         What is equal for layers that compute alike; `None` if code from outside has a part.
     """
     parts = layer._flatten_layers(include_self=True, recursive=True)
-    functions = [v for part in parts for v in vars(part).values() if inspect.isroutine(v)]
-    ours = ("keras.", "tensorflow.")
-    if not all(_is_keras_class(type(part)) for part in parts) or not all(
-        (f.__module__ or "").startswith(ours) for f in functions
+    found = [_own_settings_of(part, order=order) for part in parts]
+    return None if None in found else tuple(found)
+
+
+def _own_settings_of(layer: keras.Layer, *, order: bool) -> Any:
+    """`settings_of` a layer without those inside of it."""
+    attributes = vars(layer)
+    functions = [v for v in attributes.values() if inspect.isroutine(v)]
+    if not all(
+        str(c.__module__).partition(".")[0] in _KNOWN_CODE for c in (type(layer), *functions)
     ):
         return None
-    try:
-        configs = [
-            {k: v for k, v in part.get_config().items() if k not in ("name", "trainable")}
-            for part in parts
-        ]
-    except Exception:  # as where an activation is an object that can't be saved
-        return None
-    return tuple(
-        (type(part), repr(config), part.compute_dtype)
-        for part, config in zip(parts, configs, strict=True)
+    config = {}
+    if order or type(layer).call not in (Functional.call, keras.Sequential.call):
+        try:
+            config = layer.get_config()
+        except Exception:  # as where an activation is an object that can't be saved
+            return None
+    numbers = {}
+    if not _is_keras_class(type(layer)):  # whose configuration may not be all
+        plain = (bool, int, float, str)
+        numbers = {k: v for k, v in attributes.items() if isinstance(v, plain) and k[0] != "_"}
+    config, numbers = (
+        repr({k: v for k, v in of.items() if k not in ("name", "trainable")})
+        for of in (config, numbers)
     )
+    return type(layer), config, numbers, layer.compute_dtype
 
 
 def owners_of(model: keras.Model, variables: list[Any]) -> dict[int, keras.Layer]:
@@ -225,9 +242,6 @@ def loss_of(
     return model._compute_loss(
         x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
     )
-
-
-_KNOWN_CODE = ("keras", "keras_hub", "tensorflow")
 
 
 def code_from_outside(model: keras.Model) -> list[str]:
