@@ -27,8 +27,9 @@ from .states import (
 def strided_slice(axis: Any, op: Any, states: list[State]) -> State:
     state, tensor = states[0], op.inputs[0]
     rank = rank_of(tensor)
-    if isinstance(state, Shared) and isinstance(state.value, tuple):
-        state = Counts(tuple(map(Shared, state.value)))
+    if isinstance(state, Shared) and rank == 1:
+        values = values_of(tensor, state)
+        state = state if values is None else Counts(tuple(map(Shared, values)))
     if not isinstance(state, Rows | Counts):
         return of_one_kind(op, states)
     spec = [constant_of(t) for t in op.inputs[1:]]

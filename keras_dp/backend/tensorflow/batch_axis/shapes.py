@@ -101,6 +101,8 @@ def reshape(axis: Any, op: Any, states: list[State]) -> State:
     tensor, made = op.inputs[0], op.outputs[0]
     if not isinstance(state, Rows):
         if isinstance(shape, Shared):
+            if isinstance(state, Count) and rank_of(tensor) == 0 and rank_of(made) in (0, 1):
+                return state if rank_of(made) == 0 else Counts((state,))
             known = isinstance(state, Counts | Shared) and rank_of(made) == 1
             return state if known else SHARED if isinstance(state, Shared) else Count()
         if isinstance(state, Shared):
