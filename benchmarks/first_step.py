@@ -10,9 +10,9 @@ with random weights and made-up examples. Each is trained for one batch by an
 ordinary optimizer and by `keras_dp.DPSGD`, in turns, as often as `--repeats` says, in a
 process of its own unless `--together` is given; printed are the medians, of seconds
 or, as other programs may run beside it, of the process's processor time (`--cpu`).
-Then the clipped sums of three examples are compared with those of one example at a time;
-`off` is the difference, relative to the sums. Where it is more than 1e-5, the same is
-computed in float64, and how far float32 itself is off, one example at a time.
+Then sums and norms of three examples are compared with those of one example at a time;
+`off` is the relative difference. Where it is more than 1e-5, the same is computed in
+float64, and how far float32 itself is off, one example at a time.
 
 `--write` puts the table into docs/models.md. With `--results` each model that is measured
 goes into a file, and those that it has aren't measured again. `--limit` ends a model
@@ -476,8 +476,11 @@ def measured(name, repeats):
 
 
 def exactness(name):
-    """How far clipped sums are off those of one example at a time; and, if by more than
-    1e-5, the same in float64, and how far float32 is off float64 one example at a time."""
+    """How far sums and norms are off those of one example at a time.
+
+    If it is more than 1e-5: the same in float64, and how far float32 is off float64
+    one example at a time.
+    """
     exact = clipped_by_both(name)
     off = difference(*exact)
     if off <= EXACT:
@@ -494,7 +497,7 @@ def exactness(name):
 
 
 def clipped_by_both(name):
-    """Clipped sums of three examples: by the engine that is used, and one at a time."""
+    """Weighted sums and norms of three examples: by the engine that is used, one at a time."""
     keras.utils.set_random_seed(0)
     model, x, y, loss = MODELS[name]()
     if keras_dp.check_model(model):
@@ -515,21 +518,30 @@ def clipped_by_both(name):
     seeds = backend.per_example_seeds(example.seed_states, 3)
     real, found = ops.ones((3,), "bool"), []
     for engine in ("auto", "loop"):
-        engine = Engine(example, clip_of_one, EngineOptions(gradients=engine))
+        engine = Engine(example, scaled_alike, EngineOptions(gradients=engine))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found.append([np.asarray(t, "f8") for t in engine(batch, real, seeds).sums])
+            outcome = engine(batch, real, seeds)
+        found.append([np.asarray(t, "f8") for t in (*outcome.sums, outcome.norms)])
     return found
 
 
-def clip_of_one(norms):
-    return 1 / ops.maximum(arithmetic.total_norms(norms), 1e-30)
+def scaled_alike(norms):
+    """Weights that bring examples to one size, but for a factor of two.
+
+    Powers of two: an engine clips harder by what it doesn't know of a norm, and that isn't
+    what is asked for here.
+    """
+    size = ops.maximum(arithmetic.total_norms(norms), 1e-30)
+    return ops.power(2.0, -ops.round(ops.log2(size)))
 
 
 def difference(got, wanted):
-    """How far some arrays are off, all together and relative to their size."""
-    off = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(got, wanted, strict=True)))
-    return float(off / np.sqrt(sum(np.sum(b**2) for b in wanted)))
+    """How far sums are off, relative to their size, or a norm, whichever is more."""
+    *sums, norms = zip(got, wanted, strict=True)
+    off = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in sums))
+    of_sums = off / np.sqrt(sum(np.sum(b**2) for _, b in sums))
+    return float(max(of_sums, np.max(np.abs(norms[0] / norms[1] - 1))))
 
 
 # -- the list --------------------------------------------------------------------------------
