@@ -1,6 +1,7 @@
 """How long the first private step of a model takes, beside an ordinary model's.
 
     python benchmarks/first_step.py [--models mlp,MobileNetV2] [--repeats 3] [--write]
+                                    [--results measured.jsonl] [--limit 900]
     python benchmarks/first_step.py --alarms [--seeds 5] [--networks 20]
     python benchmarks/first_step.py --memory
 
@@ -9,8 +10,14 @@ with random weights and made-up examples. Each is trained for one batch by an
 ordinary optimizer and by `keras_dp.DPSGD`, in turns, as often as `--repeats` says, in a
 process of its own unless `--together` is given; printed are the medians, of seconds
 or, as other programs may run beside it, of the process's processor time (`--cpu`).
-`--write` puts the table into docs/models.md. `--budget` ends the list after so many
-minutes; what isn't measured is named.
+Then sums and norms of three examples are compared with those of one example at a time;
+`off` is the relative difference. Where it is more than 1e-5, the same is computed in
+float64, and how far float32 itself is off, one example at a time.
+
+`--write` puts the table into docs/models.md. With `--results` each model that is measured
+goes into a file, and those that it has aren't measured again. `--limit` ends a model
+after so many seconds, `--budget` the list after so many minutes; what isn't measured
+is named.
 
 `--alarms` starts deep networks with several seeds and dtype policies, and counts those that
 are refused, or served by another engine than the ghost. `--memory` counts what a
@@ -39,12 +46,15 @@ import numpy as np
 from keras import layers, ops
 
 import keras_dp
+from keras_dp import arithmetic, backend, keras_private
+from keras_dp.gradients import Batch, Engine, EngineOptions, ExampleLoss
 
 CLASSES = 10
 RANDOM = np.random.default_rng(0)
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- first steps: benchmarks/first_step.py -->", "<!-- end of first steps -->"
-COLUMNS = ("model", "layers", "engine", "ordinary, s", "private, s", "ratio")
+COLUMNS = ("model", "layers", "engine", "ordinary, s", "private, s", "ratio", "off")
+EXACT = 1e-5
 
 # -- models ----------------------------------------------------------------------------------
 # Each gives a model, its inputs, targets and loss.
@@ -448,6 +458,7 @@ def measured(name, repeats):
         (first_step(name, private=False), first_step(name, private=True)) for _ in range(repeats)
     ]
     ordinary, private = zip(*pairs, strict=True)
+    off, why = exactness(name)
     return {
         "name": name,
         "layers": private[0][3],
@@ -455,15 +466,100 @@ def measured(name, repeats):
         "seconds": [statistics.median(run[0] for run in runs) for runs in (ordinary, private)],
         "cpu": [statistics.median(run[1] for run in runs) for runs in (ordinary, private)],
         "repeats": repeats,
+        "off": off,
+        "float64": why,
+        "measured": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
     }
+
+
+# -- exactness -------------------------------------------------------------------------------
+
+
+def exactness(name):
+    """How far sums and norms are off those of one example at a time.
+
+    If it is more than 1e-5: the same in float64, and how far float32 is off float64
+    one example at a time.
+    """
+    exact = clipped_by_both(name)
+    off = difference(*exact)
+    if off <= EXACT:
+        return off, None
+    policy = keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        double = clipped_by_both(name)
+    finally:
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy(policy)
+    return off, [difference(*double), difference(exact[1], double[1])]
+
+
+def clipped_by_both(name):
+    """Weighted sums and norms of three examples: by the engine that is used, one at a time."""
+    keras.utils.set_random_seed(0)
+    model, x, y, loss = MODELS[name]()
+    if keras_dp.check_model(model):
+        model = keras_dp.fix_model(model)
+    for layer in model._flatten_layers():
+        for rate in ("rate", "drop_path_rate"):
+            if isinstance(getattr(layer, rate, None), float):
+                setattr(layer, rate, 0.0)  # which draws otherwise for a whole batch
+    random = np.random.default_rng(0)
+    for weight in model.trainable_variables:  # no zeros, at which a fault may not show
+        weight.assign(weight + 0.05 * random.normal(size=weight.shape))
+    model.compile("sgd", loss=loss)
+    x, y = keras.tree.map_structure(lambda t: t[:3], (x, y))
+    batch = Batch(x, y)
+    batch = batch.with_leaves(backend.as_tensors(batch.leaves()))
+    keras_private.build_from_batch(model, batch.x, batch.y, None)
+    example = ExampleLoss(model, list(model.trainable_variables), batch)
+    seeds = backend.per_example_seeds(example.seed_states, 3)
+    real, found = ops.ones((3,), "bool"), []
+    for engine in ("auto", "loop"):
+        engine = Engine(example, scaled_alike, EngineOptions(gradients=engine))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outcome = engine(batch, real, seeds)
+        found.append([np.asarray(t, "f8") for t in (*outcome.sums, outcome.norms)])
+    return found
+
+
+def scaled_alike(norms):
+    """Weights that bring examples to one size, but for a factor of two.
+
+    Powers of two: an engine clips harder by what it doesn't know of a norm, and that isn't
+    what is asked for here.
+    """
+    size = ops.maximum(arithmetic.total_norms(norms), 1e-30)
+    return ops.power(2.0, -ops.round(ops.log2(size)))
+
+
+def difference(got, wanted):
+    """How far sums are off, relative to their size, or a norm, whichever is more."""
+    *sums, norms = zip(got, wanted, strict=True)
+    off = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in sums))
+    of_sums = off / np.sqrt(sum(np.sum(b**2) for _, b in sums))
+    return float(max(of_sums, np.max(np.abs(norms[0] / norms[1] - 1))))
+
+
+# -- the list --------------------------------------------------------------------------------
 
 
 def row(found, by):
     ordinary, private = found[by]
     ratio = private / ordinary
     cells = [found["name"], str(found["layers"]), str(found["engine"])]
-    cells += [f"{ordinary:.2f}", f"{private:.2f}", f"{ratio:.1f}"]
+    cells += [f"{ordinary:.2f}", f"{private:.2f}", f"{ratio:.1f}", off_of(found)]
     return f"| {' | '.join(cells)} |"
+
+
+def off_of(found):
+    if found["float64"] is None:
+        return f"{found['off']:.0e}"
+    double, own = found["float64"]
+    return f"{found['off']:.0e} (float32 itself {own:.0e}; in float64 {double:.0e})"
 
 
 def run_list(options):
@@ -472,42 +568,67 @@ def run_list(options):
     if unknown:
         raise SystemExit(f"No such model: {', '.join(unknown)}. There are: {', '.join(MODELS)}.")
     by = "cpu" if options.cpu else "seconds"
+    known = measured_before(options)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    rows, missing, started = [], [], time.monotonic()
+    missing, started = [], time.monotonic()
     for name in names:
-        if time.monotonic() - started > 60 * options.budget:
+        if name not in known and time.monotonic() - started > 60 * options.budget:
             missing.append(name)
             continue
         try:
-            found = measured(name, options.repeats) if options.together else apart(name, options)
+            if name not in known:
+                together = options.together
+                known[name] = measured(name, options.repeats) if together else apart(name, options)
+                note(known[name], options)
         except Exception as error:
             missing.append(f"{name} ({keras_dp.errors.first_line(error)})")
-            print(f"| {missing[-1]} | | | | | |", flush=True)
+            print(f"| {missing[-1]} | | | | | | |", flush=True)
             continue
-        rows.append(row(found, by))
-        print(rows[-1], flush=True)
+        print(row(known[name], by), flush=True)
     if options.write:
-        write(rows, missing, options)
+        write([known[name] for name in names if name in known], missing, options)
+
+
+def measured_before(options):
+    """What a results file has of each model, measured as often as it is asked for now."""
+    if options.results is None or not options.results.exists():
+        return {}
+    found = [json.loads(line) for line in options.results.read_text().splitlines()]
+    return {one["name"]: one for one in found if one["repeats"] == options.repeats}
+
+
+def note(found, options):
+    if options.results is not None:
+        with options.results.open("a") as file:
+            file.write(json.dumps(found) + "\n")
 
 
 def apart(name, options):
-    """`measured`, in a process of its own."""
+    """`measured`, in a process of its own, which is ended if it takes too long."""
     command = [sys.executable, __file__, "--one", name, "--repeats", str(options.repeats)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=options.limit
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"it took more than {options.limit:.0f} s") from None
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["it ended"])[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def write(rows, missing, options):
+def write(found, missing, options):
     page = PAGE.read_text()
     before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
     what = "processor seconds" if options.cpu else "seconds"
     import tensorflow as tf
 
+    by = "cpu" if options.cpu else "seconds"
+    rows = [row(one, by) for one in found]
+    days = sorted({one["measured"] for one in found})
     text = (
-        f"Measured on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, "
+        f"Measured on {' to '.join(dict.fromkeys((days[0], days[-1])))}, "
         f"{os.cpu_count()} cores ({platform.machine()}), Keras {keras.__version__}, TensorFlow "
         f"{tf.__version__}; {what}, medians of {options.repeats}.\n\n"
         f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n" + "\n".join(rows) + "\n"
@@ -619,6 +740,12 @@ def main():
         "--together", action="store_true", help="all in this process, whose imports count once"
     )
     parser.add_argument("--budget", type=float, default=1e9, help="minutes for the list")
+    parser.add_argument(
+        "--results",
+        type=pathlib.Path,
+        help="a file for what is measured, model by model; a run goes on where it ended",
+    )
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds for a model")
     parser.add_argument("--write", action="store_true", help="into docs/models.md")
     parser.add_argument("--alarms", action="store_true")
     parser.add_argument("--networks", type=int, default=20)

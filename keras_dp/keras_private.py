@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -77,6 +78,9 @@ __all__ = [
 ]
 
 
+_KNOWN_CODE = ("keras", "keras_hub", "tensorflow")
+
+
 def all_layers(model: keras.Model) -> list[keras.Layer]:
     """The model and every layer in it, at any depth, each once."""
     return model._flatten_layers(include_self=True, recursive=True)
@@ -123,30 +127,90 @@ def _is_keras_class(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == "keras"
 
 
-def settings_of(layer: keras.Layer) -> Any:
-    """All that one of Keras' own layers computes by, but for values.
+def _is_known(code: Any) -> bool:
+    """Whether a class or function is of Keras, KerasHub or TensorFlow."""
+    return str(code.__module__).partition(".")[0] in _KNOWN_CODE
+
+
+def settings_of(layer: keras.Layer, *, order: bool = True) -> Any:
+    """All that a layer of Keras or KerasHub computes by, but for values.
+
+    Args:
+        layer: The layer.
+        order: Whether it counts in which order a graph of layers calls them.
 
     Returns:
         What is equal for layers that compute alike; `None` if code from outside has a part.
     """
     parts = layer._flatten_layers(include_self=True, recursive=True)
-    functions = [v for part in parts for v in vars(part).values() if inspect.isroutine(v)]
-    ours = ("keras.", "tensorflow.")
-    if not all(_is_keras_class(type(part)) for part in parts) or not all(
-        (f.__module__ or "").startswith(ours) for f in functions
-    ):
+    found = [_own_settings_of(part, order=order) for part in parts]
+    return None if None in found else tuple(found)
+
+
+def _own_settings_of(layer: keras.Layer, *, order: bool) -> Any:
+    """`settings_of` a layer without those inside of it."""
+    cls, attributes = type(layer), vars(layer)
+    functions = [v for v in attributes.values() if inspect.isroutine(v)]
+    if not all(_is_known(code) for code in (cls, *functions)):
         return None
-    try:
-        configs = [
-            {k: v for k, v in part.get_config().items() if k not in ("name", "trainable")}
-            for part in parts
-        ]
-    except Exception:  # as where an activation is an object that can't be saved
-        return None
-    return tuple(
-        (type(part), repr(config), part.compute_dtype)
-        for part, config in zip(parts, configs, strict=True)
-    )
+    config: Any = None
+    # Where the order doesn't count, the layers of a graph say all; its configuration has names.
+    if order or cls.call not in (Functional.call, keras.Sequential.call):
+        with contextlib.suppress(Exception):  # as for an activation that can't be saved
+            config = {k: v for k, v in layer.get_config().items() if k not in _NO_SETTINGS}
+        if config is None and _is_keras_class(cls):
+            return None
+    others = None
+    if not _is_keras_class(cls):  # whose configuration may not be all, or not even there
+        names = sorted(
+            name
+            for name in attributes.keys() - _attributes_of_all() - set(_NO_SETTINGS)
+            # TensorFlow's, for checkpoints; and those that hold the graph of a model.
+            if not name.startswith("_" if isinstance(layer, Functional) else "_self_")
+        )
+        try:
+            others = repr([(name, _described(attributes[name])) for name in names])
+        except TypeError:
+            return None
+    return cls, repr(config), others, layer.compute_dtype
+
+
+_NO_SETTINGS = ("name", "trainable")
+
+
+_PARTS = (
+    keras.Layer,
+    keras.Variable,
+    keras.KerasTensor,
+    keras.Initializer,
+    keras.random.SeedGenerator,
+)
+
+
+@functools.cache
+def _attributes_of_all() -> frozenset[str]:
+    return frozenset(vars(keras.Layer(name="layer")))
+
+
+def _described(value: Any) -> Any:
+    """What stands for an attribute of a layer, among others of its class.
+
+    Raises:
+        TypeError: If it isn't known what does.
+    """
+    if isinstance(value, dict):
+        return [(k, _described(v)) for k, v in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_described(v) for v in value]
+    if inspect.isroutine(value):
+        return value.__module__, value.__qualname__
+    if isinstance(value, _PARTS):
+        return type(value)  # what a layer inside does is told apart by itself
+    if keras.ops.is_tensor(value) and hasattr(value, "numpy") and math.prod(value.shape) < 2**16:
+        return value.numpy().tolist()
+    if value is None or isinstance(value, (bool, int, float, str, keras.DTypePolicy)):
+        return repr(value)
+    raise TypeError(f"a layer has an attribute of {type(value)}")
 
 
 def owners_of(model: keras.Model, variables: list[Any]) -> dict[int, keras.Layer]:
@@ -229,9 +293,6 @@ def loss_of(
     )
 
 
-_KNOWN_CODE = ("keras", "keras_hub", "tensorflow")
-
-
 def code_from_outside(model: keras.Model) -> list[str]:
     """The layers, losses and metrics of a model whose Python code isn't that of Keras."""
     compiled = [
@@ -250,7 +311,7 @@ def _is_known_code(part: Any) -> bool:
     inside = (getattr(part, name, None) for name in ("function", "fn", "_fn", "activation"))
     code: list[Any] = [f for f in inside if inspect.isroutine(f)]
     code.append(part if inspect.isroutine(part) or inspect.isclass(part) else type(part))
-    return all(str(c.__module__).partition(".")[0] in _KNOWN_CODE for c in code)
+    return all(_is_known(c) for c in code)
 
 
 def _name_of(part: Any) -> str:

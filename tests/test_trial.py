@@ -24,7 +24,7 @@ def tried(loss, run):
             [tf.norm(tf.reshape(g, (g.shape[0], -1)), axis=1) for g in gradients], axis=1
         )
 
-    trial.require_agreement(loss, [weight], run, clipped, leaves, 1, 1e-3)
+    trial.require_agreement(loss, [weight], run, clipped, leaves, 2, 1e-3)
 
 
 def ran(leaves):

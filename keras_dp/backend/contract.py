@@ -47,7 +47,7 @@ CONTROL = {
     "outside_graph()": "A context whose operations run at once, whatever is being traced.",
     "apart(compute)": "`compute()`, run at once, with gradients, while a step is traced.",
     "without_autograph(function)": "The function, which tracing is to take as it is written.",
-    "compiled_candidate(engine, leaves, *, jit_compile, may_write)": (
+    "compiled_candidate(engine, leaves, *, jit_compile, may_write, any_size)": (
         "An engine, from leaves to `(sums, norms, losses, rest)`, traced by itself for any number "
         "of rows; raises whatever speaks against it. Refuses (PrivacyError) what could keep or "
         "carry out what it sees, unless it `may_write`."
@@ -115,6 +115,7 @@ BATCHES = {
         "(rows,), true for real examples."
     ),
     "real_examples(tensor, rows)": "The first `rows` rows.",
+    "read(variable)": "The value of a backend's variable as a tensor, read once for all its uses.",
     "copy_of(tensor)": "The same values in a tensor of its own, with a place of its own on tapes.",
     "of_known_sizes(tensor, sizes)": "The tensor, which is known to have these sizes (or `None`).",
     "of_open_length(tensor)": "The tensor, its number of rows forgotten while a step is traced.",

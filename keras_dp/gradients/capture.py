@@ -385,6 +385,14 @@ class Capture:
                     f"the model '{self._loss.model.name}' doesn't return one row for each example"
                 )
 
+    def close(self, rows: int) -> None:
+        """Gives tensors of examples their number, once it is known that these are apart.
+
+        Nothing of the way back has to find it out then while the step runs.
+        """
+        if self._axis is not None:
+            self._axis.close(rows)
+
     def _declare_examples(self, structure: Any) -> None:
         if self._axis is not None:
             for tensor in tensors_in(structure):

@@ -170,17 +170,30 @@ class Engine:
 
     def _build(self, engine: Any, leaves: list[Any], **options: Any) -> Run:
         whole = self._whole(self._chunk(engine, **options))
-        run = backend.compiled_candidate(whole, leaves, jit_compile=self._jit_compile)
+        run = self._traced(whole, leaves)
         if engine is not mapped.loop_engine:
             self._require_agreement(run, leaves)
         return run
 
+    def _traced(self, whole: Run, leaves: list[Any]) -> Run:
+        return backend.compiled_candidate(
+            whole,
+            leaves,
+            jit_compile=self._jit_compile,
+            any_size=self._rows_of(leaves) is None,
+        )
+
+    def _rows_of(self, leaves: list[Any]) -> int | None:
+        """How many rows the engine is always given; `None` where it isn't known, or it is tried
+        with others."""
+        rows: int | None = leaves[0].shape[0]
+        return None if self._finds_size or self._adds_rows_up or rows == 1 else rows
+
     def _require_agreement(self, run: Run, leaves: list[Any]) -> None:
         tolerance = trial.tolerance(self.example_loss)
         variables = self.example_loss.variables
-        trial.require_agreement(
-            self._one, variables, run, self._clipped, leaves, self.padding, tolerance
-        )
+        rows = self._rows_of(leaves) or max(2, self.padding)
+        trial.require_agreement(self._one, variables, run, self._clipped, leaves, rows, tolerance)
 
     def _build_eager_loop(self, leaves: list[Any]) -> Run:
         whole = self._whole(self._chunk(mapped.loop_engine))
@@ -200,7 +213,7 @@ class Engine:
             self.of_batches = list(ghost.plan.of_batches.values())
             return whole
         while True:
-            run = backend.compiled_candidate(whole, leaves, jit_compile=self._jit_compile)
+            run = self._traced(whole, leaves)
             try:
                 trial.require_right_gradients(ghost, one_view)
             except Replanned:

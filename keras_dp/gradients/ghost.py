@@ -126,7 +126,7 @@ class GhostEngine:
             NotPossible: If the model can't be served.
         """
         if weights is None:
-            weights = [ops.convert_to_tensor(v.value) for v in self.example_loss.variables]
+            weights = [backend.read(v.value) for v in self.example_loss.variables]
         return self._with_plan(lambda: self._attempt(leaves, weights, views, users))
 
     def _with_plan(self, attempt: Callable[[], Any]) -> Any:
@@ -146,6 +146,7 @@ class GhostEngine:
     def _attempt(
         self, leaves: list[Any], weights: list[Any], views: int, users: Users | None
     ) -> tuple[list[PerExample | None], Any, list[Any]]:
+        rows = leaves[0].shape[0]
         leaves = [backend.of_open_length(t) for t in leaves]
         # Weights that are used outside of their own layer's call show up in these.
         outside = [backend.copy_of(w) for w in weights]
@@ -153,6 +154,8 @@ class GhostEngine:
             tape.watch(outside)
             forward = self._forward(tape, leaves, weights, outside)
         capture, flat = forward.capture, forward.flat
+        if rows is not None:
+            capture.close(rows)
         if backend.current_graph() is not None:
             self.plan.calls, self.plan.kinds = capture.calls, capture.kinds
             self.plan.mapped = capture.mapped

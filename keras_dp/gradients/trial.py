@@ -41,7 +41,8 @@ _ROWS = 3
 # What examples are made up: the size where none is known, and the spread of values.
 _KINDS = ((4, "uniform"), (32, "uniform"), (32, "normal"))
 _passed: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-_right: set[Any] = set()  # kinds of calls of Keras' own layers that were right once
+# What was right once: kinds of calls of layers of Keras and KerasHub, and all calls of a model.
+_right: set[Any] = set()
 
 
 class Untried(ArithmeticError):
@@ -54,17 +55,25 @@ def require_agreement(
     run: Callable[[list[Any]], Any],
     clipped: Callable[[list[Any], Any], tuple[list[Any], Any]],
     leaves: list[Any],
-    padding: int,
+    rows: int,
     tolerance: float,
 ) -> None:
     """Tries a traced engine against the loop, on two made-up examples.
+
+    Args:
+        example_loss: The loss of one example.
+        variables: The weights.
+        run: The traced engine.
+        clipped: Clipped sums and norms from gradients that are written out.
+        leaves: Tensors like those that it is going to be given.
+        rows: How many rows it takes, two or more.
+        tolerance: How far off it may be.
 
     Raises:
         ArithmeticError: If they differ.
         Untried: If no made-up examples can be run through the model: an engine that
             can't be tried isn't used.
     """
-    rows = max(2, padding)
 
     def plain(made_up: list[Any]) -> list[Any] | None:
         first_two, real = [t[:2] for t in made_up], _first_rows(2, 2)
@@ -118,8 +127,9 @@ def _first_rows(rows: int, count: int) -> Any:
 def require_right_gradients(ghost: GhostEngine, leaves: list[Any]) -> None:
     """Tries the ghost engine's gradients of every weight, after the model was traced.
 
-    Calls of Keras' own layers that are of a kind that was right before, in this
-    process, aren't tried again.
+    Calls of layers of Keras or KerasHub that are of a kind that was right before, in this
+    process, aren't tried again; nor are models of such layers alone that were right together,
+    if they make the same calls.
 
     Raises:
         PrivacyError: If they are wrong; names the layer.
@@ -127,9 +137,12 @@ def require_right_gradients(ghost: GhostEngine, leaves: list[Any]) -> None:
         Replanned: If a layer must be handled otherwise than it was traced.
     """
     loss = ghost.example_loss
+    kinds = list(ghost.plan.kinds)
     foreign = keras_private.has_layers_from_outside(loss.model)
-    kinds = ghost.plan.kinds
-    if foreign or not _right.issuperset(kinds):
+    if foreign:
+        settings = keras_private.settings_of(loss.model, order=False)
+        kinds.append(None if settings is None else (settings, *kinds))
+    if not _right.issuperset(kinds):
         draw_as_here = keras_private.drawing_as_here()
 
         def in_a_thread() -> None:
@@ -182,10 +195,15 @@ def _require_small(
         layer = ghost.owners[id(variable)]
         raise PrivacyError(
             f"The gradients of made-up examples, tried before training, differ from plain ones "
-            f"for the weight '{variable.name}' of {named(layer)}: norms by {errors[worst][0]:.2%}, "
-            f"sums by {errors[worst][1]:.2%}, {how} Fix the rule, or compile with "
-            "gradients='vectorized'."
+            f"for the weight '{variable.name}' of {named(layer)}: norms by "
+            f"{_percent(errors[worst][0])}, sums by {_percent(errors[worst][1])}, {how} Fix the "
+            "rule, or compile with gradients='vectorized'."
         )
+
+
+def _percent(error: float) -> str:
+    """An error in words: never as 0 where it isn't."""
+    return f"{error:.2%}" if error == 0 or error >= 1e-3 else f"{100 * error:.1e}%"
 
 
 _BY_ITSELF = (

@@ -15,6 +15,7 @@ __all__ = [
     "of_known_sizes",
     "of_open_length",
     "pad_examples",
+    "read",
     "real_examples",
 ]
 
@@ -69,6 +70,11 @@ def real_examples(tensor: Tensor, rows: Tensor) -> Tensor:
     kept = tensor[:rows]
     kept.set_shape([rows if isinstance(rows, int) else None, *tensor.shape[1:]])
     return kept
+
+
+def read(variable: Any) -> Tensor:
+    """The value of a variable, as a tensor: each use of the variable itself would read it."""
+    return tf.convert_to_tensor(variable)
 
 
 def copy_of(tensor: Tensor) -> Tensor:

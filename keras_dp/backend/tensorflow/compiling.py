@@ -40,14 +40,19 @@ def compiled_candidate(
     *,
     jit_compile: bool,
     may_write: bool = False,
+    any_size: bool = False,
 ) -> Callable[[list[Tensor]], EngineResult]:
-    """Traces an engine by itself, for any number of rows; what fails leaves nothing behind.
+    """Traces an engine by itself; what fails leaves nothing behind.
+
+    A batch that always has the same size needs much fewer operations, as nothing is left to
+    be found out about sizes while the step runs.
 
     Args:
         engine: What is traced.
         leaves: Tensors like those that it will be given.
         jit_compile: Whether to compile with XLA.
         may_write: Whether it may write to variables: a whole step does.
+        any_size: Whether it will be given other numbers of rows than `leaves` have.
 
     Raises:
         BrokenMatmul: If what was traced would meet a fault of this TensorFlow build.
@@ -59,8 +64,10 @@ def compiled_candidate(
     with graphs_of(owners):
         _tracing.for_xla = jit_compile
         try:
+            sizes = [[None, *t.shape[1:]] if any_size else t.shape for t in leaves]
             concrete = concrete_of(
-                function, [tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in leaves]
+                function,
+                [tf.TensorSpec(size, t.dtype) for size, t in zip(sizes, leaves, strict=True)],
             )
         finally:
             _tracing.for_xla = False

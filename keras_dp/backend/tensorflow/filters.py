@@ -80,6 +80,9 @@ def _in_parts(
     *kernel, channels, filters = shape
     sixteens = [-(-n // 16) * 16 for n in (channels, filters)]
     most = max(_CACHED // (math.prod([*kernel, *sixteens]) * x.dtype.size), 1)
+    known = x.shape[0]
+    if known is not None and known <= 3 * most // 2:
+        return at_once(x, g)
     rows = tf.shape(x)[0]
 
     def parts() -> Tensor:
@@ -113,7 +116,8 @@ def _folded(
     if x.shape.rank == 3:
         x, g = x[:, tf.newaxis], g[:, tf.newaxis]
         strides, dilation = (1, *strides), (1, *dilation)
-    rows = tf.shape(x)[0]
+    rows = x.shape[0]
+    rows = tf.shape(x)[0] if rows is None else rows
     kernel = shape[:-2] if len(shape) == 4 else (1, *shape[:-2])
     found = tf.raw_ops.Conv2DBackpropFilter(
         input=_examples_as_channels(x),
@@ -150,7 +154,7 @@ def _of_like_size(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Any]:
 
 def _examples_as_channels(tensor: Tensor) -> Tensor:
     """(B, H, W, C) as (1, H, W, B C)."""
-    size = tf.shape(tensor)
+    size = tensor.shape if tensor.shape.is_fully_defined() else tf.shape(tensor)
     spread = tf.reshape(
         tf.transpose(tensor, (1, 2, 0, 3)), [1, size[1], size[2], size[0] * tensor.shape[-1]]
     )
@@ -217,7 +221,8 @@ def depthwise_filter_gradients(
     # A dilated filter is a longer one of which every d-th place counts; TensorFlow's own way to
     # it must know the number of examples.
     longer = [(k - 1) * d + 1 for k, d in zip(full, dilation, strict=True)]
-    rows = tf.shape(x)[0]
+    rows = x.shape[0]
+    rows = tf.shape(x)[0] if rows is None else rows
     filters = tf.zeros([*longer, rows * channels, multiplier], x.dtype)
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(filters)

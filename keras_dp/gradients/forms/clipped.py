@@ -64,7 +64,9 @@ def clipped_sums(
     def every_sum(sums: Sequence[Any]) -> list[Any]:
         remaining = iter(sums)
         return [
-            arithmetic.no_gradient_of(v) if g is None else ops.cast(next(remaining), g.dtype)
+            arithmetic.no_gradient_of(v)
+            if g is None
+            else backend.of_known_sizes(ops.cast(next(remaining), g.dtype), v.shape)
             for g, v in zip(gradients, variables, strict=True)
         ]
 

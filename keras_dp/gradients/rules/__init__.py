@@ -1,6 +1,15 @@
 """Rules: what the ghost engine must know about one type of layer, a file for each family."""
 
-from . import activation, attention, convolution, dense, embedding, normalization, recurrent
+from . import (
+    activation,
+    attention,
+    convolution,
+    dense,
+    embedding,
+    keras_hub,
+    normalization,
+    recurrent,
+)
 from .apart import keeps_apart
 from .fallback import alone, vectorized
 from .registry import NoRule, Unit, overridden, register_rule, rule_for
@@ -15,6 +24,7 @@ __all__ = [
     "dense",
     "embedding",
     "keeps_apart",
+    "keras_hub",
     "normalization",
     "overridden",
     "recurrent",

@@ -107,7 +107,8 @@ def alone(
     def gradients(*upstream: Any) -> list[tuple[Any, Any]]:
         return _weight_gradients(examples, reached_of_one, leaves, list(upstream))
 
-    packed = tree.pack_sequence_as(made, outputs)
+    remaining = iter(outputs)
+    packed = tree.map_structure(lambda t: None if t is None else next(remaining), made)
     return packed, penalties[0] if penalties else None, gradients
 
 
@@ -147,7 +148,7 @@ class _Examples:
         with self._stateless(weights, state) as scope, self._surroundings():
             outputs = self.unit.call(*args, **kwargs)
         self.structure = outputs
-        flat = [ops.convert_to_tensor(t) for t in tree.flatten(outputs)]
+        flat = [ops.convert_to_tensor(t) for t in tree.flatten(outputs) if t is not None]
         losses = list(scope.losses)
         return [ops.reshape(t, ops.shape(t)[1:]) for t in flat], losses
 

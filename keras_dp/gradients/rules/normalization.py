@@ -2,7 +2,8 @@
 
 `z = x^ * gamma + beta`, x^ the normalized input: the gradient of gamma is
 `sum_t x^_t g_t` and that of beta `sum_t g_t`, over all positions that they were
-broadcast along. The layer itself is run with gamma = 1 and beta = 0 for x^.
+broadcast along. The layer itself is run for x^, without gamma and beta, or with 1 and 0 for
+them.
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ from .registry import Unit, register_rule, summed_like
 @register_rule(layers.LayerNormalization, layers.GroupNormalization)
 def normalization(unit: Unit, inputs: Any) -> Any:
     """With a gamma, a beta, or both."""
-    return _scale_and_shift(
-        unit, inputs, getattr(unit.layer, "gamma", None), getattr(unit.layer, "beta", None)
-    )
+    layer = unit.layer
+    weights = getattr(layer, "gamma", None), getattr(layer, "beta", None)
+    if getattr(layer, "rms_scaling", False):
+        return _scale_and_shift(unit, inputs, *weights)
+    without = {"scale": False, "center": False}
+    if isinstance(layer, layers.LayerNormalization):
+        without |= {"gamma": None, "beta": None}
+    return _scale_and_shift(unit, inputs, *weights, unit.call_with(without, inputs))
 
 
 if hasattr(layers, "RMSNormalization"):
@@ -30,18 +36,19 @@ if hasattr(layers, "RMSNormalization"):
         return _scale_and_shift(unit, inputs, unit.layer.scale, None)
 
 
-def _scale_and_shift(unit: Unit, inputs: Any, gamma: Any, beta: Any) -> Any:
+def _scale_and_shift(unit: Unit, inputs: Any, gamma: Any, beta: Any, normalized: Any = None) -> Any:
     rank = len(inputs.shape)
     axis = unit.layer.axis
     axes = {a % rank for a in (axis if isinstance(axis, (list, tuple)) else [axis])}
     values = [None if w is None else unit.value(w) for w in (gamma, beta)]
-    neutral = [
-        (w, like(w.shape, w.dtype))
-        for w, like in ((gamma, ops.ones), (beta, ops.zeros))
-        if w is not None
-    ]
-    with unit.replaced(neutral):
-        normalized = unit.call(inputs)
+    if normalized is None:
+        neutral = [
+            (w, like(w.shape, w.dtype))
+            for w, like in ((gamma, ops.ones), (beta, ops.zeros))
+            if w is not None
+        ]
+        with unit.replaced(neutral):
+            normalized = unit.call(inputs)
 
     def spread(value: Any) -> Any:
         if axes == {rank - 1}:

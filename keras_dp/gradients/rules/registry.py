@@ -19,6 +19,7 @@ Gradients = Callable[..., list[tuple[Any, "PerExample | Any"]]]
 Rule = Callable[..., tuple[Any, Gradients]]
 
 _rules: dict[type, Rule] = {}
+_rules_by_name: dict[str, Rule] = {}  # of classes of KerasHub
 
 
 class NoRule(Exception):
@@ -206,9 +207,23 @@ def register_rule(*layer_classes: type) -> Callable[[Rule], Rule]:
     return register
 
 
+def register_rule_by_name(*class_names: str) -> Callable[[Rule], Rule]:
+    """`register_rule` for classes of KerasHub, which need not be imported."""
+
+    def register(rule: Rule) -> Rule:
+        _rules_by_name.update((name, rule) for name in class_names)
+        return rule
+
+    return register
+
+
 def rule_for(layer: keras.Layer) -> Rule | None:
     """The rule for a layer's exact class, if there is one."""
-    return _rules.get(type(layer))
+    cls = type(layer)
+    found = _rules.get(cls)
+    if found is None and cls.__module__.partition(".")[0] == "keras_hub":
+        found = _rules_by_name.get(cls.__qualname__)
+    return found
 
 
 def summed_like(gradient: Any, axes: tuple[int, ...]) -> Any:

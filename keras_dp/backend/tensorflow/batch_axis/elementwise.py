@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
+import tensorflow as tf
 from tensorflow.python.framework import ops as framework_ops
 
 from .states import (
@@ -31,6 +33,7 @@ def elementwise(axis: Any, op: Any, states: list[State]) -> State:
     """Broadcasts its arguments, aligned by their last axes."""
     rows = [k for k, s in enumerate(states) if isinstance(s, Rows)]
     if len(states) == 1 and not isinstance(states[0], OF_ALL):
+        _say_sizes(op)
         return states[0]
     if any(isinstance(s, Stack | Blocks) for s in states):
         return not_known(op, "is of something else than rows")
@@ -54,7 +57,16 @@ def elementwise(axis: Any, op: Any, states: list[State]) -> State:
         where = place - (rank - own)  # type: ignore[operator]
         if isinstance(state, Shared) and where >= 0 and tensor.shape[where] != 1:
             return not_known(op, "gives each place in the batch a value of its own")
+    _say_sizes(op)
     return Rows(place, first.each)
+
+
+def _say_sizes(op: Any) -> None:
+    """Gives results the sizes that have become known of arguments after they were made."""
+    made = op.outputs[0].shape
+    if made.rank and None in made[1:]:
+        known = functools.reduce(tf.broadcast_static_shape, [t.shape for t in op.inputs])
+        op.outputs[0].set_shape(known)
 
 
 def _of_counts(op: Any, states: list[State]) -> State:

@@ -25,10 +25,18 @@ from .states import (
 
 
 def strided_slice(axis: Any, op: Any, states: list[State]) -> State:
+    if all(isinstance(s, Shared) for s in states):
+        values = values_of(op.inputs[0], states[0]) if rank_of(op.inputs[0]) == 1 else None
+        if values is None:
+            return SHARED
+        found = _strided_slice(op, [Counts(tuple(map(Shared, values))), *states[1:]])
+        return found if isinstance(found, Shared) else SHARED
+    return _strided_slice(op, states)
+
+
+def _strided_slice(op: Any, states: list[State]) -> State:
     state, tensor = states[0], op.inputs[0]
     rank = rank_of(tensor)
-    if isinstance(state, Shared) and isinstance(state.value, tuple):
-        state = Counts(tuple(map(Shared, state.value)))
     if not isinstance(state, Rows | Counts):
         return of_one_kind(op, states)
     spec = [constant_of(t) for t in op.inputs[1:]]

@@ -101,6 +101,8 @@ def reshape(axis: Any, op: Any, states: list[State]) -> State:
     tensor, made = op.inputs[0], op.outputs[0]
     if not isinstance(state, Rows):
         if isinstance(shape, Shared):
+            if isinstance(state, Count) and rank_of(tensor) == 0 and rank_of(made) in (0, 1):
+                return state if rank_of(made) == 0 else Counts((state,))
             known = isinstance(state, Counts | Shared) and rank_of(made) == 1
             return state if known else SHARED if isinstance(state, Shared) else Count()
         if isinstance(state, Shared):
@@ -114,8 +116,11 @@ def reshape(axis: Any, op: Any, states: list[State]) -> State:
         return not_known(op, "has a shape that isn't known")
     parts = parts_of(op.inputs[1], shape)
     if parts is not None and isinstance(parts[0], Count) and parts[0].factor is not None:
-        others = all(isinstance(p, Shared) for p in parts[1:])
-        return Rows(0, parts[0].factor) if others else not_known(op, "mixes up axes")
+        if not all(isinstance(p, Shared) for p in parts[1:]):
+            return not_known(op, "mixes up axes")
+        if parts[0].factor == state.each:
+            _say_the_size_left(tensor, made, [p.value for p in parts[1:]])  # type: ignore[union-attr]
+        return Rows(0, parts[0].factor)
     if parts is None or any(isinstance(p, Count) for p in parts):
         return not_known(op, "has a shape that doesn't tell where the examples lie")
     # No number of rows is given: the first size is -1, and follows from the others.
@@ -128,6 +133,21 @@ def reshape(axis: Any, op: Any, states: list[State]) -> State:
     if left:
         return mixes(op, "cuts rows that don't end where examples end")
     return Rows(0, each)
+
+
+def _say_the_size_left(tensor: Any, made: Any, sizes: list[Any]) -> None:
+    """Gives what a reshape made the size that -1 stands for, behind an axis of rows that stays.
+
+    TensorFlow can't tell it, as the number of rows is open; what comes next is told by it.
+    """
+    whole, places = numbers_in(tensor.shape[1:]), [k for k, n in enumerate(sizes) if n == -1]
+    if whole is None or None in sizes or len(places) != 1:
+        return
+    others = math.prod(n for n in sizes if n != -1)
+    if others > 0 and whole % others == 0:
+        known = list(sizes)
+        known[places[0]] = whole // others
+        made.set_shape([None, *known])
 
 
 def _reshape_behind(op: Any, state: Rows, shape: State) -> State:

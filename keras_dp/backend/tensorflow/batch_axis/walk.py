@@ -70,6 +70,20 @@ class BatchAxis:
             waiting.pop()
         return self._found[tensor.op][tensor.value_index]
 
+    def close(self, rows: int) -> None:
+        """Gives tensors that hold the examples, as far as they were followed, their number."""
+        declared = [(op.outputs[k], state) for (op, k), state in self._declared.items()]
+        found = [
+            pair
+            for op, states in self._found.items()
+            for pair in zip(op.outputs, states, strict=False)
+        ]
+        for tensor, state in (*declared, *found):
+            if isinstance(state, Rows) and tensor.shape.rank and tensor.shape[state.axis] is None:
+                sizes = tensor.shape.as_list()
+                sizes[state.axis] = rows * state.each
+                tensor.set_shape(sizes)
+
     def _input(self, tensor: Any) -> State:
         key = (tensor.op, tensor.value_index)
         declared = self._declared.get(key)
