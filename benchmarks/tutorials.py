@@ -1,6 +1,6 @@
 """What Opacus reaches on the data of the tutorials, with the same network and settings.
 
-    python benchmarks/tutorials.py images|texts|names [--seeds 5]
+    python benchmarks/tutorials.py images|convolutions|texts|names [--seeds 5]
 
 Needs PyTorch and Opacus beside the packages of the examples. Data, split, network, batch
 size, epochs, learning rate, clipping norm, epsilon, delta and averaging are those of the
@@ -109,17 +109,53 @@ class Head(nn.Linear):
         copy_dense(self, kernel, bias)
 
 
+class ConvolutionalModel(nn.Module):
+    """The small network of `examples/images.py`."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = nn.ModuleList([nn.Conv2d(1, 8, 5, 2), nn.Conv2d(8, 16, 3)])
+        self.head = nn.Linear(144, 10)
+
+    def forward(self, images):
+        x = images.permute(0, 3, 1, 2)  # colours before places
+        for convolve, padding in zip(self.convolutions, ((1, 2, 1, 2), (1, 1, 1, 1)), strict=True):
+            x = torch.tanh(convolve(nn.functional.pad(x, padding)))  # "same", as Keras has it
+            x = nn.functional.avg_pool2d(x, 2)
+        return self.head(x.permute(0, 2, 3, 1).flatten(1))
+
+    @torch.no_grad()
+    def start_from(self, *weights):
+        for layer in self.convolutions:
+            kernel, bias, *weights = weights
+            layer.weight.copy_(torch.tensor(kernel.transpose(3, 2, 0, 1)))
+            layer.bias.copy_(torch.tensor(bias))
+        copy_dense(self.head, *weights)
+
+
+def _budgets(example, recipe):
+    return {
+        epsilon: {"batch_size": b, "epochs": e, "rate": r, "norm": example.MAX_GRAD_NORM}
+        for epsilon, (b, e, r) in example.BUDGETS[recipe].items()
+    }
+
+
 def images(held_out):
     import images as example
 
     bank = example.build_bank()
     data = [(bank.predict(x, batch_size=500, verbose=0), y) for x, y in example.load_data(held_out)]
-    settings = {
-        epsilon: {"batch_size": b, "epochs": e, "rate": r, "norm": example.MAX_GRAD_NORM}
-        for epsilon, (b, e, r) in example.BUDGETS["bank"].items()
-    }
     features = data[0][0].shape[1]
-    return data, settings, lambda: example.build_head(features), lambda: Head(features, 10)
+    networks = (lambda: example.build_head(features), lambda: Head(features, 10))
+    return data, _budgets(example, "bank"), *networks
+
+
+def convolutions(held_out):
+    import images as example
+
+    settings = _budgets(example, "averaged")
+    networks = (lambda: example.build_network("small"), ConvolutionalModel)
+    return example.load_data(held_out), settings, *networks
 
 
 def _of(example, held_out, make_module):
@@ -218,7 +254,7 @@ def accuracy(model, data):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("tutorial", choices=("images", "texts", "names"))
+    parser.add_argument("tutorial", choices=("images", "convolutions", "texts", "names"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, help="of every budget (default: as the example)")
     parser.add_argument("--held-out", action="store_true")
