@@ -1,12 +1,13 @@
 """What Opacus reaches on the data of the tutorials, with the same network and settings.
 
-    python benchmarks/tutorials.py images|texts|names [--seeds 5]
+    python benchmarks/tutorials.py images|convolutions|texts|names [--seeds 5]
 
 Needs PyTorch and Opacus beside the packages of the examples. Data, split, network, batch
 size, epochs, learning rate, clipping norm, epsilon, delta and averaging are those of the
-example; the layers are Opacus' own, with PyTorch's initial weights. Batches are Poisson
-samples of the same rate, with the same noise, so that epsilon is the same too. Opacus' own
-accountant (PRV) states about 0.01 more for it.
+example. The layers are Opacus' own, and start from the weights that the network of the
+example starts from: before training both give the same answers, or the program ends.
+Batches are Poisson samples of the same rate, with the same noise, so that epsilon is the
+same too. Opacus' own accountant (PRV) states about 0.01 more for it.
 """
 
 import argparse
@@ -15,10 +16,11 @@ import sys
 import warnings
 from pathlib import Path
 
+import keras
 import numpy as np
 import opacus
 import torch
-from opacus.layers import DPLSTM, DPMultiheadAttention
+from opacus.layers import DPLSTM
 from torch import nn
 
 from keras_dp.accounting import calibrate_noise_multiplier
@@ -28,25 +30,54 @@ DELTA = 1e-5
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 
+def copy_dense(layer, kernel, bias):
+    """Weights of a Keras layer; those of attention are divided into heads."""
+    layer.weight.copy_(torch.tensor(kernel.reshape(layer.in_features, -1).T))
+    layer.bias.copy_(torch.tensor(bias.reshape(-1)))
+
+
+class Attention(nn.Module):
+    """Attention of two heads, of layers that Opacus has.
+
+    Its own, DPMultiheadAttention, gives other answers than PyTorch's with batch_first=True
+    (in 1.6.0): what the heads say is put together in the wrong order.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.dense = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x, there):
+        heads = (layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in self.dense[:3])
+        y = nn.functional.scaled_dot_product_attention(*heads, attn_mask=there[:, None, None])
+        return self.dense[3](y.transpose(1, 2).flatten(2))
+
+
 class TextModel(nn.Module):
     """The network of `examples/texts.py`."""
 
     def __init__(self, vocabulary, width):
         super().__init__()
         self.table = nn.Embedding(vocabulary, width, padding_idx=0)
-        nn.init.uniform_(self.table.weight, -0.05, 0.05)  # as Keras'; PyTorch's are 35 x as large
-        self.attention = DPMultiheadAttention(width, 2, batch_first=True)
+        self.attention = Attention(width)
         self.norm = nn.LayerNorm(width, eps=1e-3)
         self.head = nn.Linear(width, 1)
 
     def forward(self, tokens):
-        padding = tokens == 0
+        there = tokens != 0
         x = self.table(tokens)
-        y, _ = self.attention(x, x, x, key_padding_mask=padding, need_weights=False)
-        x = self.norm(x + y)
-        there = (~padding).unsqueeze(-1).float()
+        x = self.norm(x + self.attention(x, there))
+        there = there.unsqueeze(-1).float()
         score = self.head((x * there).sum(1) / there.sum(1))
         return torch.cat([torch.zeros_like(score), score], 1)  # one score, as a sigmoid has
+
+    @torch.no_grad()
+    def start_from(self, table, *others):
+        self.table.weight.copy_(torch.tensor(table))
+        for layer in (*self.attention.dense, self.norm, self.head):
+            kernel, bias, *others = others
+            if layer is not self.norm:  # whose scale and offset begin as 1 and 0 on both sides
+                copy_dense(layer, kernel, bias)
 
 
 class NameModel(nn.Module):
@@ -55,12 +86,58 @@ class NameModel(nn.Module):
     def __init__(self, letters, classes):
         super().__init__()
         self.table = nn.Embedding(letters, 16)
-        nn.init.uniform_(self.table.weight, -0.05, 0.05)
         self.lstm = DPLSTM(16, 32, batch_first=True)
+        self.lstm.l0.hh.bias.requires_grad_(False)  # Keras has one bias in the place of two
         self.head = nn.Linear(32, classes)
 
     def forward(self, letters):
         return self.head(self.lstm(self.table(letters))[0][:, -1])
+
+    @torch.no_grad()
+    def start_from(self, table, kernel, recurrent_kernel, bias, *head):
+        self.table.weight.copy_(torch.tensor(table))
+        copy_dense(self.lstm.l0.ih, kernel, bias)
+        copy_dense(self.lstm.l0.hh, recurrent_kernel, np.zeros_like(bias))
+        copy_dense(self.head, *head)
+
+
+class Head(nn.Linear):
+    """The last layer of `examples/images.py`, on the bank of filters."""
+
+    @torch.no_grad()
+    def start_from(self, kernel, bias):
+        copy_dense(self, kernel, bias)
+
+
+class ConvolutionalModel(nn.Module):
+    """The small network of `examples/images.py`."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = nn.ModuleList([nn.Conv2d(1, 8, 5, 2), nn.Conv2d(8, 16, 3)])
+        self.head = nn.Linear(144, 10)
+
+    def forward(self, images):
+        x = images.permute(0, 3, 1, 2)  # colours before places
+        for convolve, padding in zip(self.convolutions, ((1, 2, 1, 2), (1, 1, 1, 1)), strict=True):
+            x = torch.tanh(convolve(nn.functional.pad(x, padding)))  # "same", as Keras has it
+            x = nn.functional.avg_pool2d(x, 2)
+        return self.head(x.permute(0, 2, 3, 1).flatten(1))
+
+    @torch.no_grad()
+    def start_from(self, *weights):
+        for layer in self.convolutions:
+            kernel, bias, *weights = weights
+            layer.weight.copy_(torch.tensor(kernel.transpose(3, 2, 0, 1)))
+            layer.bias.copy_(torch.tensor(bias))
+        copy_dense(self.head, *weights)
+
+
+def _budgets(example, recipe):
+    return {
+        epsilon: {"batch_size": b, "epochs": e, "rate": r, "norm": example.MAX_GRAD_NORM}
+        for epsilon, (b, e, r) in example.BUDGETS[recipe].items()
+    }
 
 
 def images(held_out):
@@ -68,25 +145,20 @@ def images(held_out):
 
     bank = example.build_bank()
     data = [(bank.predict(x, batch_size=500, verbose=0), y) for x, y in example.load_data(held_out)]
-    settings = {
-        epsilon: {"batch_size": b, "epochs": e, "rate": r, "norm": example.MAX_GRAD_NORM}
-        for epsilon, (b, e, r) in example.BUDGETS["bank"].items()
-    }
-
-    def make_model():
-        model = nn.Linear(data[0][0].shape[1], 10)
-        nn.init.zeros_(model.weight)
-        nn.init.zeros_(model.bias)
-        return model
-
-    return data, settings, make_model, _sgd
+    features = data[0][0].shape[1]
+    networks = (lambda: example.build_head(features), lambda: Head(features, 10))
+    return data, _budgets(example, "bank"), *networks
 
 
-def _sgd(parameters, rate):
-    return torch.optim.SGD(parameters, rate, momentum=0.9)
+def convolutions(held_out):
+    import images as example
+
+    settings = _budgets(example, "averaged")
+    networks = (lambda: example.build_network("small"), ConvolutionalModel)
+    return example.load_data(held_out), settings, *networks
 
 
-def _of(example, held_out, make_model):
+def _of(example, held_out, make_module):
     data = [part[:2] for part in example.load_data(held_out)]
     settings = {
         epsilon: {
@@ -97,7 +169,7 @@ def _of(example, held_out, make_model):
         }
         for epsilon, s in example.SETTINGS.items()
     }
-    return data, settings, make_model, _sgd
+    return data, settings, example.build_model, make_module
 
 
 def texts(held_out):
@@ -113,6 +185,24 @@ def names(held_out):
     return _of(example, held_out, lambda: NameModel(letters, classes))
 
 
+def start(build_model, make_module, x, seed):
+    """The network of the example in PyTorch, with the weights that it starts from for a seed."""
+    keras.utils.set_random_seed(seed)
+    model, module = build_model(), make_module()
+    module.start_from(*model.get_weights())
+    wanted = model.predict(x, verbose=0)
+    with torch.no_grad():
+        found = torch.softmax(module(as_tensor(x)), -1).numpy()[:, -wanted.shape[1] :]
+    if not np.allclose(found, wanted, atol=1e-5):
+        raise SystemExit(f"The two networks differ by {np.abs(found - wanted).max()}.")
+    return module
+
+
+def as_tensor(x):
+    x = torch.as_tensor(np.asarray(x))
+    return x if x.is_floating_point() else x.long()
+
+
 def noise_for(epsilon, num_examples, *, batch_size, epochs, **_):
     """The noise of keras_dp for this plan, so that both train with the same."""
     return calibrate_noise_multiplier(
@@ -124,23 +214,22 @@ def noise_for(epsilon, num_examples, *, batch_size, epochs, **_):
     )
 
 
-def train(model, make_optimizer, data, noise_multiplier, *, batch_size, epochs, rate, norm):
+def train(model, data, noise_multiplier, *, batch_size, epochs, rate, norm):
     """Trains in place, and leaves the weights averaged over the last steps."""
-    x, y = (torch.as_tensor(np.asarray(part)) for part in data)
-    x = x if x.is_floating_point() else x.long()
     loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(x, y.long()), batch_size=batch_size
+        torch.utils.data.TensorDataset(*map(as_tensor, data)), batch_size=batch_size
     )
     engine = opacus.PrivacyEngine()
+    trained = [p for p in model.parameters() if p.requires_grad]
     module, optimizer, loader = engine.make_private(
         module=model,
-        optimizer=make_optimizer(model.parameters(), rate),
+        optimizer=torch.optim.SGD(trained, rate, momentum=0.9),
         data_loader=loader,
         noise_multiplier=noise_multiplier,
         max_grad_norm=norm,
     )
     criterion = nn.CrossEntropyLoss()
-    average, weight = [torch.zeros_like(p) for p in model.parameters()], 0.0
+    average, weight = [torch.zeros_like(p) for p in trained], 0.0
     module.train()
     for _ in range(epochs):
         for rows, labels in loader:
@@ -148,39 +237,41 @@ def train(model, make_optimizer, data, noise_multiplier, *, batch_size, epochs, 
             criterion(module(rows), labels).backward()
             optimizer.step()
             with torch.no_grad():
-                for mean, p in zip(average, model.parameters(), strict=True):
+                for mean, p in zip(average, trained, strict=True):
                     mean.mul_(0.9).add_(p, alpha=0.1)
                 weight = 0.9 * weight + 0.1
     with torch.no_grad():
-        for mean, p in zip(average, model.parameters(), strict=True):
+        for mean, p in zip(average, trained, strict=True):
             p.copy_(mean / weight)
 
 
 def accuracy(model, data):
-    x, y = (torch.as_tensor(np.asarray(part)) for part in data)
+    x, y = map(as_tensor, data)
     model.eval()
     with torch.no_grad():
-        said = model(x if x.is_floating_point() else x.long()).argmax(-1)
-    return float((said == y).float().mean())
+        return float((model(x).argmax(-1) == y).float().mean())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("tutorial", choices=("images", "texts", "names"))
+    parser.add_argument("tutorial", choices=("images", "convolutions", "texts", "names"))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, help="of every budget (default: as the example)")
     parser.add_argument("--held-out", action="store_true")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    data, settings, make_model, make_optimizer = globals()[arguments.tutorial](arguments.held_out)
+    data, settings, *networks = globals()[arguments.tutorial](arguments.held_out)
+    if arguments.epochs is not None:
+        settings = {epsilon: s | {"epochs": arguments.epochs} for epsilon, s in settings.items()}
     print(f"Opacus {opacus.__version__}, PyTorch {torch.__version__}")
     print("epsilon    mean  standard error   each seed")
     for epsilon, of_budget in settings.items():
         scores, noise = [], noise_for(epsilon, len(data[0][1]), **of_budget)
         for seed in range(arguments.seeds):
+            model = start(*networks, data[1][0][:50], seed)
             torch.manual_seed(seed)
-            model = make_model()
-            train(model, make_optimizer, data[0], noise, **of_budget)
+            train(model, data[0], noise, **of_budget)
             scores.append(accuracy(model, data[1]))
         error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
         each = " ".join(f"{score:6.1%}" for score in scores)

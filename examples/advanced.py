@@ -81,7 +81,7 @@ def main():
     options = parser.parse_args()
     train_data, test_data = load_data()
 
-    print("way                    noise     epsilon  test accuracy  seconds")
+    print("way                            noise  epsilon  test accuracy  seconds")
     monitor = None
     for name, (arguments, policy) in ways(3 * options.epochs).items():
         if options.ways and name.split()[0] not in options.ways:

@@ -85,7 +85,7 @@ def train(options):
         batch_size=512,  # of all workers together
         epochs=options.epochs,
         callbacks=callbacks,
-        verbose=2 if chief else 0,
+        verbose=0,
     )
     if chief:
         probabilities = model(x_test).numpy()

@@ -114,9 +114,11 @@ def load_data(held_out=False, most=3_000):
 
 def build_model():
     tokens = keras.Input((LENGTH,), dtype="int32")
-    # Tokens 0 are masked: attention and the mean leave them out.
+    # Tokens 0 are masked: attention and the mean leave them out. A plain `x + y` forgets the
+    # mask; the layer Add keeps it.
     x = layers.Embedding(VOCABULARY, WIDTH, mask_zero=True)(tokens)
-    x = layers.LayerNormalization()(x + layers.MultiHeadAttention(2, WIDTH // 2)(x, x))
+    x = layers.Add()([x, layers.MultiHeadAttention(2, WIDTH // 2)(x, x)])
+    x = layers.LayerNormalization()(x)
     x = layers.GlobalAveragePooling1D()(x)
     return keras.Model(tokens, layers.Dense(1, activation="sigmoid")(x))
 

@@ -8,6 +8,7 @@ import cases
 import keras
 import pytest
 import tensorflow as tf
+from scripts import run_example  # noqa: F401 (a fixture)
 
 # Four devices, for tests of several replicas: TensorFlow takes no more once it has begun.
 tf.config.set_logical_device_configuration(
