@@ -6,30 +6,24 @@ All of it stands here, so that a new version of Keras is checked in one place.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import math
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
-from keras import ops, tree
+from keras import tree
 from keras.src.backend import compute_output_spec
 from keras.src.backend import core as backend_core
 from keras.src.backend.common import global_state
-from keras.src.losses import loss as loss_module
-from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.models.functional import Functional
 from keras.src.random.seed_generator import global_seed_generator
-from keras.src.trainers.compile_utils import CompileLoss
 from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
 from keras.src.trainers.data_adapters.tf_dataset_adapter import make_class_weight_map_fn
 from keras.src.utils.io_utils import print_msg
 
 __all__ = [
-    "LossFunction",
     "all_layers",
     "applied_as_they_are",
     "as_int",
@@ -40,21 +34,13 @@ __all__ = [
     "call_of",
     "can_convert_arrays",
     "code_from_outside",
-    "compile_loss_of",
     "drawing_as_here",
     "innermost",
     "is_keras_layer",
-    "is_one_tensor",
-    "is_plain_loss",
     "layers_with_lora",
     "layers_with_losses",
     "logits_of",
     "lora_matched_nothing",
-    "loss_functions_of",
-    "loss_of",
-    "loss_tracker_of",
-    "losses_are_of_keras",
-    "losses_unscaled",
     "made_in_scope_of",
     "mask_of",
     "output_spec_of",
@@ -205,7 +191,7 @@ def _described(value: Any) -> Any:
     if inspect.isroutine(value):
         return value.__module__, value.__qualname__
     if isinstance(value, _PARTS):
-        return type(value)  # what a layer inside does is told apart by itself
+        return type(value)  # a layer inside is looked at by itself
     if keras.ops.is_tensor(value) and hasattr(value, "numpy") and math.prod(value.shape) < 2**16:
         return value.numpy().tolist()
     if value is None or isinstance(value, (bool, int, float, str, keras.DTypePolicy)):
@@ -284,15 +270,6 @@ def takes_training_argument(model: keras.Model) -> bool:
     return model._call_has_training_arg
 
 
-def loss_of(
-    model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any, *, training: bool
-) -> Any:
-    """The model's total loss, by its own `compute_loss`."""
-    return model._compute_loss(
-        x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
-    )
-
-
 def code_from_outside(model: keras.Model) -> list[str]:
     """The layers, losses and metrics of a model whose Python code isn't that of Keras."""
     compiled = [
@@ -320,75 +297,6 @@ def _name_of(part: Any) -> str:
     return f"'{name}' ({kind})" if name and kind else f"'{name}'" if name else kind
 
 
-def compile_loss_of(model: keras.Model) -> CompileLoss | None:
-    return model._compile_loss
-
-
-@dataclasses.dataclass(frozen=True)
-class LossFunction:
-    """One of the losses given to `compile`.
-
-    Attributes:
-        function: What it computes with; `None` where that isn't all that it does.
-        settings: The arguments of that function.
-        reduction: How it reduces over a batch.
-        weight: What the loss is multiplied with, or `None`.
-        unreduced: From targets and predictions to what would be reduced.
-    """
-
-    function: Any
-    settings: dict[str, Any]
-    reduction: str | None
-    weight: Any
-    unreduced: Callable[[Any, Any], Any]
-
-
-def loss_functions_of(loss: CompileLoss) -> list[LossFunction]:
-    """The losses of each output, as far as they are functions that Keras has wrapped."""
-    found = []
-    for entry in loss._flat_losses or ():
-        one = entry.loss
-        plain = (
-            isinstance(one, LossFunctionWrapper)
-            and type(one).call is LossFunctionWrapper.call
-            and type(one).__call__ is keras.losses.Loss.__call__
-        )
-        function, settings = (one.fn, one._fn_kwargs) if plain else (None, {})
-        reduction, unreduced = getattr(one, "reduction", None), functools.partial(_unreduced, one)
-        found.append(LossFunction(function, settings, reduction, entry.loss_weights, unreduced))
-    return found
-
-
-def _unreduced(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> Any:
-    given = (ops.convert_to_tensor(t, dtype=loss.dtype) for t in (y_true, y_pred))
-    return loss.call(*given)
-
-
-def is_plain_loss(model: keras.Model) -> bool:
-    """Whether what the model computes as its loss is just that it was compiled with."""
-    if type(model).compute_loss is not keras.Model.compute_loss:
-        return False
-    return type(model._compile_loss) is CompileLoss and "compute_loss" not in vars(model)
-
-
-def is_one_tensor(structure: Any) -> bool:
-    """Whether it is no structure of tensors, nor `None`."""
-    return structure is not None and not tree.is_nested(structure)
-
-
-def losses_are_of_keras(model: keras.Model) -> bool:
-    """Whether each loss that a model was compiled with is one of Keras' own."""
-    if type(model).compute_loss is not keras.Model.compute_loss:
-        return False
-    loss = getattr(model._compile_loss, "_user_loss", None)
-    modules = [getattr(part, "__module__", "") or "" for part in tree.flatten(loss)]
-    named = [isinstance(part, str) for part in tree.flatten(loss)]
-    return bool(modules) and all(
-        of_name or module.partition(".")[0] == "keras"
-        for of_name, module in zip(named, modules, strict=True)
-    )
-
-
 def takes_numbers(layer: keras.Layer) -> bool:
     """Whether a layer is one of Keras' own that makes tensors of numbers of what it is given."""
     return is_keras_layer(layer) and bool(layer._convert_input_args) and bool(layer.autocast)
@@ -397,10 +305,6 @@ def takes_numbers(layer: keras.Layer) -> bool:
 def print_message(text: str) -> None:
     """Prints a line as Keras prints its own: to where `keras.config` says."""
     print_msg(text)
-
-
-def loss_tracker_of(model: keras.Model) -> keras.metrics.Metric:
-    return model._loss_tracker
 
 
 def output_spec_of(model: keras.Model, x: Any) -> Any:
@@ -494,35 +398,6 @@ def resumed_epoch(model: keras.Model) -> int | None:
 
 
 # -- several replicas ------------------------------------------------------------------------
-
-_unscaled = threading.local()  # `losses`: whether this thread computes examples' own losses
-
-
-@contextlib.contextmanager
-def losses_unscaled() -> Iterator[None]:
-    """Has losses be what they are, also on one of several replicas.
-
-    There Keras divides some losses, those that it reduces by a mean, by the number of replicas.
-    """
-    for name in ("scale_loss_for_distribution", "unscale_loss_for_distribution"):
-        scale = getattr(loss_module, name)
-        if not hasattr(scale, "_keras_dp"):
-            setattr(loss_module, name, _unless_unscaled(scale))
-    before = getattr(_unscaled, "losses", False)
-    _unscaled.losses = True
-    try:
-        yield
-    finally:
-        _unscaled.losses = before
-
-
-def _unless_unscaled(scale: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    @functools.wraps(scale)
-    def scaled(value: Any) -> Any:
-        return value if getattr(_unscaled, "losses", False) else scale(value)
-
-    scaled._keras_dp = True  # type: ignore[attr-defined]
-    return scaled
 
 
 @contextlib.contextmanager

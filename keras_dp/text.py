@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from . import keras_private
+from . import keras_losses, keras_private
 
 __all__ = ["require_numbers"]
 
@@ -25,7 +25,7 @@ def require_numbers(model: keras.Model, specs: tuple[Any, ...]) -> None:
     x, y, weights = (*specs, None, None)[:3]
     if any(map(_is_text, tree.flatten(weights))):
         raise ValueError("`sample_weight` holds text. Give one number for each example.")
-    if any(map(_is_text, tree.flatten(y))) and keras_private.losses_are_of_keras(model):
+    if any(map(_is_text, tree.flatten(y))) and keras_losses.losses_are_of_keras(model):
         raise ValueError(
             "`y` holds text, and the loss needs numbers. Number the classes first: "
             "`classes, y = np.unique(labels, return_inverse=True)`; classes[i] is then the label "

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_dp import keras_private
+from keras_dp import keras_losses, keras_private
 from keras_dp.gradients import known_losses
 
 pytestmark = pytest.mark.fast
@@ -31,10 +31,10 @@ def both(model, y, prediction, weight=None):
     """What `of_rows` finds, and the model's own loss of each row alone; with its gradient."""
     prediction = ops.convert_to_tensor(prediction)
     weight = None if weight is None else ops.convert_to_tensor(weight)
-    keras_private.loss_of(model, None, y, prediction, None, training=True)  # builds it
+    keras_losses.loss_of(model, None, y, prediction, None, training=True)  # builds it
     found = known_losses.of_rows(model, ops.convert_to_tensor(y), prediction, weight)
     alone = [
-        keras_private.loss_of(
+        keras_losses.loss_of(
             model,
             None,
             y[k : k + 1],
@@ -148,7 +148,7 @@ def test_rule_19_what_is_not_known_is_left_to_single_rows(loss, targets, outputs
     weight = None if weights is None else ops.convert_to_tensor(made_up(weights))
     if isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
         y = ops.convert_to_tensor(np.arange(ROWS) % 2)
-    keras_private.loss_of(model, None, y, prediction, None, training=True)  # builds it
+    keras_losses.loss_of(model, None, y, prediction, None, training=True)  # builds it
     assert known_losses.of_rows(model, y, prediction, weight) is None
 
 
@@ -156,7 +156,7 @@ def test_rule_19_a_loss_of_your_own_model_is_left_to_single_rows():
     model = OwnLoss([keras.Input((3,)), keras.layers.Identity()])
     model.compile(loss="mse")
     y = ops.convert_to_tensor(made_up((ROWS, 3)))
-    keras_private.loss_of(model, None, y, y, None, training=True)
+    keras_losses.loss_of(model, None, y, y, None, training=True)
     assert known_losses.of_rows(model, y, y, None) is None
     del OwnLoss.compute_loss
     assert known_losses.of_rows(model, y, y, None) is not None
@@ -165,7 +165,7 @@ def test_rule_19_a_loss_of_your_own_model_is_left_to_single_rows():
 def test_rule_19_masked_predictions_are_left_to_single_rows():
     model = compiled("mse", (ROWS, 5, 3))
     y = ops.convert_to_tensor(made_up((ROWS, 5, 3)))
-    keras_private.loss_of(model, None, y, y, None, training=True)
+    keras_losses.loss_of(model, None, y, y, None, training=True)
     assert known_losses.of_rows(model, y, y, None) is not None
     prediction = ops.copy(y)
     keras_private.set_mask(prediction, ops.ones((ROWS, 5), "bool"))

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from .. import accounting, arguments, keras_private
+from .. import accounting, arguments, keras_losses, keras_private
 from ..optimizers import DPOptimizer
 from ..sampling import PoissonDataset, as_arrays, codes_of, common_length
 from .arguments import check_confidence, whole
@@ -244,7 +244,7 @@ def _whose(
 
 def _minus_loss(model: keras.Model, x: Any, y: Any) -> np.ndarray:
     """Minus the compiled loss of each example alone, in inference."""
-    loss = keras_private.compile_loss_of(model)
+    loss = keras_losses.compile_loss_of(model)
     if loss is None or y is None:
         raise ValueError(
             f"The model '{model.name}' has no compiled loss of targets to tell canaries by. Pass "

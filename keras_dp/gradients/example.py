@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from .. import arithmetic, backend, keras_private
+from .. import arithmetic, backend, keras_losses, keras_private
 from ..errors import PrivacyError
 from . import known_losses
 from .scaling import LossScale
@@ -238,7 +238,7 @@ class ExampleLoss:
         metrics = list(self.model.metrics_variables)
         alone = self._batch_of(data, of_one_example=True)
         before = [scope.get_current_value(v) for v in metrics]
-        loss = keras_private.loss_of(
+        loss = keras_losses.loss_of(
             self.model, alone.x, alone.y, outputs, alone.sample_weight, training=True
         )
         after = [scope.get_current_value(v) for v in metrics]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-from keras import losses, ops
+from keras import losses, ops, tree
 
-from .. import arithmetic, keras_private
+from .. import arithmetic, keras_losses, keras_private
 
 __all__ = ["is_known", "of_rows"]
 
@@ -36,7 +36,7 @@ _OF_ROWS = (
 )
 
 
-def is_known(model: keras.Model, loss: keras_private.LossFunction) -> bool:
+def is_known(model: keras.Model, loss: keras_losses.LossFunction) -> bool:
     """Whether it is known of a loss that each example's part of it is its own."""
     if loss.reduction not in ("sum_over_batch_size", "sum", "mean"):
         return False
@@ -61,13 +61,13 @@ def of_rows(model: keras.Model, y: Any, prediction: Any, sample_weight: Any) -> 
         The losses; `None` where it isn't known of them that no row sees another. Then each row
         must be computed alone.
     """
-    if not keras_private.is_plain_loss(model):
+    if not keras_losses.is_plain_loss(model):
         return None
-    functions = keras_private.loss_functions_of(keras_private.compile_loss_of(model))
+    functions = keras_losses.loss_functions_of(keras_losses.compile_loss_of(model))
     if len(functions) != 1 or not is_known(model, functions[0]):
         return None
     (one,) = functions
-    if not all(keras_private.is_one_tensor(t) for t in (y, prediction)):
+    if any(t is None or tree.is_nested(t) for t in (y, prediction)):
         return None
     if not _go_together(one.function, y.shape, prediction.shape):
         return None
@@ -78,7 +78,7 @@ def of_rows(model: keras.Model, y: Any, prediction: Any, sample_weight: Any) -> 
         return None
     weights = None
     if sample_weight is not None:
-        if not keras_private.is_one_tensor(sample_weight):
+        if tree.is_nested(sample_weight):
             return None
         weights = ops.cast(sample_weight, values.dtype)
         if len(weights.shape) == len(values.shape):

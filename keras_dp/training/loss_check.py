@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from .. import keras_private
+from .. import keras_losses, keras_private
 from ..errors import PrivacyError, first_line
 from ..gradients import Batch, known_losses
 
@@ -28,10 +28,10 @@ def require_loss_apart(model: keras.Model, batch: Batch) -> None:
     Raises:
         PrivacyError: If it does.
     """
-    loss = keras_private.compile_loss_of(model)
+    loss = keras_losses.compile_loss_of(model)
     if loss is None or loss in _checked_losses or batch.y is None:
         return
-    functions = keras_private.loss_functions_of(loss)
+    functions = keras_losses.loss_functions_of(loss)
     if functions and all(known_losses.is_known(model, one) for one in functions):
         _checked_losses.add(loss)
         return

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from .. import backend, keras_private
+from .. import backend, keras_losses, keras_private
 from ..gradients import ExampleLoss
 from .mechanism import Clipped, StepValues
 from .step import (
@@ -67,7 +67,7 @@ def replicated_train_step(
 
     def share(number: Any, data: Any) -> tuple[list[Any], Any, Any, Any, Any]:
         draw_as_here()
-        with keras_private.losses_unscaled():
+        with keras_losses.losses_unscaled():
             batch, present = batch_of(data)
             example_loss = ExampleLoss(model, variables, batch)
             seeds_of = functools.partial(

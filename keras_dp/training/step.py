@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from .. import arithmetic, backend, keras_private
+from .. import arithmetic, backend, keras_losses, keras_private
 from ..compatibility import require_trainable_privately
 from ..errors import PrivacyError
 from ..gradients import (
@@ -329,7 +329,7 @@ def _updated(model: keras.Model, shown: Shown) -> tuple[dict[str, Any], list[tup
     by_engine = {id(v) for v, _ in outcome.metric_updates}
     loss = arithmetic.mean_over(outcome.losses, shown.real)
     loss = loss + ops.cast(shown.penalty, loss.dtype)
-    tracker = keras_private.loss_tracker_of(model)
+    tracker = keras_losses.loss_tracker_of(model)
     with keras.StatelessScope() as scope:
         if not any(id(v) in by_engine for v in tracker.variables):
             tracker.update_state(loss, sample_weight=ops.cast(rows, "float32"))
