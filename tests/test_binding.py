@@ -84,6 +84,7 @@ def test_several_inputs_and_outputs_train_privately():
     assert is_private(model, [x, x[::-1]], [y, -y])
 
 
+@pytest.mark.thorough
 def test_an_unbuilt_sequential_model_trains_privately():
     model = keras.Sequential([keras.layers.Dense(3, activation="tanh"), keras.layers.Dense(1)])
     model.compile(tiny.sgd(), loss="mse")
@@ -193,6 +194,7 @@ def test_a_copy_trains_privately_and_remembers_what_was_spent(how, make, tmp_pat
     assert (again.optimizer.ledger.steps, model.optimizer.ledger.steps) == (8, 4)
 
 
+@pytest.mark.thorough
 def test_a_clone_trains_privately_from_the_beginning():
     model = tiny.compiled()
     x, y = tiny.data()
@@ -250,6 +252,7 @@ def test_rule_01_a_class_that_overrides_the_training_is_refused(method):
     model.compile("sgd", loss="mse")  # without privacy, Keras lets it
 
 
+@pytest.mark.thorough
 def test_an_overridden_compute_loss_trains_privately():
     class Own(Subclassed):
         def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):

@@ -46,6 +46,7 @@ THOROUGH = {
     "docs/custom-loops.md",
     "docs/data.md",
     "docs/fine-tuning.md",
+    "docs/guide.md",
     "docs/monitor.md",
     "docs/moving.md",
     "docs/people.md",

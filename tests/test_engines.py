@@ -340,8 +340,8 @@ def test_a_chunked_sum_adds_sums_and_joins_the_rest_in_order(in_graph):
 @pytest.mark.parametrize(
     ("gradients", "mode"),
     [
-        ("ghost", {"jit_compile": True}),
         ("ghost", {}),
+        ("ghost", {"jit_compile": True}),
         ("vectorized", {}),
         ("ghost", {"run_eagerly": True}),
         ("loop", {}),

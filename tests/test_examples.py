@@ -92,6 +92,7 @@ def test_knobs_prints_the_epsilon_of_what_was_trained_and_draws_a_picture(run_ex
     assert is_picture(tmp_path / "knobs.png")
 
 
+@pytest.mark.thorough
 def test_digits_at_epsilon_3_are_recognised_as_well_as_promised(monkeypatch):
     """One model of those whose mean is 94 %, standard deviation 0.7 %: six below is a fault."""
     monkeypatch.syspath_prepend(str(EXAMPLES))

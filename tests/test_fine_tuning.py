@@ -527,6 +527,7 @@ def test_the_example_noises_what_it_trains_and_nothing_else(run_example):
     assert 0.98 < epsilon <= 1
 
 
+@pytest.mark.thorough
 def test_the_example_with_keras_hub_noises_what_it_trains_and_nothing_else(run_example):
     [(trained, of_all, noised, epsilon, _)] = run_example("--hub", "--epochs", "1").values()
     assert noised == trained < of_all

@@ -245,6 +245,7 @@ def test_validation_data_is_evaluated_as_ever_and_never_trained_on():
     ids=str,
 )
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_validation_batches_are_of_the_training_batch_size(arguments, batches):
     counted = []
     callback = keras.callbacks.LambdaCallback()
@@ -312,6 +313,7 @@ def test_metrics_and_loss_count_real_examples_only():
     assert history["mse"] == pytest.approx([4.0, 4.0])
 
 
+@pytest.mark.thorough
 def test_the_progress_bar_counts_the_steps_of_an_epoch(capsys):
     model = tiny.compiled()
     model.fit(X, Y, batch_size=16, epochs=2, verbose=1)

@@ -1048,6 +1048,7 @@ def test_the_example_of_register_rule_works(own_rules, monkeypatch):
     require_exact(model, x)
 
 
+@pytest.mark.thorough
 def test_a_rule_may_give_outer_products(own_rules, monkeypatch):
     class Linear(Square):
         def call(self, x):

@@ -320,7 +320,6 @@ EVERY_TIME = {
     "Normalization",
     "BatchNormalization frozen",
     "Activations",
-    "SimpleRNN after Masking",
     "LSTM masked",
     "RNN of stacked cells",
     "MultiHeadAttention masked",
@@ -337,7 +336,7 @@ CASES = [
     for name in LAYERS
 ]
 CASES += some([(name, "xla") for name in list(LAYERS)[1::4]], 8)
-CASES += some([(name, "eager") for name in list(LAYERS)[::4]], 4)
+CASES += some([(name, "eager") for name in list(LAYERS)[::4]], 8)
 
 
 @pytest.mark.parametrize(("name", "mode"), CASES)

@@ -577,6 +577,7 @@ def test_a_model_with_dropout_trains_with_the_ghost_engine():
     assert np.all(np.isfinite(history.history["loss"]))
 
 
+@pytest.mark.thorough
 def test_dropout_of_one_example_is_that_of_a_loop_with_the_same_seeds():
     one = dataclasses.replace(DROPPING, x=DROPPING.x[:1], y=DROPPING.y[:1])
     updates = {}

@@ -414,6 +414,7 @@ def test_the_noise_on_the_share_is_what_it_is_said_to_be():
 
 
 @pytest.mark.parametrize(("private", "factor"), [(True, (4 / 3) ** 0.5), (False, 1.0)])
+@pytest.mark.one_in(2)
 def test_the_noise_on_the_sum_grows_by_the_stated_factor(private, factor):
     width, batch_size = 4000, 4
     model = keras.Sequential([keras.Input((width,)), layers.Dense(1, use_bias=False)])

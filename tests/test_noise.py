@@ -343,6 +343,7 @@ def test_seeded_noise_still_differs_from_step_to_step():
     assert unrelated(first, second)
 
 
+@pytest.mark.thorough
 def test_unseeded_noise_is_not_marked():
     model = noise_model()
     one_epoch(model)

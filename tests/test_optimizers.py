@@ -168,6 +168,7 @@ def test_a_schedule_advances_once_per_step_and_the_rate_cannot_be_set():
         optimizer.learning_rate = 0.1
 
 
+@pytest.mark.thorough
 def test_learning_rate_scheduler_callback_sets_the_rate():
     model = tiny.compiled(tiny.sgd(0.5))
     callback = keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.5 * rate)

@@ -322,6 +322,7 @@ def test_grouped_convolution_with_lora(mode):
         ((9, 3), 3, "_written_out"),
     ],
 )
+@pytest.mark.one_in(2)
 def test_a_convolution_takes_the_smaller_of_two_ways_to_its_norms(shape, filters, way):
     x = normal(*shape)
     layer = CONVOLUTIONS[len(shape) - 1][0](filters, 2)
@@ -964,7 +965,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(9)
 def test_sizes_known_only_when_the_step_runs(name):
     model, x = UNKNOWN[name]()
     disturb(model)

@@ -411,6 +411,7 @@ def test_inputs_targets_and_weights_stay_together(kind, form):
 
 
 @pytest.mark.parametrize("form", ["dict", "list", "frame", "tensor"])
+@pytest.mark.one_in(2)
 def test_fit_takes_every_form_of_data(form):
     give, _ = FORMS[form]
     inputs = {name: keras.Input((1,), name=name) for name in "uv"}

@@ -147,6 +147,7 @@ class Crash(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.thorough
 def test_rule_06_backup_and_restore_goes_on_in_a_fresh_process(tmp_path):
     folder = tmp_path / "backup"
     with pytest.raises(KeyboardInterrupt):

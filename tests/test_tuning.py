@@ -430,6 +430,7 @@ def test_rule_13_the_statement_of_a_chosen_model_counts_and_names_the_choice(sel
     assert report.epsilon_if_shuffled["pld"] > wanted
 
 
+@pytest.mark.thorough
 def test_training_on_after_the_choice_is_added():
     selected = chosen()
     model = selected.model

@@ -165,6 +165,7 @@ class TestTheLossOfALanguageModel:
         return lora
 
     @pytest.mark.filterwarnings("ignore::keras_dp.PrivacyWarning")
+    @pytest.mark.thorough
     def test_padded_texts_move_the_weights_as_if_they_had_never_been_padded(self, lora):
         model = lora.build_model(vocabulary_size=12, length=6, width=8, num_layers=1)
         model.backbone.enable_lora(rank=2)

@@ -480,6 +480,7 @@ def test_the_statement_speaks_of_people():
     ],
 )
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_people_go_with_whatever_else_a_fit_may_have(case):
     random = np.random.default_rng(0)
     x, y = random.normal(size=(60, 4)), random.integers(0, 2, 60)
