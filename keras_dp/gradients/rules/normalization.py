@@ -22,7 +22,7 @@ def normalization(unit: Unit, inputs: Any) -> Any:
     weights = getattr(layer, "gamma", None), getattr(layer, "beta", None)
     if getattr(layer, "rms_scaling", False):
         return _scale_and_shift(unit, inputs, *weights)
-    without = {"scale": False, "center": False}
+    without: dict[str, Any] = {"scale": False, "center": False}
     if isinstance(layer, layers.LayerNormalization):
         without |= {"gamma": None, "beta": None}
     return _scale_and_shift(unit, inputs, *weights, unit.call_with(without, inputs))
