@@ -481,7 +481,13 @@ def exactness(name):
     If it is more than 1e-5: the same in float64, and how far float32 is off float64
     one example at a time.
     """
-    exact = clipped_by_both(name)
+    keras.utils.set_random_seed(0)
+    model, x, y, loss = without_rates(name)
+    random = np.random.default_rng(0)
+    for weight in model.trainable_variables:  # no zeros, at which a fault may not show
+        weight.assign(weight + 0.05 * random.normal(size=weight.shape))
+    x, y = keras.tree.map_structure(lambda t: t[:3], (x, y))
+    exact = summed_by_both(model, x, y, loss)
     off = difference(*exact)
     if off <= EXACT:
         return off, None
@@ -489,28 +495,35 @@ def exactness(name):
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
     try:
-        double = clipped_by_both(name)
+        again, _, _, loss = without_rates(name)
+        again.set_weights(model.get_weights())
+        x, y = keras.tree.map_structure(in_float64, (x, y))
+        double = summed_by_both(again, x, y, loss)
     finally:
         keras.config.set_floatx("float32")
         keras.config.set_dtype_policy(policy)
     return off, [difference(*double), difference(exact[1], double[1])]
 
 
-def clipped_by_both(name):
-    """Weighted sums and norms of three examples: by the engine that is used, one at a time."""
-    keras.utils.set_random_seed(0)
+def in_float64(array):
+    return array.astype("float64") if array.dtype.kind == "f" else array
+
+
+def without_rates(name):
+    """A model that drops nothing at random: an engine draws otherwise for a whole batch."""
     model, x, y, loss = MODELS[name]()
     if keras_dp.check_model(model):
         model = keras_dp.fix_model(model)
     for layer in model._flatten_layers():
         for rate in ("rate", "drop_path_rate"):
             if isinstance(getattr(layer, rate, None), float):
-                setattr(layer, rate, 0.0)  # which draws otherwise for a whole batch
-    random = np.random.default_rng(0)
-    for weight in model.trainable_variables:  # no zeros, at which a fault may not show
-        weight.assign(weight + 0.05 * random.normal(size=weight.shape))
+                setattr(layer, rate, 0.0)
+    return model, x, y, loss
+
+
+def summed_by_both(model, x, y, loss):
+    """Weighted sums and norms of examples: by the engine that is used, and one at a time."""
     model.compile("sgd", loss=loss)
-    x, y = keras.tree.map_structure(lambda t: t[:3], (x, y))
     batch = Batch(x, y)
     batch = batch.with_leaves(backend.as_tensors(batch.leaves()))
     keras_private.build_from_batch(model, batch.x, batch.y, None)

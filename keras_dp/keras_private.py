@@ -158,6 +158,10 @@ def _own_settings_of(layer: keras.Layer, *, order: bool) -> Any:
             others = repr([(name, _described(attributes[name])) for name in names])
         except TypeError:
             return None
+        try:
+            config = _described(config)
+        except TypeError:
+            config = None  # it has objects, which attributes have, too
     return cls, repr(config), others, layer.compute_dtype
 
 

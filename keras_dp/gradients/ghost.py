@@ -14,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +25,7 @@ import numpy as np
 from keras import ops
 
 from .. import arithmetic, backend, keras_private
+from ..errors import first_line
 from . import mapped
 from .capture import Apart, Capture, NotPossible, Plan, named, patching
 from .example import ExampleLoss
@@ -33,6 +36,9 @@ from .scaling import loss_scales, scaled_rows
 from .users import Users
 
 __all__ = ["GhostEngine", "NotPossible", "Plan", "Replanned", "named"]
+
+logger = logging.getLogger("keras_dp")
+_said: weakref.WeakSet[Any] = weakref.WeakSet()  # models whose loss is known to be looped
 
 
 class Replanned(Exception):
@@ -239,6 +245,7 @@ class GhostEngine:
                 weights,
                 leaves,
                 flat,
+                on_looped=self._say_loss_is_looped,
             )
         of_penalties = [ops.ones_like(p) for p in penalties]
         scales = None
@@ -250,6 +257,19 @@ class GhostEngine:
         for p in penalties:
             losses = losses + ops.cast(p, losses.dtype)
         return _Backward(losses, of_weights, upstream, updates, of_penalties, scales)
+
+    def _say_loss_is_looped(self, error: Exception) -> None:
+        """Says once for each model that its loss, and that alone, takes one example at a time."""
+        model = self.example_loss.model
+        if model not in _said:
+            _said.add(model)
+            logger.warning(
+                "The loss of the model '%s' can't be vectorized over the examples (%s); it is "
+                "computed one example at a time: the same numbers, more slowly. All else goes "
+                "through the batch at once.",
+                model.name,
+                first_line(error),
+            )
 
     # -- on made-up examples ------------------------------------------------------------------
 

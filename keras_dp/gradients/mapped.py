@@ -89,6 +89,8 @@ def map_loss(
     weights: list[Any],
     leaves: list[Any],
     predictions: list[Any],
+    *,
+    on_looped: Callable[[Exception], None] = lambda error: None,
 ) -> tuple[Any, list[bool], list[Any], list[Any]]:
     """Each example's loss from the model's predictions for it.
 
@@ -97,6 +99,7 @@ def map_loss(
         weights: Values of the weights, which a loss shouldn't need.
         leaves: The examples' tensors, each (rows, ...).
         predictions: What the model returned for them, each (rows, ...).
+        on_looped: Is given why the loss is computed one example at a time, if it is.
 
     Returns:
         Losses; whether they need each of the weights after all; the gradient of
@@ -115,7 +118,8 @@ def map_loss(
         reached[:] = [g is not None for g in found]
         return at_least_float32(loss), [g for g in found if g is not None], extra
 
-    losses, found, extra = _vectorized_or_looped(example, (list(leaves), list(predictions)))
+    both = list(leaves), list(predictions)
+    losses, found, extra = _vectorized_or_looped(example, both, on_looped)
     gradients = iter(found)
     of_weights, of_predictions = reached[: len(weights)], iter(reached[len(weights) :])
     upstream = [
@@ -148,13 +152,16 @@ def losses_at_once(
     return at_least_float32(losses), [None if g is None else backend.dense(g) for g in gradients]
 
 
-def _vectorized_or_looped(function: Callable[[Any], Any], mapped: Any) -> Any:
+def _vectorized_or_looped(
+    function: Callable[[Any], Any], mapped: Any, on_looped: Callable[[Exception], None]
+) -> Any:
     """`map_rows`, or one row after the other where it can't be: as with Keras' CTC loss."""
     try:
         return backend.map_rows(function, mapped)
     except PrivacyError:
         raise
-    except Exception:
+    except Exception as error:
+        on_looped(error)
         structure: list[Any] = []
 
         def one(index: Any) -> Any:

@@ -7,11 +7,14 @@ that computes something else is found out when it is tried, before training.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from keras import ops
 
 from ... import backend
+from ..forms import OuterProducts
+from .dense import positions_of
 from .registry import NoRule, Unit, register_rule_by_name, summed_like
 
 
@@ -67,3 +70,50 @@ def position_embedding(unit: Unit, inputs: Any, start_index: Any = 0, positions:
         return [(layer.position_embeddings, whole)]
 
     return outputs, gradients
+
+
+@register_rule_by_name("T5MultiHeadAttention")
+def t5_attention(unit: Unit, hidden_states: Any, **kwargs: Any) -> Any:
+    """Four products; and biases that queries and keys look up by how far they are apart.
+
+    These are the same for all examples, so each is given a copy. Which row of the table each
+    pair has is what a table of row numbers gives for it.
+    """
+    layer = unit.layer
+    names = ("query_projector", "key_projector", "value_projector", "output_projector")
+    dense = {name: getattr(layer, name) for name in names}
+    if any(d.use_bias or d.lora_enabled or d.quantization_mode for d in dense.values()):
+        raise NoRule("its products are no plain ones")
+    if kwargs.get("cache") is not None:
+        raise NoRule("it has a cache")
+    uses: list[tuple[Any, Callable[[Any], Any]]] = []  # a weight, and its gradients
+
+    def multiplies(d: Any) -> Callable[[Any], Any]:
+        def call(x: Any) -> Any:
+            uses.append((d.kernel, lambda g: OuterProducts(positions_of(x), positions_of(g))))
+            return unit.watch(d(x))
+
+        return call
+
+    def compute_bias(*lengths: Any, **more: Any) -> Any:
+        table = layer.relative_attention_bias
+        values = layer.compute_bias(*lengths, **more)
+        numbers = ops.broadcast_to(ops.arange(table.shape[0])[:, None], table.shape)
+        with unit.replaced([(table, ops.cast(numbers, table.dtype))]):
+            rows = ops.cast(layer.compute_bias(*lengths, **more)[0, 0], "int32")
+
+        def gradients(g: Any) -> Any:
+            hot = ops.one_hot(rows, table.shape[0], dtype=g.dtype)
+            return ops.einsum("qkv,bhqk->bvh", hot, g)
+
+        uses.append((table, gradients))
+        copies = (ops.shape(hidden_states)[0], *ops.shape(values)[1:])
+        return unit.watch(ops.broadcast_to(values, copies))
+
+    others: dict[str, Any] = {name: multiplies(d) for name, d in dense.items()}
+    outputs = unit.call_with({**others, "compute_bias": compute_bias}, hidden_states, **kwargs)
+
+    def of_all(*upstream: Any) -> list[tuple[Any, Any]]:
+        return [(w, gradients(g)) for (w, gradients), g in zip(uses, upstream, strict=True)]
+
+    return outputs, of_all
