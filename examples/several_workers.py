@@ -48,6 +48,7 @@ def train(options):
 
     import keras_dp
 
+    tf.get_logger().setLevel("ERROR")  # no warning for each variable that is made
     strategy = tf.distribute.MultiWorkerMirroredStrategy()  # before anything else of TensorFlow
     chief = strategy.cluster_resolver.task_id == 0
 
