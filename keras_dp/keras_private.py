@@ -50,6 +50,7 @@ __all__ = [
     "lora_matched_nothing",
     "loss_functions_of",
     "loss_of",
+    "loss_settings_of",
     "loss_tracker_of",
     "losses_are_of_keras",
     "losses_unscaled",
@@ -367,6 +368,17 @@ def losses_are_of_keras(model: keras.Model) -> bool:
         of_name or module.partition(".")[0] == "keras"
         for of_name, module in zip(named, modules, strict=True)
     )
+
+
+def loss_settings_of(model: keras.Model) -> Any:
+    """What is equal for models with the same loss of Keras; `None` if it isn't one of Keras."""
+    if not losses_are_of_keras(model):
+        return None
+    found = []
+    for loss in tree.flatten(getattr(model._compile_loss, "_user_loss", None)):
+        config = loss.get_config() if isinstance(loss, keras.losses.Loss) else None
+        found.append((loss if isinstance(loss, str) else _name_of(loss), repr(config)))
+    return tuple(found)
 
 
 def takes_numbers(layer: keras.Layer) -> bool:

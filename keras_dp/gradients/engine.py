@@ -223,8 +223,10 @@ class Engine:
                 return whole
             draws_alike = not ghost.draws_random  # else it draws otherwise than a loop
             if draws_alike and (ghost.plan.mapped or self._adds_rows_up):
+                options = (type(self), self._jit_compile, self._views, self._microbatch_size)
+                compare = functools.partial(self._require_agreement, run, leaves)
                 with contextlib.suppress(trial.Untried):  # its gradients were tried above
-                    self._require_agreement(run, leaves)
+                    trial.once_for_all_alike(ghost, leaves, options, compare)
             return run
 
     def _in_microbatches(self, run: Run, leaves: list[Any]) -> Run:
