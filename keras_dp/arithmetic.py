@@ -85,7 +85,7 @@ def sum_of_squares(tensor: Any) -> tuple[Any, float]:
         if each is None or each > _IN_ONE_GO:
             tensor, each = ops.cast(tensor, "float64"), 1
     elif (numbers := math.prod(sizes)) <= _IN_ONE_GO:
-        tensor, each = ops.reshape(tensor, (-1, numbers)) if len(sizes) > 1 else tensor, numbers
+        tensor, each = tensor if len(sizes) == 1 else ops.reshape(tensor, (-1, numbers)), numbers
     else:
         tensor = ops.reshape(tensor, (-1, numbers))
         each = next(k for k in range(min(numbers, _IN_ONE_GO), 0, -1) if numbers % k == 0)

@@ -21,6 +21,7 @@ __all__ = [
     "is_plain_loss",
     "loss_functions_of",
     "loss_of",
+    "loss_settings_of",
     "loss_tracker_of",
     "losses_are_of_keras",
     "losses_unscaled",
@@ -62,6 +63,19 @@ def losses_are_of_keras(model: keras.Model) -> bool:
         of_name or module.partition(".")[0] == "keras"
         for of_name, module in zip(named, modules, strict=True)
     )
+
+
+def loss_settings_of(model: keras.Model) -> Any:
+    """What is equal for models with the same loss of Keras; `None` if it isn't one of Keras."""
+    if not losses_are_of_keras(model):
+        return None
+    found: list[Any] = []
+    for loss in tree.flatten(getattr(model._compile_loss, "_user_loss", None)):
+        if isinstance(loss, keras.losses.Loss):
+            found.append((type(loss), repr(loss.get_config())))
+        else:  # a function or its name
+            found.append(loss)
+    return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True)

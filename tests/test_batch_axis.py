@@ -362,3 +362,54 @@ def test_rule_19_the_longest_text_does_not_decide_how_long_the_others_become():
             vocabulary=["cat"], output_sequence_length=4, standardize=lambda x: x
         )
     )
+
+
+# -- sizes that are known ----------------------------------------------------------------------
+
+
+def followed(function, *shape):
+    """What a function makes of rows of an open number, and what is known of it."""
+    found = []
+
+    @tf.function(autograph=False)
+    def run(x):
+        x = backend.of_open_length(x)
+        axis = backend.BatchAxis([x])
+        made = function(x)
+        found.extend([made, axis.of(made), axis])
+        return made
+
+    run.get_concrete_function(tf.TensorSpec([6, *shape]))
+    return found
+
+
+def test_what_is_shared_and_repeated_for_each_example_is_its_own():
+    table = tf.ones((2, 3))
+    _, state, _ = followed(lambda x: ops.repeat(table[None], ops.shape(x)[0], axis=0), 4)
+    assert state == backend.Rows()
+    _, state, _ = followed(lambda x: ops.repeat(table, ops.shape(x)[0], axis=0), 4)
+    assert isinstance(state, backend.Unknown)
+
+
+def test_a_size_that_is_left_open_follows_from_the_others():
+    def after(x):
+        return ops.reshape(x, (ops.shape(x)[0], -1, 3))
+
+    made, state, _ = followed(after, 4, 6)
+    assert state == backend.Rows() and made.shape == (None, 8, 3)
+    made, state, _ = followed(lambda x: ops.gelu(after(x)), 4, 6)
+    assert state == backend.Rows() and made.shape == (None, 8, 3)
+
+
+def test_rows_that_are_known_to_be_apart_are_given_their_number():
+    made, _, axis = followed(lambda x: ops.reshape(2 * x, (-1, 3)), 2, 3)
+    assert made.shape == (None, 3)
+    axis.close(6)
+    assert made.shape == (12, 3)
+
+
+def test_numbers_of_a_constant_vector_stay_shared():
+    sizes = tf.constant([3, 4, 5])
+    for part in (lambda v: v[1], lambda v: v[::2], lambda v: v[:, None], lambda v: v[None]):
+        _, state, _ = followed(lambda x, part=part: part(sizes) + 0 * tf.shape(sizes)[0], 4)
+        assert isinstance(state, backend.Shared)

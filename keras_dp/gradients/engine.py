@@ -187,7 +187,9 @@ class Engine:
         """How many rows the engine is always given; `None` where it isn't known, or it is tried
         with others."""
         rows: int | None = leaves[0].shape[0]
-        return None if self._finds_size or self._adds_rows_up or rows == 1 else rows
+        if backend.current_graph() is None or rows == 1:  # in a loop batches come as they are
+            return None
+        return None if self._finds_size or self._adds_rows_up else rows
 
     def _require_agreement(self, run: Run, leaves: list[Any]) -> None:
         tolerance = trial.tolerance(self.example_loss)
@@ -223,8 +225,10 @@ class Engine:
                 return whole
             draws_alike = not ghost.draws_random  # else it draws otherwise than a loop
             if draws_alike and (ghost.plan.mapped or self._adds_rows_up):
+                options = (type(self), self._jit_compile, self._views, self._microbatch_size)
+                compare = functools.partial(self._require_agreement, run, leaves)
                 with contextlib.suppress(trial.Untried):  # its gradients were tried above
-                    self._require_agreement(run, leaves)
+                    trial.once_for_all_alike(ghost, leaves, options, compare)
             return run
 
     def _in_microbatches(self, run: Run, leaves: list[Any]) -> Run:

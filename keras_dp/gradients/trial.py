@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from .. import backend, keras_private
+from .. import backend, keras_losses, keras_private
 from ..errors import PrivacyError, first_line
 from . import mapped
 from .example import ExampleLoss
@@ -30,6 +30,7 @@ from .made_up import disturbed, made_up_like
 __all__ = [
     "Untried",
     "all_finite",
+    "once_for_all_alike",
     "passed",
     "relative_error",
     "require_agreement",
@@ -152,6 +153,32 @@ def require_right_gradients(ghost: GhostEngine, leaves: list[Any]) -> None:
         backend.apart(in_a_thread)
         _right.update(k for k in kinds if k is not None)
     _passed[loss.model] = (_key(loss, leaves), ghost.plan)
+
+
+def once_for_all_alike(
+    ghost: GhostEngine, leaves: list[Any], options: Any, compare: Callable[[], None]
+) -> None:
+    """Compares a traced ghost engine with the loop, unless one that is alike agreed before.
+
+    Nothing is known of models, losses and layers of which a part is from outside of Keras and
+    KerasHub: they are compared every time.
+
+    Args:
+        ghost: The engine, after its model was traced.
+        leaves: Tensors like those that it was traced for.
+        options: What else it was traced with.
+        compare: Raises if it doesn't agree.
+    """
+    model, kinds = ghost.example_loss.model, tuple(ghost.plan.kinds)
+    of_model = keras_private.settings_of(model, order=False)
+    of_loss = keras_losses.loss_settings_of(model)
+    shapes = tuple((tuple(t.shape), t.dtype) for t in leaves)
+    kind = ("agrees", of_model, of_loss, shapes, options, kinds)
+    if None in (of_model, of_loss, *kinds):
+        compare()
+    elif kind not in _right:
+        compare()
+        _right.add(kind)
 
 
 def _try(ghost: GhostEngine, leaves: list[Any], *, together: bool) -> None:

@@ -112,6 +112,7 @@ def t5_attention(unit: Unit, hidden_states: Any, **kwargs: Any) -> Any:
 
     others: dict[str, Any] = {name: multiplies(d) for name, d in dense.items()}
     outputs = unit.call_with({**others, "compute_bias": compute_bias}, hidden_states, **kwargs)
+    backend.of_known_sizes(outputs[0], [None, hidden_states.shape[1], layer.hidden_dim])
 
     def of_all(*upstream: Any) -> list[tuple[Any, Any]]:
         return [(w, gradients(g)) for (w, gradients), g in zip(uses, upstream, strict=True)]
