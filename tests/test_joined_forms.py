@@ -73,7 +73,8 @@ def test_rule_05_one_that_is_not_finite_spoils_no_other_form_or_example(bad, tra
         safe = lambda norms: tf.where(  # noqa: E731
             tf.math.is_finite(clip(norms)), clip(norms), tf.zeros_like(clip(norms))
         )
-        sums, _ = clipped_sums([Instantiated(a) for a in arrays], arrays, safe, tf.ones(B, "bool"))
+        found = [Instantiated(a) for a in arrays]
+        sums, _ = clipped_sums(found, [a[0] for a in arrays], safe, tf.ones(B, "bool"))
         return sums
 
     function = tf.function(run, autograph=False) if traced else run

@@ -40,7 +40,7 @@ def compiled_candidate(
     *,
     jit_compile: bool,
     may_write: bool = False,
-    any_size: bool = False,
+    any_size: bool = True,
 ) -> Callable[[list[Tensor]], EngineResult]:
     """Traces an engine by itself; what fails leaves nothing behind.
 
