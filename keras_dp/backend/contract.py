@@ -49,8 +49,8 @@ CONTROL = {
     "without_autograph(function)": "The function, which tracing is to take as it is written.",
     "compiled_candidate(engine, leaves, *, jit_compile, may_write, any_size)": (
         "An engine, from leaves to `(sums, norms, losses, rest)`, traced by itself for any number "
-        "of rows, or for that of the leaves alone; raises whatever speaks against it. Refuses (PrivacyError) what could keep or "
-        "carry out what it sees, unless it `may_write`."
+        "of rows, or for that of the leaves alone; raises whatever speaks against it. Refuses "
+        "(PrivacyError) what could keep or carry out what it sees, unless it `may_write`."
     ),
     "prepared_quickly()": (
         "A context for every call of a train function: spares what only delays the first step."
