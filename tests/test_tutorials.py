@@ -35,7 +35,8 @@ def test_every_link_and_picture_of_a_page_is_there(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (page.parent / target).exists(), target
     assert "```\n" in text and "{{" not in text  # an output, and nothing left to fill in
-    assert f"]({page.name})" in (page.parent / "index.md").read_text(encoding="utf-8")
+    index = (page.parent / "index.md").read_text(encoding="utf-8")
+    assert f"]({page.name})" in index and f"\n{page.stem}\n" in index
 
 
 @pytest.mark.thorough
