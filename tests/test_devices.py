@@ -274,6 +274,7 @@ def test_what_would_break_the_guarantee_is_seen(mutant, monkeypatch):
 # -- everything else ------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_adaptive_clipping_monitor_schedule_microbatches_and_budget_are_those_of_one_device():
     def trained(count):
         model = compiled(
@@ -499,6 +500,7 @@ def test_other_strategies_and_keras_own_distribution_are_refused():
 # -- several processes -----------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_two_workers_train_as_one_device_on_one_draw_with_one_noise(tmp_path):
     codes, logs = workers.finish(workers.start(2, tmp_path, "train"), tmp_path)
     assert codes == [0, 0], logs

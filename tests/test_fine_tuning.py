@@ -255,6 +255,7 @@ def test_lora_enabled_between_compile_and_the_first_step_is_trained():
 @pytest.mark.parametrize(("how", "eagerly"), [("fit", False), ("train_on_batch", True)])
 @pytest.mark.filterwarnings("ignore:train_on_batch can't know")
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_lora_enabled_after_training_began_asks_for_compile(how, eagerly):
     """Keras would go on training the weights of before, and never the factors."""
     model = with_head(backbone())
@@ -354,6 +355,7 @@ def test_a_saved_model_comes_back_with_its_factors_merged_and_new_ones_and_its_l
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+@pytest.mark.thorough
 def test_factors_beside_int8_weights_are_served_by_their_layers_rules():
     inner = backbone()
     inner.quantize("int8")

@@ -150,6 +150,7 @@ def many_kinds():
 
 @pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_layers_are_as_they_were_after_training(mode, tmp_path):
     model, x = many_kinds(), normal(3, 3)
     before_training = model.predict(x, verbose=0)

@@ -473,9 +473,13 @@ def trained(case, model):
     return logs, [b - a for b, a in zip(before, after, strict=True)]
 
 
-# What these show, others show as well: the tied embedding with weights, windows, towers, masks.
+# What these show, others show as well, or the tests of their layers.
 REPEATS = {
     "masked LSTM, loss per token",
+    "embedded positions",
+    "frozen and unused weights",
+    "loss reduced by a sum",
+    "metric updated by compute_loss",
     "one tower for two inputs",
     "tied embedding",
     "two outputs, one loss",

@@ -203,6 +203,7 @@ def test_averaged_weights_are_in_place_when_fit_ends():
 
 
 @quiet
+@pytest.mark.thorough
 def test_swap_ema_weights_callback_evaluates_the_average():
     def losses(optimizer):
         model = tiny.compiled(optimizer)
