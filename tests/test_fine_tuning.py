@@ -221,6 +221,7 @@ def test_the_kernel_may_be_trained_along_with_its_factors():
     require_exact(disturb(model), *data(4))
 
 
+@pytest.mark.thorough
 def test_dropout_beside_the_factors_keeps_the_fast_engine():
     model = with_head(layers_frozen_first(backbone(dropout=0.5)))
     model.compile(sgd(), loss="mse")
@@ -291,6 +292,7 @@ def test_an_optimizer_without_state_for_newly_trainable_weights_is_refused_at_co
         model.compile(optimizer, loss="mse")
 
 
+@pytest.mark.thorough
 def test_an_optimizer_serves_on_when_more_is_frozen():
     model = with_head(backbone())
     optimizer = sgd()

@@ -109,7 +109,7 @@ SETTINGS = {
 
 @quiet
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_noiseless_and_unclipped_it_takes_its_namesakes_steps(setting):
     private, ordinary = PAIRS[setting.split(",")[0]]
     rate, kwargs = SETTINGS[setting]
@@ -227,6 +227,7 @@ def test_accumulation_in_the_inner_optimizer_still_counts_every_release():
 
 
 @quiet
+@pytest.mark.thorough
 def test_exclusion_from_weight_decay_is_the_inner_optimizers():
     def weights(optimizer):
         optimizer.exclude_from_weight_decay(var_names=["bias"])
