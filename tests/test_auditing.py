@@ -253,6 +253,7 @@ def test_broken_training_is_refuted_by_the_white_box_audit(mutant, monkeypatch):
     assert "REFUTED" in str(result) and "report a bug" in str(result)
 
 
+@pytest.mark.thorough
 def test_the_white_box_audit_takes_the_steps_it_is_told(capsys):
     result = white_box(noise_multiplier=1.5, steps=3, canaries=101, runs=2, verbose=1)
     assert "2/2" in capsys.readouterr().out

@@ -292,6 +292,7 @@ def test_secure_choices_are_fair_where_words_don_t_divide(monkeypatch):
     assert draws.secure_bins(3, 3).tolist() == [1, 2, 2]
 
 
+@pytest.mark.thorough
 def test_a_loop_over_whole_passes_is_accounted_as_such():
     x, y = tiny.data(64)
     data = keras_dp.BallsInBinsDataset(x, y, batch_size=16)

@@ -68,6 +68,7 @@ def test_stops_at_the_last_step_within_the_budget(sigma, batch_size, epsilon, ac
     assert int(model.optimizer.iterations) == steps
 
 
+@pytest.mark.thorough
 def test_the_message_at_the_stop_says_steps_and_what_is_left(capsys):
     model = tiny.compiled()
     callback = keras_dp.PrivacyBudget(3.0, delta=DELTA)
@@ -149,6 +150,7 @@ def test_train_on_batch_uses_what_fit_left_of_the_budget_and_no_more():
     assert accounting.ledger_epsilon(one_more, DELTA) > 0.5
 
 
+@pytest.mark.thorough
 def test_without_stopping_it_warns_once_and_goes_on():
     model = tiny.compiled()
     callback = budget(1.0, stop_training=False)

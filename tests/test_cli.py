@@ -324,7 +324,7 @@ def examples():
 
 
 @pytest.mark.parametrize("line, said", examples(), ids=[line for line, _ in examples()])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_the_document_shows_what_the_command_prints(line, said, capsys):
     out = run(line, capsys)[1].rstrip()
     said, cut, _ = said.partition("\n...")

@@ -274,6 +274,7 @@ def test_what_would_break_the_guarantee_is_seen(mutant, monkeypatch):
 # -- everything else ------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_adaptive_clipping_monitor_schedule_microbatches_and_budget_are_those_of_one_device():
     def trained(count):
         model = compiled(
@@ -315,7 +316,7 @@ DRAWN = {
 
 
 @pytest.mark.parametrize("kind", DRAWN)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_every_sampler_feeds_replicas_what_it_feeds_one_device(kind):
     alone, together = (compiled(count, mlp) for count in (1, 2))
     for model in (alone, together):
@@ -499,6 +500,7 @@ def test_other_strategies_and_keras_own_distribution_are_refused():
 # -- several processes -----------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_two_workers_train_as_one_device_on_one_draw_with_one_noise(tmp_path):
     codes, logs = workers.finish(workers.start(2, tmp_path, "train"), tmp_path)
     assert codes == [0, 0], logs

@@ -182,6 +182,7 @@ def test_a_steps_distribution_is_dp_accountings(rate, sigma, interval):
         assert one._infinity_mass == pytest.approx(other._infinity_mass, abs=1e-15)
 
 
+@pytest.mark.thorough
 def test_two_million_steps_are_calibrated_in_a_few_compositions(monkeypatch):
     forget()
     made = counted(monkeypatch)

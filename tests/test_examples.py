@@ -66,6 +66,7 @@ def test_a_custom_loop_spends_its_budget(run_example):
 
 @pytest.mark.parametrize("private", [True, False])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_the_monitor_draws_what_it_saw_and_says_whether_it_is_private(
     run_example, tmp_path, private
 ):

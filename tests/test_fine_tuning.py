@@ -221,6 +221,7 @@ def test_the_kernel_may_be_trained_along_with_its_factors():
     require_exact(disturb(model), *data(4))
 
 
+@pytest.mark.thorough
 def test_dropout_beside_the_factors_keeps_the_fast_engine():
     model = with_head(layers_frozen_first(backbone(dropout=0.5)))
     model.compile(sgd(), loss="mse")
@@ -255,6 +256,7 @@ def test_lora_enabled_between_compile_and_the_first_step_is_trained():
 @pytest.mark.parametrize(("how", "eagerly"), [("fit", False), ("train_on_batch", True)])
 @pytest.mark.filterwarnings("ignore:train_on_batch can't know")
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_lora_enabled_after_training_began_asks_for_compile(how, eagerly):
     """Keras would go on training the weights of before, and never the factors."""
     model = with_head(backbone())
@@ -290,6 +292,7 @@ def test_an_optimizer_without_state_for_newly_trainable_weights_is_refused_at_co
         model.compile(optimizer, loss="mse")
 
 
+@pytest.mark.thorough
 def test_an_optimizer_serves_on_when_more_is_frozen():
     model = with_head(backbone())
     optimizer = sgd()
@@ -354,6 +357,7 @@ def test_a_saved_model_comes_back_with_its_factors_merged_and_new_ones_and_its_l
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+@pytest.mark.thorough
 def test_factors_beside_int8_weights_are_served_by_their_layers_rules():
     inner = backbone()
     inner.quantize("int8")

@@ -195,7 +195,7 @@ def test_an_empty_generator_is_refused(batches):
     ],
     ids=str,
 )
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_steps_and_sampling_rate(arguments, steps, rate):
     counted = []
     callback = keras.callbacks.LambdaCallback(on_train_batch_end=lambda b, logs: counted.append(b))
@@ -324,6 +324,7 @@ def test_the_progress_bar_counts_the_steps_of_an_epoch(capsys):
 # -- callbacks --------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_the_usual_callbacks_work(tmp_path):
     model = tiny.compiled(metrics=["mae"])
     callbacks = [
@@ -389,6 +390,7 @@ def test_a_callback_list_of_the_users_own_serves_again():
     "callbacks", [None, [], keras_dp.PrivacyBudget(delta=1e-5)], ids=lambda v: type(v).__name__
 )
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_callbacks_may_be_none_or_a_single_one(callbacks):
     model = tiny.compiled()
     model.fit(X, Y, batch_size=16, callbacks=callbacks, verbose=0)

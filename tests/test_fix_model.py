@@ -237,6 +237,7 @@ class Subclassed(keras.Model):
         return x
 
 
+@pytest.mark.thorough
 def test_a_subclassed_model_is_mended_and_its_weights_are_kept_in_a_file(tmp_path):
     model = Subclassed()
     random = np.random.default_rng(0)

@@ -150,6 +150,7 @@ def many_kinds():
 
 @pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_layers_are_as_they_were_after_training(mode, tmp_path):
     model, x = many_kinds(), normal(3, 3)
     before_training = model.predict(x, verbose=0)
@@ -898,7 +899,7 @@ BAD = {"nan": np.nan, "inf": np.inf, "overflow": 1e30}
     [(n, m) for n in BAD_MODELS for m in ("graph", "eager")]
     + [("dense", "xla"), ("convolution", "xla"), ("embedding", "xla")],
 )
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_an_example_with_bad_numbers_adds_at_most_c_and_spoils_nothing(name, mode, bad):
     """Nothing if its gradient isn't finite; where only its square would overflow, at most C."""
     build, x = BAD_MODELS[name]
@@ -941,6 +942,7 @@ def test_an_example_with_bad_numbers_adds_at_most_c_and_spoils_nothing(name, mod
 
 @pytest.mark.parametrize("gradients", ["ghost", "vectorized", "loop"])
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_layers_that_would_be_computed_anew_for_the_gradient_are_not(gradients):
     x, y = normal(5, 4), normal(3, 1)
     with keras.RematScope(mode="full"):

@@ -138,6 +138,7 @@ def test_fit_says_once_and_in_a_line_what_it_does(capsys):
     ]
 
 
+@pytest.mark.thorough
 def test_what_a_budget_stops_is_not_planned_for(capsys):
     """The plan alone is for 160 steps, would cost 13.9, and be warned of."""
     model = tiny.compiled()
@@ -390,6 +391,7 @@ def test_columns_of_text_in_numpy_train_as_they_are():
 # -- C of the moment --------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_the_clipping_norm_of_the_moment_can_be_read():
     moving = keras_dp.DPSGD(0.1, max_grad_norm=0.01, noise_multiplier=1.0, clipping="adaptive")
     assert moving.clipping_norm == pytest.approx(0.01)

@@ -149,6 +149,7 @@ def test_a_row_that_is_not_a_number_counts_as_clipped_and_spoils_no_other_number
 
 @pytest.mark.parametrize("private", [False, True])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_empty_batches_and_batches_of_the_callers_own_are_watched_too(private):
     model = tiny.compiled(tiny.sgd(gradients="loop"))
     monitor = PrivacyMonitor(tiny.DELTA, private=private)

@@ -458,6 +458,7 @@ os._exit(0)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.thorough
 def test_secure_noise_of_a_process_and_its_fork_is_unrelated():
     done = subprocess.run(
         [sys.executable, "-c", IN_A_FORK], capture_output=True, text=True, check=True

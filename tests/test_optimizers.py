@@ -109,7 +109,7 @@ SETTINGS = {
 
 @quiet
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_noiseless_and_unclipped_it_takes_its_namesakes_steps(setting):
     private, ordinary = PAIRS[setting.split(",")[0]]
     rate, kwargs = SETTINGS[setting]
@@ -203,6 +203,7 @@ def test_averaged_weights_are_in_place_when_fit_ends():
 
 
 @quiet
+@pytest.mark.thorough
 def test_swap_ema_weights_callback_evaluates_the_average():
     def losses(optimizer):
         model = tiny.compiled(optimizer)
@@ -226,6 +227,7 @@ def test_accumulation_in_the_inner_optimizer_still_counts_every_release():
 
 
 @quiet
+@pytest.mark.thorough
 def test_exclusion_from_weight_decay_is_the_inner_optimizers():
     def weights(optimizer):
         optimizer.exclude_from_weight_decay(var_names=["bias"])

@@ -189,6 +189,7 @@ def test_extreme_settings_have_a_figure_above_that_of_one_example(release):
         assert found >= 0.999 * accounting.ledger_epsilon([release], 1e-5) and not math.isnan(found)
 
 
+@pytest.mark.thorough
 def test_the_optimizer_says_it_of_what_was_run():
     model = tiny.compiled()
     model.fit(*tiny.data(), batch_size=16, epochs=1, verbose=0)

@@ -217,6 +217,7 @@ def test_an_example_that_is_not_finite_contributes_nothing():
 @UNKNOWN
 @pytest.mark.parametrize("clipping", ["per_layer", "automatic", "adaptive"])
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_clipping_is_that_of_the_optimizer(clipping):
     """As in `train_on_batch`, whose update is minus the gradient at a learning rate of 1."""
     model, loss_fn, (x, y), _ = setup()

@@ -142,6 +142,7 @@ def cost_of(kinds):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.one_in(2)
 def test_every_kind_of_training_is_stated_as_what_it_was(way):
     _, segments, resumes, cost, if_shuffled = WAYS[way]
     report, data = report_of(way), strict(report_of(way).to_json())

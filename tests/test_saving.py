@@ -87,6 +87,7 @@ def test_rule_06_loading_an_older_state_of_the_same_training_takes_nothing_back(
     assert model.optimizer.ledger.steps == 12
 
 
+@pytest.mark.thorough
 def test_rule_06_loading_another_training_adds_what_it_has_cost(tmp_path):
     first, second = fitted(), fitted()
     first.save_weights(tmp_path / "first.weights.h5")
@@ -163,6 +164,7 @@ def test_rule_06_backup_and_restore_goes_on_in_a_fresh_process(tmp_path):
 # -- deployment -------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_an_exported_model_serves_the_same_numbers_without_keras_dp(tmp_path):
     model = fitted()
     model.export(tmp_path / "serving", verbose=False)

@@ -543,6 +543,7 @@ def test_a_foreign_source_is_warned_of_with_the_line_to_write(make, line):
     assert [r.sampler for r in model.optimizer.ledger] == ["unknown"]
 
 
+@pytest.mark.thorough
 def test_a_class_with_a_fit_of_its_own_is_named():
     class Own(keras.Sequential):
         def fit(self, x, y, **kwargs):

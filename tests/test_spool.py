@@ -170,6 +170,7 @@ def test_one_that_was_broken_off_goes_on(tmp_path, small_parts):
     assert all(p.stat().st_mtime_ns == when for p, when in kept.items())
 
 
+@pytest.mark.thorough
 def test_a_process_that_is_killed_leaves_what_is_whole(tmp_path):
     script = """
         import os, signal, sys

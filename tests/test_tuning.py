@@ -547,6 +547,7 @@ def test_a_choice_is_read_back_from_json_as_it_was(selected):
         choice.with_steps(2)
 
 
+@pytest.mark.thorough
 def test_a_chosen_model_and_another_are_stated_together(selected):
     other = trained()
     report = keras_dp.privacy_report([selected.model, other], delta=1e-3)

@@ -149,6 +149,7 @@ def test_synthetic_people_answer_what_was_asked(run_example, tmp_path):
     assert is_picture(tmp_path / "synthetic.png")
 
 
+@pytest.mark.thorough
 def test_larger_than_memory_reads_what_was_drawn(run_example, tmp_path):
     printed = run_example("larger_than_memory.py", "--step", "8", "--epochs", "1")
 

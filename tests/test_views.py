@@ -116,6 +116,7 @@ def test_views_under_xla_which_draws_other_numbers():
 
 @pytest.mark.parametrize("gradients", ENGINES)
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_more_views_are_trained_on_saved_and_cost_nothing(gradients, tmp_path):
     x, y = tiny.data(32)
     model = keras.Sequential(
