@@ -181,13 +181,7 @@ def _own_settings_of(layer: keras.Layer, *, order: bool) -> Any:
 _NO_SETTINGS = ("name", "trainable")
 
 
-_PARTS = (
-    keras.Layer,
-    keras.Variable,
-    keras.KerasTensor,
-    keras.Initializer,
-    keras.random.SeedGenerator,
-)
+_PARTS = (keras.Layer, keras.Variable, keras.KerasTensor, keras.Initializer)
 
 
 @functools.cache
@@ -207,8 +201,8 @@ def _described(value: Any) -> Any:
         return [_described(v) for v in value]
     if inspect.isroutine(value):
         return value.__module__, value.__qualname__
-    if isinstance(value, _PARTS):
-        return type(value)  # what a layer inside does is told apart by itself
+    if isinstance(value, (*_PARTS, keras.random.SeedGenerator)):
+        return type(value)  # a layer inside has its own settings
     if keras.ops.is_tensor(value) and hasattr(value, "numpy") and math.prod(value.shape) < 2**16:
         return value.numpy().tolist()
     if value is None or isinstance(value, (bool, int, float, str, keras.DTypePolicy)):
@@ -374,11 +368,9 @@ def loss_settings_of(model: keras.Model) -> Any:
     """What is equal for models with the same loss of Keras; `None` if it isn't one of Keras."""
     if not losses_are_of_keras(model):
         return None
-    found = []
-    for loss in tree.flatten(getattr(model._compile_loss, "_user_loss", None)):
-        config = loss.get_config() if isinstance(loss, keras.losses.Loss) else None
-        found.append((loss if isinstance(loss, str) else _name_of(loss), repr(config)))
-    return tuple(found)
+    losses = tree.flatten(getattr(model._compile_loss, "_user_loss", None))
+    configs = [x.get_config() if isinstance(x, keras.losses.Loss) else x for x in losses]
+    return repr([(type(x), c) for x, c in zip(losses, configs, strict=True)])
 
 
 def takes_numbers(layer: keras.Layer) -> bool:
