@@ -168,13 +168,7 @@ def _own_settings_of(layer: keras.Layer, *, order: bool) -> Any:
 _NO_SETTINGS = ("name", "trainable")
 
 
-_PARTS = (
-    keras.Layer,
-    keras.Variable,
-    keras.KerasTensor,
-    keras.Initializer,
-    keras.random.SeedGenerator,
-)
+_PARTS = (keras.Layer, keras.Variable, keras.KerasTensor, keras.Initializer)
 
 
 @functools.cache
@@ -194,8 +188,8 @@ def _described(value: Any) -> Any:
         return [_described(v) for v in value]
     if inspect.isroutine(value):
         return value.__module__, value.__qualname__
-    if isinstance(value, _PARTS):
-        return type(value)  # a layer inside is looked at by itself
+    if isinstance(value, (*_PARTS, keras.random.SeedGenerator)):
+        return type(value)  # a layer inside has its own settings
     if keras.ops.is_tensor(value) and hasattr(value, "numpy") and math.prod(value.shape) < 2**16:
         return value.numpy().tolist()
     if value is None or isinstance(value, (bool, int, float, str, keras.DTypePolicy)):

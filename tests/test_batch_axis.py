@@ -413,3 +413,25 @@ def test_numbers_of_a_constant_vector_stay_shared():
     for part in (lambda v: v[1], lambda v: v[::2], lambda v: v[:, None], lambda v: v[None]):
         _, state, _ = followed(lambda x, part=part: part(sizes) + 0 * tf.shape(sizes)[0], 4)
         assert isinstance(state, backend.Shared)
+
+
+@pytest.mark.filterwarnings("ignore::keras_dp.PrivacyWarning")
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_only_a_graph_knows_the_size_of_its_batches(eagerly, monkeypatch):
+    """The size of a batch that a step was given eagerly may be private: nothing is made for it."""
+    sizes = []
+    candidate = backend.compiled_candidate
+
+    def noted(engine, leaves, **options):
+        def noting(leaves):
+            sizes.append(leaves[0].shape[0])
+            return engine(leaves)
+
+        return candidate(noting, leaves, **options)
+
+    monkeypatch.setattr(backend, "compiled_candidate", noted)
+    model = tiny.compiled()
+    if eagerly:
+        monkeypatch.setattr(model, "run_eagerly", True)
+    model.train_on_batch(*tiny.data(5))
+    assert sizes == [None if eagerly else 5]

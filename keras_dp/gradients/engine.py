@@ -184,12 +184,13 @@ class Engine:
         )
 
     def _rows_of(self, leaves: list[Any]) -> int | None:
-        """How many rows the engine is always given; `None` where it isn't known, or it is tried
-        with others."""
+        """How many rows the engine is always given, if that is known and it is tried with as many.
+
+        Where a step runs eagerly the number is that of one batch, which may have been drawn.
+        """
         rows: int | None = leaves[0].shape[0]
-        if backend.current_graph() is None or rows == 1:  # in a loop batches come as they are
-            return None
-        return None if self._finds_size or self._adds_rows_up else rows
+        varies = self._finds_size or self._adds_rows_up or backend.current_graph() is None
+        return None if varies or rows == 1 else rows
 
     def _require_agreement(self, run: Run, leaves: list[Any]) -> None:
         tolerance = trial.tolerance(self.example_loss)

@@ -138,7 +138,7 @@ def reshape(axis: Any, op: Any, states: list[State]) -> State:
 def _say_the_size_left(tensor: Any, made: Any, sizes: list[Any]) -> None:
     """Gives what a reshape made the size that -1 stands for, behind an axis of rows that stays.
 
-    TensorFlow doesn't know it, as the number of rows is open; what comes next follows from it.
+    TensorFlow can't tell it, as the number of rows is open; what comes next needs it.
     """
     whole, places = numbers_in(tensor.shape[1:]), [k for k, n in enumerate(sizes) if n == -1]
     if whole is None or None in sizes or len(places) != 1:
