@@ -41,6 +41,10 @@ logger = logging.getLogger("keras_dp")
 _said: weakref.WeakSet[Any] = weakref.WeakSet()  # models whose loss is known to be looped
 
 
+# Numbers: from here on float64 takes long, and float32 is good to a small part of what is tried.
+_LARGE = 2**20
+
+
 class Replanned(Exception):
     """A layer must be handled otherwise than it was traced: trace it again."""
 
@@ -327,10 +331,8 @@ class GhostEngine:
                 uses[k].append(Instantiated(gradients))
         found = []
         for k, (weight, used) in enumerate(zip(weights, uses, strict=True)):
-            wanted = sum(
-                (_in_numpy(s[k]) for s in sources if s[k] is not None),
-                np.zeros(weight.shape),
-            )
+            parts = [_in_numpy(s[k]) for s in sources if s[k] is not None]
+            wanted = functools.reduce(np.add, parts) if parts else np.zeros(weight.shape)
             found.append(_off(combined(used) if used else None, wanted, rows))
         sizes = [size for _, _, size in found]
         if not local:
@@ -456,14 +458,14 @@ def _off(gradients: PerExample | None, wanted: np.ndarray, rows: int) -> tuple[f
     if gradients is None:
         size = float(np.linalg.norm(wanted))
         return 0.0, size, size
-    alone = [ops.convert_to_tensor(row) for row in np.eye(rows, dtype="float32")]
-    each = [_in_numpy(gradients.weighted_sum(c)) for c in alone]
-    sizes = np.array([np.linalg.norm(g) for g in each])
-    norms = np.sqrt(_in_numpy(gradients.squared_norms()))
-    total = float(np.linalg.norm(sizes))
-    found = sum((w * g for w, g in zip(_uneven(rows), each, strict=True)), np.zeros(wanted.shape))
+    tried = min(rows, 2) if wanted.size > _LARGE else rows  # the sum has them all
+    alone = [ops.convert_to_tensor(row) for row in np.eye(rows, dtype="float32")[:tried]]
+    sizes = np.array([np.linalg.norm(_in_numpy(gradients.weighted_sum(c))) for c in alone])
+    norms = np.sqrt(_in_numpy(gradients.squared_norms())[:tried])
+    uneven = ops.convert_to_tensor(_uneven(rows), "float32")
+    found = _in_numpy(gradients.weighted_sum(uneven))
     off = float(np.linalg.norm(norms - sizes)), float(np.linalg.norm(found - wanted))
-    return *off, total
+    return *off, float(np.linalg.norm(sizes))
 
 
 def _uneven(rows: int) -> np.ndarray:
@@ -479,5 +481,6 @@ def _rows_times(tensor: Any, factors: Any) -> Any:
 
 
 def _in_numpy(tensor: Any) -> np.ndarray:
-    """A tensor (not traced), or a gradient, as an array of float64."""
-    return np.asarray(ops.convert_to_numpy(backend.dense(tensor)), "f8")
+    """A tensor (not traced), or a gradient, as an array of float64; a large one as it is."""
+    found = np.asarray(ops.convert_to_numpy(backend.dense(tensor)))
+    return found if found.size > _LARGE and found.dtype == "float32" else found.astype("f8")
