@@ -136,8 +136,12 @@ def settings_of(layer: keras.Layer, *, order: bool = True) -> Any:
 def _own_settings_of(layer: keras.Layer, *, order: bool) -> Any:
     """`settings_of` a layer without those inside of it."""
     cls, attributes = type(layer), vars(layer)
-    functions = [v for v in attributes.values() if inspect.isroutine(v)]
-    if not all(_is_known(code) for code in (cls, *functions)):
+    code = [
+        v if inspect.isroutine(v) or inspect.isclass(v) else type(v)
+        for v in attributes.values()
+        if callable(v)
+    ]
+    if not all(_is_known(c) for c in (cls, *code, *_methods_of(cls))):
         return None
     config: Any = None
     # Where the order doesn't count, the layers of a graph say all; its configuration has names.
@@ -162,7 +166,18 @@ def _own_settings_of(layer: keras.Layer, *, order: bool) -> Any:
             config = _described(config)
         except TypeError:
             config = None  # it has objects, which attributes have, too
-    return cls, repr(config), others, layer.compute_dtype
+    # Not all that a graph does are layers.
+    graph = tuple(map(type, layer.operations)) if isinstance(layer, Functional) else ()
+    return cls, cls.call, repr(config), others, graph, layer.compute_dtype
+
+
+def _methods_of(cls: type) -> Iterator[Any]:
+    """The functions that a class has now: somebody may have put others in their place."""
+    for base in cls.__mro__:
+        for member in vars(base).values():
+            function = getattr(member, "__func__", member)
+            if inspect.isfunction(function):
+                yield function
 
 
 _NO_SETTINGS = ("name", "trainable")
@@ -192,7 +207,7 @@ def _described(value: Any) -> Any:
         return [(k, _described(v)) for k, v in value.items()]
     if isinstance(value, (list, tuple)):
         return [_described(v) for v in value]
-    if inspect.isroutine(value):
+    if inspect.isroutine(value) and _is_known(value) and not getattr(value, "__closure__", None):
         return value.__module__, value.__qualname__
     if isinstance(value, _PARTS):
         return type(value)  # a layer inside is looked at by itself

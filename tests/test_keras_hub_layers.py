@@ -210,3 +210,6 @@ def test_settings_tell_what_layers_of_keras_hub_compute_by():
     outside = cls(epsilon=1e-6)
     outside.function = lambda x: x
     assert of(outside) is None
+    outside = cls(epsilon=1e-6)
+    outside.functions = [lambda x: x]
+    assert of(outside) is None
