@@ -28,6 +28,17 @@ __all__ = [
 ]
 
 
+# As Keras has them: somebody may put others in their place.
+_OWN = (
+    keras.Model.compute_loss,
+    keras.Model._compute_loss,
+    keras.Model.losses,
+    CompileLoss.call,
+    CompileLoss.__call__,
+)
+_OWN_CALLS = (LossFunctionWrapper.call, keras.losses.Loss.__call__)
+
+
 def loss_of(
     model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any, *, training: bool
 ) -> Any:
@@ -48,11 +59,10 @@ def loss_tracker_of(model: keras.Model) -> keras.metrics.Metric:
 def is_plain_loss(model: keras.Model) -> bool:
     """Whether what the model computes as its loss is just that it was compiled with."""
     cls, compiled = type(model), model._compile_loss
-    if cls.compute_loss is not keras.Model.compute_loss or cls.losses is not keras.Model.losses:
-        return False
     if type(compiled) is not CompileLoss or "call" in vars(compiled):
         return False
-    return vars(model).keys().isdisjoint(("compute_loss", "_compute_loss"))
+    own = (cls.compute_loss, cls._compute_loss, cls.losses, CompileLoss.call, CompileLoss.__call__)
+    return own == _OWN and vars(model).keys().isdisjoint(("compute_loss", "_compute_loss"))
 
 
 def losses_are_of_keras(model: keras.Model) -> bool:
@@ -114,8 +124,7 @@ def loss_functions_of(loss: CompileLoss) -> list[LossFunction]:
         one = entry.loss
         plain = (
             isinstance(one, LossFunctionWrapper)
-            and type(one).call is LossFunctionWrapper.call
-            and type(one).__call__ is keras.losses.Loss.__call__
+            and (type(one).call, type(one).__call__) == _OWN_CALLS
             and "call" not in vars(one)
         )
         function, settings = (one.fn, one._fn_kwargs) if plain else (None, {})

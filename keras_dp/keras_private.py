@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -114,8 +115,17 @@ def _is_keras_class(cls: type) -> bool:
 
 
 def _is_known(code: Any) -> bool:
-    """Whether a class or function is of Keras, KerasHub or TensorFlow."""
-    return str(code.__module__).partition(".")[0] in _KNOWN_CODE
+    """Whether a class or function is of Keras, KerasHub or TensorFlow, and what it wraps as well.
+
+    A function says by its globals where it was written: its `__module__` may be copied.
+    """
+    function = getattr(code, "__func__", code)
+    written = getattr(function, "__globals__", {}).get("__name__", code.__module__)
+    inside = [
+        f for name in ("__wrapped__", "python_function") if (f := getattr(function, name, None))
+    ]
+    known = (*_KNOWN_CODE, "contextlib", "functools") if inside else _KNOWN_CODE
+    return str(written).partition(".")[0] in known and all(map(_is_known, inside))
 
 
 def settings_of(layer: keras.Layer, *, order: bool = True) -> Any:
@@ -136,12 +146,8 @@ def settings_of(layer: keras.Layer, *, order: bool = True) -> Any:
 def _own_settings_of(layer: keras.Layer, *, order: bool) -> Any:
     """`settings_of` a layer without those inside of it."""
     cls, attributes = type(layer), vars(layer)
-    code = [
-        v if inspect.isroutine(v) or inspect.isclass(v) else type(v)
-        for v in attributes.values()
-        if callable(v)
-    ]
-    if not all(_is_known(c) for c in (cls, *code, *_methods_of(cls))):
+    code = [c for v in attributes.values() if callable(v) for c in _code_of(v)]
+    if not all(map(_is_known, (cls, *code))) or not _has_known_methods(cls):
         return None
     config: Any = None
     # Where the order doesn't count, the layers of a graph say all; its configuration has names.
@@ -171,13 +177,28 @@ def _own_settings_of(layer: keras.Layer, *, order: bool) -> Any:
     return cls, cls.call, repr(config), others, graph, layer.compute_dtype
 
 
-def _methods_of(cls: type) -> Iterator[Any]:
-    """The functions that a class has now: somebody may have put others in their place."""
+def _code_of(value: Any) -> list[Any]:
+    """The functions and classes that something callable runs."""
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return [value]
+    inside = getattr(value, "python_function", None)  # of a `tf.function`
+    return [type(value)] if inside is None else [type(value), inside]
+
+
+_known_methods: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _has_known_methods(cls: type) -> bool:
+    """Whether nobody has put a function in the place of one of those of a class."""
     for base in cls.__mro__:
         for member in vars(base).values():
-            function = getattr(member, "__func__", member)
-            if inspect.isfunction(function):
-                yield function
+            function = getattr(member, "__func__", getattr(member, "fget", member))
+            if not inspect.isfunction(function) or function in _known_methods:
+                continue
+            if not hasattr(function, "_keras_dp") and not _is_known(function):
+                return False
+            _known_methods.add(function)
+    return True
 
 
 _NO_SETTINGS = ("name", "trainable")

@@ -195,6 +195,17 @@ def test_rule_19_weights_of_the_loss_that_are_no_number_are_left_to_single_rows(
     assert known_losses.of_rows(model, y, y, None) is None
 
 
+@pytest.mark.parametrize("owner", [keras.Model, keras.losses.Loss])
+def test_rule_19_a_loss_that_somebody_has_changed_is_left_to_single_rows(owner, monkeypatch):
+    model = compiled("mse", (ROWS, 3))
+    y = ops.convert_to_tensor(made_up((ROWS, 3)))
+    keras_losses.loss_of(model, None, y, y, None, training=True)
+    assert known_losses.of_rows(model, y, y, None) is not None
+    name = "compute_loss" if owner is keras.Model else "__call__"
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: ops.zeros(()))
+    assert known_losses.of_rows(model, y, y, None) is None
+
+
 class AddsLosses(keras.Sequential):
     @property
     def losses(self):

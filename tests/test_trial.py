@@ -104,9 +104,25 @@ def patched_with_an_object(layer, monkeypatch):
     layer.call = Call()
 
 
+def patched_with_what_names_keras_as_its_module(layer, monkeypatch):
+    layer.call = functools.wraps(layer.call)(functools.partial(other_call, layer))
+
+
+def decorated(layer, monkeypatch):
+    original = layer.call
+
+    @functools.wraps(original)
+    def call(x, training=None):
+        return original(keras.ops.matmul(x, layer.kernel))
+
+    layer.call = call
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        decorated,
+        patched_with_what_names_keras_as_its_module,
         patched_class,
         patched_class_by_what_names_keras_as_its_module,
         patched_with_a_partial,
@@ -128,6 +144,13 @@ def test_rule_19_a_layer_that_somebody_has_changed_is_not_alike(change, monkeypa
     train(lambda layer, monkeypatch: None)
     with pytest.raises(keras_dp.PrivacyError, match="tried by itself"):
         train(change)
+
+
+def test_rule_19_a_layer_that_has_a_traced_function_from_outside_is_not_alike():
+    layer = layers.Dense(2)
+    assert keras_private.settings_of(layer) is not None
+    layer.call = tf.function(lambda x: x)
+    assert keras_private.settings_of(layer) is None
 
 
 def loss_settings(loss, **given):
