@@ -228,8 +228,10 @@ def _described(value: Any) -> Any:
         return [(k, _described(v)) for k, v in value.items()]
     if isinstance(value, (list, tuple)):
         return [_described(v) for v in value]
-    if inspect.isroutine(value) and _is_known(value) and not getattr(value, "__closure__", None):
-        return value.__module__, value.__qualname__
+    if inspect.isroutine(value) and _is_known(value) and _is_by_itself(value):
+        code = getattr(value, "__code__", None)  # several may have the name of a lambda
+        line = None if code is None else code.co_firstlineno
+        return value.__module__, value.__qualname__, line, repr(getattr(value, "__defaults__", ()))
     if isinstance(value, _PARTS):
         return type(value)  # a layer inside is looked at by itself
     if keras.ops.is_tensor(value) and hasattr(value, "numpy") and math.prod(value.shape) < 2**16:
@@ -237,6 +239,13 @@ def _described(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str, keras.DTypePolicy)):
         return repr(value)
     raise TypeError(f"a layer has an attribute of {type(value)}")
+
+
+def _is_by_itself(function: Any) -> bool:
+    """Whether nothing beside its arguments and a layer has a part in what a function returns."""
+    owner = getattr(function, "__self__", None)
+    alone = owner is None or inspect.ismodule(owner) or isinstance(owner, keras.Layer)
+    return alone and not getattr(function, "__closure__", None)
 
 
 def owners_of(model: keras.Model, variables: list[Any]) -> dict[int, keras.Layer]:

@@ -1,6 +1,7 @@
 """KerasHub's layers that have rules, and verdicts that are kept for all of its layers."""
 
 import importlib
+import types
 
 import keras
 import numpy as np
@@ -213,3 +214,29 @@ def test_settings_tell_what_layers_of_keras_hub_compute_by():
     outside = cls(epsilon=1e-6)
     outside.functions = [lambda x: x]
     assert of(outside) is None
+
+
+def test_settings_tell_apart_functions_of_one_name():
+    cls = found("models.llama.llama_layernorm.LlamaLayerNorm")
+    functions = [lambda x, k=1: x, lambda x, k=2: x]
+    functions += [lambda x: x]
+    known = {"__name__": "keras_hub.src.anything"}
+    inside = [
+        types.FunctionType(f.__code__, known, "f", f.__defaults__, f.__closure__) for f in functions
+    ]
+    settings = []
+    for f in inside:
+        f.__module__ = known["__name__"]
+        layer = cls()
+        layer.functions = [f]
+        settings.append(keras_private.settings_of(layer))
+    assert None not in settings and len(set(settings)) == 3
+
+    def closed(k):
+        return lambda x: x * k
+
+    layer = cls()
+    f = closed(3)
+    layer.functions = [types.FunctionType(f.__code__, known, "f", None, f.__closure__)]
+    layer.functions[0].__module__ = known["__name__"]
+    assert keras_private.settings_of(layer) is None
