@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras import ops
 from reference import clipped_sum, example_gradients, private_clipped_sum, relative_error
 
+import keras_dp
 from keras_dp import keras_losses, keras_private
 from keras_dp.gradients import known_losses
 
@@ -210,6 +211,38 @@ class AddsLosses(keras.Sequential):
     @property
     def losses(self):
         return [ops.sum(self.layers[0].kernel)]
+
+
+@pytest.mark.filterwarnings("ignore::keras_dp.PrivacyWarning")
+@pytest.mark.parametrize(
+    ("rows", "targets", "known", "jit_compile"),
+    [
+        (8, 1, [], False),
+        (8, 1, [], True),
+        (8, 1, ["x"], False),
+        (8, 1, ["x", "y"], False),
+        (1, 8, [], False),
+        (8, 4, ["y"], False),
+    ],
+)
+def test_rule_19_a_row_that_several_examples_would_share_is_refused(
+    rows, targets, known, jit_compile
+):
+    """One label for the whole batch counted in the gradient of each example."""
+    x, y = np.ones((rows, 3), "float32"), np.ones((targets, 2), "float32")
+    like = [
+        tf.TensorSpec([len(a) if name in known else None, a.shape[1]])
+        for name, a in (("x", x), ("y", y))
+    ]
+    batches = tf.data.Dataset.from_generator(lambda: iter([(x, y)]), output_signature=tuple(like))
+    model = dense()
+    optimizer = keras_dp.DPSGD(1.0, max_grad_norm=1.0, noise_multiplier=0.0)
+    model.compile(optimizer, loss="mse", jit_compile=jit_compile)
+    before = model.get_weights()
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError)):
+        model.fit(batches, verbose=0)
+    for now, then in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(now, then)
 
 
 def test_losses_that_a_model_adds_by_a_property_of_its_own_count():
