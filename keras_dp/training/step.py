@@ -161,7 +161,7 @@ def clipped_sums(
     )
     clip = parts.mechanism.clip(meter.max_grad_norm)
     rows = arithmetic.row_count(batch.leaves()[0])
-    alike = _rows_alike(batch)
+    alike = rows_alike(batch)
     if present is None:
         engine = Engine(example_loss, clip, options)
         padded, real, seeds = _padded(batch, engine.padding, seeds_of)
@@ -190,7 +190,7 @@ def clipped_sums(
     return found, Shown(batch, rows, real, outcome, penalty), engine
 
 
-def _rows_alike(batch: Batch) -> Any:
+def rows_alike(batch: Batch) -> Any:
     """Requires, when the step runs, that all parts of a batch have as many rows as each other.
 
     Returns:
