@@ -248,3 +248,24 @@ def test_settings_tell_apart_functions_of_one_name():
     layer.functions = [types.FunctionType(f.__code__, known, "f", None, f.__closure__)]
     layer.functions[0].__module__ = known["__name__"]
     assert keras_private.settings_of(layer) is None
+
+
+@pytest.mark.filterwarnings("ignore:Layer 't5_multi_head:UserWarning")
+@pytest.mark.filterwarnings("ignore:Layer 'two_attentions:UserWarning")
+def test_which_of_a_layer_s_weights_are_trained_counts(monkeypatch):
+    """Four of them have the same name and size."""
+    found_kinds = []
+    monkeypatch.setattr(
+        trial, "require_right_gradients", lambda ghost, _: found_kinds.append(ghost.plan.kinds)
+    )
+
+    def kinds(frozen):
+        inputs = keras.Input((5, 4))
+        both = TwoAttentions(is_decoder=False, biased=False)
+        model = keras.Model(inputs, both(inputs))
+        getattr(both.first, frozen).trainable = False
+        model.compile("sgd", loss="mse")
+        assert engine_outcome(model, normal(5, 4), normal(5, 4), max_grad_norm=1.0)[1] == "ghost"
+        return found_kinds[-1]
+
+    assert kinds("query_projector") == kinds("query_projector") != kinds("key_projector")

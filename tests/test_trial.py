@@ -146,6 +146,20 @@ def test_rule_19_a_layer_that_somebody_has_changed_is_not_alike(change, monkeypa
         train(change)
 
 
+def test_rule_19_a_layer_that_is_changed_between_eager_steps_is_tried_again():
+    layer = layers.Dense(4)
+    layer.build((None, 4))
+    model = keras.Sequential([keras.Input((4,)), layer])
+    optimizer = keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=0.0, gradients="ghost")
+    model.compile(optimizer, loss="mse", run_eagerly=True)
+    x = np.ones((4, 4), "float32")
+    for _ in range(2):
+        model.train_on_batch(x, x)
+    layer.call = functools.partial(other_call, layer)
+    with pytest.raises(keras_dp.PrivacyError, match="tried by itself"):
+        model.train_on_batch(x, x)
+
+
 def test_rule_19_a_layer_that_has_a_traced_function_from_outside_is_not_alike():
     layer = layers.Dense(2)
     assert keras_private.settings_of(layer) is not None

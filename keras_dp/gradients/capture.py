@@ -426,7 +426,8 @@ class Capture:
         how = (id(layer) in self._plan.alone, id(layer) in self._plan.units, rule_for(layer))
         flat = tree.flatten((args, kwargs))
         given = tuple(look(t, m) for t, m in zip(flat, arguments.mapped, strict=True))
-        trained = tuple((v.path.rpartition("/")[2], tuple(v.shape), v.dtype) for v in variables)
+        places = {id(v): k for k, v in enumerate(layer.variables)}  # names need not differ
+        trained = tuple((places.get(id(v)), v.name, tuple(v.shape), v.dtype) for v in variables)
         return (type(layer), settings, how, arguments, given, trained)
 
     def _compare_losses(self, unit: Unit, mapped: tuple[bool, ...], args: Any, kwargs: Any) -> None:

@@ -258,7 +258,10 @@ def _key(loss: ExampleLoss, leaves: list[Any]) -> Any:
         [id(v) for v in loss.variables],
         [(tuple(t.shape[1:]), t.dtype) for t in leaves],
         id(loss.model.loss),
-        [(type(layer), _settings_of(layer)) for layer in keras_private.all_layers(loss.model)],
+        [
+            (type(layer), id(type(layer).call), id(vars(layer).get("call")), _settings_of(layer))
+            for layer in keras_private.all_layers(loss.model)
+        ],
     )
 
 
