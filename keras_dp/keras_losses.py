@@ -28,6 +28,17 @@ __all__ = [
 ]
 
 
+# As Keras has them: somebody may put others in their place.
+_OWN = (
+    keras.Model.compute_loss,
+    keras.Model._compute_loss,
+    keras.Model.losses,
+    CompileLoss.call,
+    CompileLoss.__call__,
+)
+_OWN_CALLS = (LossFunctionWrapper.call, keras.losses.Loss.__call__)
+
+
 def loss_of(
     model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any, *, training: bool
 ) -> Any:
@@ -47,9 +58,11 @@ def loss_tracker_of(model: keras.Model) -> keras.metrics.Metric:
 
 def is_plain_loss(model: keras.Model) -> bool:
     """Whether what the model computes as its loss is just that it was compiled with."""
-    if type(model).compute_loss is not keras.Model.compute_loss:
+    cls, compiled = type(model), model._compile_loss
+    if type(compiled) is not CompileLoss or "call" in vars(compiled):
         return False
-    return type(model._compile_loss) is CompileLoss and "compute_loss" not in vars(model)
+    own = (cls.compute_loss, cls._compute_loss, cls.losses, CompileLoss.call, CompileLoss.__call__)
+    return own == _OWN and vars(model).keys().isdisjoint(("compute_loss", "_compute_loss"))
 
 
 def losses_are_of_keras(model: keras.Model) -> bool:
@@ -69,10 +82,17 @@ def loss_settings_of(model: keras.Model) -> Any:
     """What is equal for models with the same loss of Keras; `None` if it isn't one of Keras."""
     if not losses_are_of_keras(model):
         return None
-    found: list[Any] = []
-    for loss in tree.flatten(getattr(model._compile_loss, "_user_loss", None)):
+    compiled: Any = model._compile_loss
+    given = getattr(compiled, "_user_loss", None)
+    weights = getattr(compiled, "_user_loss_weights", None)
+    found: list[Any] = [repr(tree.map_structure(lambda _: 0, given)), repr(weights)]
+    for loss in tree.flatten(given):
         if isinstance(loss, keras.losses.Loss):
-            found.append((type(loss), repr(loss.get_config())))
+            function = getattr(loss, "fn", None)
+            whose = [getattr(f, "__module__", "") for f in (function, vars(loss).get("call")) if f]
+            if any(str(module).partition(".")[0] != "keras" for module in whose):
+                return None
+            found.append((type(loss), function, loss.dtype, repr(loss.get_config())))
         else:  # a function or its name
             found.append(loss)
     return tuple(found)
@@ -104,8 +124,8 @@ def loss_functions_of(loss: CompileLoss) -> list[LossFunction]:
         one = entry.loss
         plain = (
             isinstance(one, LossFunctionWrapper)
-            and type(one).call is LossFunctionWrapper.call
-            and type(one).__call__ is keras.losses.Loss.__call__
+            and (type(one).call, type(one).__call__) == _OWN_CALLS
+            and "call" not in vars(one)
         )
         function, settings = (one.fn, one._fn_kwargs) if plain else (None, {})
         reduction, unreduced = getattr(one, "reduction", None), functools.partial(_unreduced, one)

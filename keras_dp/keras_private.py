@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -114,8 +115,17 @@ def _is_keras_class(cls: type) -> bool:
 
 
 def _is_known(code: Any) -> bool:
-    """Whether a class or function is of Keras, KerasHub or TensorFlow."""
-    return str(code.__module__).partition(".")[0] in _KNOWN_CODE
+    """Whether a class or function is of Keras, KerasHub or TensorFlow, and what it wraps as well.
+
+    A function says by its globals where it was written: its `__module__` may be copied.
+    """
+    function = getattr(code, "__func__", code)
+    written = getattr(function, "__globals__", {}).get("__name__", code.__module__)
+    inside = [
+        f for name in ("__wrapped__", "python_function") if (f := getattr(function, name, None))
+    ]
+    known = (*_KNOWN_CODE, "contextlib", "functools") if inside else _KNOWN_CODE
+    return str(written).partition(".")[0] in known and all(map(_is_known, inside))
 
 
 def settings_of(layer: keras.Layer, *, order: bool = True) -> Any:
@@ -136,8 +146,8 @@ def settings_of(layer: keras.Layer, *, order: bool = True) -> Any:
 def _own_settings_of(layer: keras.Layer, *, order: bool) -> Any:
     """`settings_of` a layer without those inside of it."""
     cls, attributes = type(layer), vars(layer)
-    functions = [v for v in attributes.values() if inspect.isroutine(v)]
-    if not all(_is_known(code) for code in (cls, *functions)):
+    code = [c for v in attributes.values() if callable(v) for c in _code_of(v)]
+    if not all(map(_is_known, (cls, *code))) or not _has_known_methods(cls):
         return None
     config: Any = None
     # Where the order doesn't count, the layers of a graph say all; its configuration has names.
@@ -162,7 +172,33 @@ def _own_settings_of(layer: keras.Layer, *, order: bool) -> Any:
             config = _described(config)
         except TypeError:
             config = None  # it has objects, which attributes have, too
-    return cls, repr(config), others, layer.compute_dtype
+    # Not all that a graph does are layers.
+    graph = tuple(map(type, layer.operations)) if isinstance(layer, Functional) else ()
+    return cls, cls.call, repr(config), others, graph, layer.compute_dtype
+
+
+def _code_of(value: Any) -> list[Any]:
+    """The functions and classes that something callable runs."""
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return [value]
+    inside = getattr(value, "python_function", None)  # of a `tf.function`
+    return [type(value)] if inside is None else [type(value), inside]
+
+
+_known_methods: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _has_known_methods(cls: type) -> bool:
+    """Whether nobody has put a function in the place of one of those of a class."""
+    for base in cls.__mro__:
+        for member in vars(base).values():
+            function = getattr(member, "__func__", getattr(member, "fget", member))
+            if not inspect.isfunction(function) or function in _known_methods:
+                continue
+            if not hasattr(function, "_keras_dp") and not _is_known(function):
+                return False
+            _known_methods.add(function)
+    return True
 
 
 _NO_SETTINGS = ("name", "trainable")
@@ -186,8 +222,10 @@ def _described(value: Any) -> Any:
         return [(k, _described(v)) for k, v in value.items()]
     if isinstance(value, (list, tuple)):
         return [_described(v) for v in value]
-    if inspect.isroutine(value):
-        return value.__module__, value.__qualname__
+    if inspect.isroutine(value) and _is_known(value) and _is_by_itself(value):
+        code = getattr(value, "__code__", None)  # several may have the name of a lambda
+        line = None if code is None else code.co_firstlineno
+        return value.__module__, value.__qualname__, line, repr(getattr(value, "__defaults__", ()))
     if isinstance(value, (*_PARTS, keras.random.SeedGenerator)):
         return type(value)  # a layer inside has its own settings
     if keras.ops.is_tensor(value) and hasattr(value, "numpy") and math.prod(value.shape) < 2**16:
@@ -195,6 +233,13 @@ def _described(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str, keras.DTypePolicy)):
         return repr(value)
     raise TypeError(f"a layer has an attribute of {type(value)}")
+
+
+def _is_by_itself(function: Any) -> bool:
+    """Whether nothing beside its arguments and a layer has a part in what a function returns."""
+    owner = getattr(function, "__self__", None)
+    alone = owner is None or inspect.ismodule(owner) or isinstance(owner, keras.Layer)
+    return alone and not getattr(function, "__closure__", None)
 
 
 def owners_of(model: keras.Model, variables: list[Any]) -> dict[int, keras.Layer]:

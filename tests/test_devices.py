@@ -16,6 +16,7 @@ from keras_dp import (
     PrivacyError,
     ShuffledDataset,
     backend,
+    keras_losses,
     keras_private,
 )
 from keras_dp.noise import NoiseSource
@@ -246,7 +247,7 @@ def gradients_added_up_twice():
 
 
 def losses_divided_by_the_replicas():
-    return keras_private, "losses_unscaled", contextlib.nullcontext
+    return keras_losses, "losses_unscaled", contextlib.nullcontext
 
 
 MUTANTS = [

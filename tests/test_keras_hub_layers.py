@@ -1,6 +1,7 @@
 """KerasHub's layers that have rules, and verdicts that are kept for all of its layers."""
 
 import importlib
+import types
 
 import keras
 import numpy as np
@@ -171,6 +172,10 @@ def start(model):
     assert engine_outcome(model, x, np.zeros((ROWS, 8)), max_grad_norm=1.0)[1] == "ghost"
 
 
+def loss_from_outside(y_true, y_pred):
+    return keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
+
+
 def test_models_of_keras_hub_that_are_alike_are_tried_once(monkeypatch):
     tried = []
     original = trial._try
@@ -189,6 +194,10 @@ def test_models_of_keras_hub_that_are_alike_are_tried_once(monkeypatch):
     assert tried == [True]
     start(llama(layer_norm_epsilon=1e-3))
     assert tried == [True, True]
+    model = llama()
+    model.compile("sgd", loss=loss_from_outside)  # it could see more than what the model returns
+    start(model)
+    assert tried == [True, True, True]
 
 
 class FromOutside(layers.Layer):
@@ -210,3 +219,53 @@ def test_settings_tell_what_layers_of_keras_hub_compute_by():
     outside = cls(epsilon=1e-6)
     outside.function = lambda x: x
     assert of(outside) is None
+    outside = cls(epsilon=1e-6)
+    outside.functions = [lambda x: x]
+    assert of(outside) is None
+
+
+def test_settings_tell_apart_functions_of_one_name():
+    cls = found("models.llama.llama_layernorm.LlamaLayerNorm")
+    functions = [lambda x, k=1: x, lambda x, k=2: x]
+    functions += [lambda x: x]
+    known = {"__name__": "keras_hub.src.anything"}
+    inside = [
+        types.FunctionType(f.__code__, known, "f", f.__defaults__, f.__closure__) for f in functions
+    ]
+    settings = []
+    for f in inside:
+        f.__module__ = known["__name__"]
+        layer = cls()
+        layer.functions = [f]
+        settings.append(keras_private.settings_of(layer))
+    assert None not in settings and len(set(settings)) == 3
+
+    def closed(k):
+        return lambda x: x * k
+
+    layer = cls()
+    f = closed(3)
+    layer.functions = [types.FunctionType(f.__code__, known, "f", None, f.__closure__)]
+    layer.functions[0].__module__ = known["__name__"]
+    assert keras_private.settings_of(layer) is None
+
+
+@pytest.mark.filterwarnings("ignore:Layer 't5_multi_head:UserWarning")
+@pytest.mark.filterwarnings("ignore:Layer 'two_attentions:UserWarning")
+def test_which_of_a_layer_s_weights_are_trained_counts(monkeypatch):
+    """Four of them have the same name and size."""
+    found_kinds = []
+    monkeypatch.setattr(
+        trial, "require_right_gradients", lambda ghost, _: found_kinds.append(ghost.plan.kinds)
+    )
+
+    def kinds(frozen):
+        inputs = keras.Input((5, 4))
+        both = TwoAttentions(is_decoder=False, biased=False)
+        model = keras.Model(inputs, both(inputs))
+        getattr(both.first, frozen).trainable = False
+        model.compile("sgd", loss="mse")
+        assert engine_outcome(model, normal(5, 4), normal(5, 4), max_grad_norm=1.0)[1] == "ghost"
+        return found_kinds[-1]
+
+    assert kinds("query_projector") == kinds("query_projector") != kinds("key_projector")

@@ -178,6 +178,19 @@ def test_the_divisor_is_the_expected_batch_size():
     assert len(set(sizes)) > 1
 
 
+@UNKNOWN
+def test_rule_19_a_row_for_all_examples_is_refused_where_sizes_are_not_known_before():
+    model, loss_fn, (x, y), optimizer = setup()
+
+    @tf.function(input_signature=[tf.TensorSpec([None, *t.shape[1:]]) for t in (x, y)])
+    def step(x, y):
+        return list(optimizer.private_gradients(loss_fn, model.trainable_variables, (x, y)))
+
+    step(x, y)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="same number of rows"):
+        step(x, y[:1])
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.one_in(2)
 def test_an_empty_batch_is_a_step_of_noise_alone(compiled):

@@ -1,5 +1,7 @@
 """Rule 19: what can't be verified is not used. And faults of the rooms, each found once."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import tiny
 from keras import layers
 
 import keras_dp
+from keras_dp import keras_losses, keras_private
 from keras_dp.gradients import trial
 from keras_dp.gradients.rules.registry import Unit
 
@@ -74,6 +77,123 @@ def test_rules_use_what_watching_returns(layer, shape, monkeypatch):
     )
     model.train_on_batch(np.ones((4, *shape)), np.ones((4, 1)))
     assert model.optimizer.engine == "ghost"
+
+
+def other_call(layer, x, training=None):
+    """Uses the kernel twice."""
+    return keras.ops.matmul(keras.ops.matmul(x, layer.kernel), layer.kernel)
+
+
+def patched_class(layer, monkeypatch):
+    monkeypatch.setattr(layers.Dense, "call", other_call)
+
+
+def patched_class_by_what_names_keras_as_its_module(layer, monkeypatch):
+    monkeypatch.setattr(layers.Dense, "call", functools.wraps(layers.Dense.call)(other_call))
+
+
+def patched_with_a_partial(layer, monkeypatch):
+    layer.call = functools.partial(other_call, layer)
+
+
+def patched_with_an_object(layer, monkeypatch):
+    class Call:
+        def __call__(self, x, training=None):
+            return other_call(layer, x)
+
+    layer.call = Call()
+
+
+def patched_with_what_names_keras_as_its_module(layer, monkeypatch):
+    layer.call = functools.wraps(layer.call)(functools.partial(other_call, layer))
+
+
+def decorated(layer, monkeypatch):
+    original = layer.call
+
+    @functools.wraps(original)
+    def call(x, training=None):
+        return original(keras.ops.matmul(x, layer.kernel))
+
+    layer.call = call
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        decorated,
+        patched_with_what_names_keras_as_its_module,
+        patched_class,
+        patched_class_by_what_names_keras_as_its_module,
+        patched_with_a_partial,
+        patched_with_an_object,
+    ],
+)
+def test_rule_19_a_layer_that_somebody_has_changed_is_not_alike(change, monkeypatch):
+    """It was, and trained with the gradients of what it computed before."""
+
+    def train(change):
+        layer = layers.Dense(4)
+        layer.build((None, 4))
+        change(layer, monkeypatch)
+        model = keras.Sequential([keras.Input((4,)), layer])
+        optimizer = keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=0.0, gradients="ghost")
+        model.compile(optimizer, loss="mse")
+        model.train_on_batch(np.ones((4, 4)), np.ones((4, 4)))
+
+    train(lambda layer, monkeypatch: None)
+    with pytest.raises(keras_dp.PrivacyError, match="tried by itself"):
+        train(change)
+
+
+def test_rule_19_a_layer_that_is_changed_between_eager_steps_is_tried_again():
+    layer = layers.Dense(4)
+    layer.build((None, 4))
+    model = keras.Sequential([keras.Input((4,)), layer])
+    optimizer = keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=0.0, gradients="ghost")
+    model.compile(optimizer, loss="mse", run_eagerly=True)
+    x = np.ones((4, 4), "float32")
+    for _ in range(2):
+        model.train_on_batch(x, x)
+    layer.call = functools.partial(other_call, layer)
+    with pytest.raises(keras_dp.PrivacyError, match="tried by itself"):
+        model.train_on_batch(x, x)
+
+
+def test_rule_19_a_layer_that_has_a_traced_function_from_outside_is_not_alike():
+    layer = layers.Dense(2)
+    assert keras_private.settings_of(layer) is not None
+    layer.call = tf.function(lambda x: x)
+    assert keras_private.settings_of(layer) is None
+
+
+def loss_settings(loss, **given):
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    model.compile("sgd", loss=loss, **given)
+    return keras_losses.loss_settings_of(model)
+
+
+def test_settings_tell_what_losses_compute_by():
+    plain = loss_settings(keras.losses.MeanSquaredError())
+    assert plain == loss_settings(keras.losses.MeanSquaredError()) is not None
+    assert plain != loss_settings(keras.losses.MeanSquaredError(), loss_weights=3.0)
+    assert plain != loss_settings(keras.losses.MeanSquaredError(dtype="float16"))
+    assert plain != loss_settings(keras.losses.MeanSquaredError(reduction="sum"))
+    changed = keras.losses.MeanSquaredError()
+    changed.call = lambda y_true, y_pred: y_pred
+    assert loss_settings(changed) is None
+    (wrapper,) = keras.losses.MeanSquaredError.__bases__
+    assert loss_settings(wrapper(lambda y_true, y_pred: y_pred)) is None
+
+
+def test_settings_tell_which_operations_a_graph_has():
+    def graph(operation):
+        inputs = keras.Input((3,))
+        return keras.Model(inputs, operation(layers.Dense(3)(inputs)))
+
+    of = functools.partial(keras_private.settings_of, order=False)
+    assert of(graph(keras.ops.exp)) == of(graph(keras.ops.exp)) is not None
+    assert of(graph(keras.ops.exp)) != of(graph(keras.ops.sin))
 
 
 def test_two_optimizers_do_not_move_one_c():

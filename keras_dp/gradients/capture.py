@@ -249,7 +249,7 @@ class Capture:
             arguments = Arguments(tuple(ops.is_tensor(t) for t in tree.flatten((args, kwargs))))
         if self._local:
             args, kwargs = tree.map_structure(_without_gradient, (args, kwargs))
-        self.kinds.append(self._kind_of(layer, variables, args, kwargs))
+        self.kinds.append(self._kind_of(layer, variables, arguments, args, kwargs))
         unit = Unit(layer, variables, original, self._scope, self._watch)
         self._inside = unit
         try:
@@ -404,21 +404,31 @@ class Capture:
             self._fail(NotPossible(f"the model '{layer.name}': {reason}"))
         self._fail(Apart(layer, reason))
 
-    def _kind_of(self, layer: keras.Layer, variables: list[Any], args: Any, kwargs: Any) -> Any:
+    def _kind_of(
+        self,
+        layer: keras.Layer,
+        variables: list[Any],
+        arguments: Arguments,
+        args: Any,
+        kwargs: Any,
+    ) -> Any:
         """What the gradients of a call follow from, but for values; `None` if that isn't known."""
         settings = self._settings.get(id(layer))
         if settings is None:
             return None
 
-        def look(value: Any) -> Any:
+        def look(value: Any, mapped: bool) -> Any:
             if ops.is_tensor(value):
-                return (tuple(value.shape[1:]), value.dtype, keras_private.mask_of(value) is None)
+                sizes = tuple(value.shape[1:] if mapped else value.shape)
+                return (sizes, value.dtype, keras_private.mask_of(value) is None)
             return value if isinstance(value, bool | int | float | str | None) else repr(value)
 
         how = (id(layer) in self._plan.alone, id(layer) in self._plan.units, rule_for(layer))
-        given = tuple(look(t) for t in tree.flatten((args, kwargs)))
-        trained = tuple((v.path.rpartition("/")[2], tuple(v.shape), v.dtype) for v in variables)
-        return (type(layer), settings, how, given, trained)
+        flat = tree.flatten((args, kwargs))
+        given = tuple(look(t, m) for t, m in zip(flat, arguments.mapped, strict=True))
+        places = {id(v): k for k, v in enumerate(layer.variables)}  # names need not differ
+        trained = tuple((places.get(id(v)), v.name, tuple(v.shape), v.dtype) for v in variables)
+        return (type(layer), settings, how, arguments, given, trained)
 
     def _compare_losses(self, unit: Unit, mapped: tuple[bool, ...], args: Any, kwargs: Any) -> None:
         """Takes note of a layer that adds another loss for a batch than for its examples.

@@ -116,6 +116,11 @@ class Engine:
         each = (self._microbatch_size or 32) if self._jit_compile and not self._eagerly else 1
         return -(-self._batch_capacity // each) * each
 
+    @property
+    def _options(self) -> tuple[Any, ...]:
+        """What else the engine is traced with, views and microbatches aside."""
+        return type(self), self._jit_compile
+
     def __call__(self, batch: Batch, real: Any, seeds: list[Any]) -> Outcome:
         """The clipped sum of a padded batch.
 
@@ -226,7 +231,7 @@ class Engine:
                 return whole
             draws_alike = not ghost.draws_random  # else it draws otherwise than a loop
             if draws_alike and (ghost.plan.mapped or self._adds_rows_up):
-                options = (type(self), self._jit_compile, self._views, self._microbatch_size)
+                options = (*self._options, self._views, self._microbatch_size)
                 compare = functools.partial(self._require_agreement, run, leaves)
                 with contextlib.suppress(trial.Untried):  # its gradients were tried above
                     trial.once_for_all_alike(ghost, leaves, options, compare)

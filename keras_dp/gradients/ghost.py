@@ -239,7 +239,7 @@ class GhostEngine:
         """Losses, and the gradient of each example's own at the outputs."""
         loss, penalties = self.example_loss, forward.capture.penalties
         flat = forward.flat
-        known = mapped.losses_at_once(functools.partial(loss.losses_of_rows, leaves, flat), flat)
+        known = mapped.losses_at_once(functools.partial(loss.losses_of_rows, leaves), flat)
         if known is not None:
             losses, upstream = known
             of_weights, updates = [False] * len(weights), list[Any]()

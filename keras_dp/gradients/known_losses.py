@@ -25,6 +25,8 @@ _OF_NUMBERS = (
     losses.poisson,
     losses.squared_hinge,
 )
+# ... of which these first ask whether every label in the batch is 0 or 1, and then take 0 as -1.
+_BY_ALL_LABELS = (losses.hinge, losses.squared_hinge)
 # ... and what follows from the numbers along the last axis, which must not be the examples.
 _OF_ROWS = (
     losses.categorical_crossentropy,
@@ -37,7 +39,7 @@ _OF_ROWS = (
 
 
 def is_known(model: keras.Model, loss: keras_losses.LossFunction) -> bool:
-    """Whether it is known of a loss that each example's part of it is its own."""
+    """Whether it is known of a loss that each example's part of it is its own, taken alone."""
     if loss.reduction not in ("sum_over_batch_size", "sum", "mean"):
         return False
     if loss.function in _OF_NUMBERS:
@@ -63,10 +65,13 @@ def of_rows(model: keras.Model, y: Any, prediction: Any, sample_weight: Any) -> 
     """
     if not keras_losses.is_plain_loss(model):
         return None
-    functions = keras_losses.loss_functions_of(keras_losses.compile_loss_of(model))
+    compiled: Any = keras_losses.compile_loss_of(model)
+    functions = keras_losses.loss_functions_of(compiled)
     if len(functions) != 1 or not is_known(model, functions[0]):
         return None
     (one,) = functions
+    if one.function in _BY_ALL_LABELS or not _are_plain(one):
+        return None
     if any(t is None or tree.is_nested(t) for t in (y, prediction)):
         return None
     if not _go_together(one.function, y.shape, prediction.shape):
@@ -91,7 +96,15 @@ def of_rows(model: keras.Model, y: Any, prediction: Any, sample_weight: Any) -> 
         found = found * weights
     if one.reduction != "sum":
         found = ops.divide_no_nan(found, ops.cast(numbers, found.dtype))
+    found = ops.cast(found, compiled.dtype)
     return found if one.weight is None else found * one.weight
+
+
+def _are_plain(loss: keras_losses.LossFunction) -> bool:
+    """Whether a loss is given nothing that could lie along the examples, as an array might."""
+    lists = [v if isinstance(v, list | tuple) else [v] for v in loss.settings.values()]  # by class
+    given = [loss.weight, *(v for one in lists for v in one)]
+    return all(isinstance(v, bool | int | float | str | None) for v in given)
 
 
 def _go_together(function: Any, targets: Any, predictions: Any) -> bool:

@@ -129,22 +129,25 @@ def map_loss(
 
 
 def losses_at_once(
-    losses_of: Callable[[], Any], predictions: list[Any]
+    losses_of: Callable[[list[Any]], Any], predictions: list[Any]
 ) -> tuple[Any, list[Any]] | None:
     """Each example's loss, computed for all at once, and its gradient.
 
     Args:
-        losses_of: The losses, (rows,), of which no row sees another; or `None`.
+        losses_of: From predictions to the losses, (rows,), of which no row sees another; or
+            `None`.
         predictions: What they are computed from, each (rows, ...).
 
     Returns:
         Losses, and the gradient of each prediction as `map_loss` has them; `None` if
         `losses_of` returned that.
     """
-    sources = [t for t in predictions if is_float(t)]
+    # Of what a softmax made itself, Keras would take the logits instead, past the tape.
+    copies = [backend.copy_of(t) for t in predictions]
+    sources = [t for t in copies if is_float(t)]
     with backend.gradient_tape() as tape:
         tape.watch(sources)
-        losses = losses_of()
+        losses = losses_of(copies)
         if losses is None:
             return None
     found = iter(tape.gradient(losses, sources))

@@ -130,7 +130,7 @@ def require_right_gradients(ghost: GhostEngine, leaves: list[Any]) -> None:
 
     Calls of layers of Keras or KerasHub that are of a kind that was right before, in this
     process, aren't tried again; nor are models of such layers alone that were right together,
-    if they make the same calls.
+    if they make the same calls and have the same loss of Keras.
 
     Raises:
         PrivacyError: If they are wrong; names the layer.
@@ -142,7 +142,8 @@ def require_right_gradients(ghost: GhostEngine, leaves: list[Any]) -> None:
     foreign = keras_private.has_layers_from_outside(loss.model)
     if foreign:
         settings = keras_private.settings_of(loss.model, order=False)
-        kinds.append(None if settings is None else (settings, *kinds))
+        of_loss = keras_losses.loss_settings_of(loss.model)
+        kinds.append(None if None in (settings, of_loss) else (settings, of_loss, *kinds))
     if not _right.issuperset(kinds):
         draw_as_here = keras_private.drawing_as_here()
 
@@ -257,7 +258,10 @@ def _key(loss: ExampleLoss, leaves: list[Any]) -> Any:
         [id(v) for v in loss.variables],
         [(tuple(t.shape[1:]), t.dtype) for t in leaves],
         id(loss.model.loss),
-        [(type(layer), _settings_of(layer)) for layer in keras_private.all_layers(loss.model)],
+        [
+            (type(layer), id(type(layer).call), id(vars(layer).get("call")), _settings_of(layer))
+            for layer in keras_private.all_layers(loss.model)
+        ],
     )
 
 

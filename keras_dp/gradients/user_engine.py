@@ -64,6 +64,10 @@ class UserEngine(Engine):
         return -(-room // each) * each
 
     @property
+    def _options(self) -> tuple[Any, ...]:
+        return *super()._options, self._most
+
+    @property
     def _fixed(self) -> bool:
         """Whether sizes are filled up: because XLA compiles anew for each, or to a capacity."""
         return self.padding > 1

@@ -29,6 +29,7 @@ from .given import (
 )
 from .mechanism import Clipped, Mechanism, StepValues
 from .meter import Meter, Phase
+from .step import rows_alike
 
 _KEPT = 16  # functions that are kept traced
 _OFTEN = 3  # times that one function is made anew before the log says so
@@ -53,7 +54,9 @@ def clipped_sums(
     with backend.outside_graph():
         example_loss = FunctionLoss(loss_fn, variables, batch, models)
     engine = Engine(example_loss, clip, options)  # type: ignore[arg-type]
+    alike = rows_alike(batch)
     leaves, real = backend.pad_examples(batch.leaves(), engine.padding)
+    real = real if alike is None else ops.logical_and(real, alike)
     views = options.views
     seeds = backend.per_example_seeds(
         example_loss.seed_states, arithmetic.row_count(leaves[0]), views

@@ -105,12 +105,27 @@ def batch_of(data: Any) -> tuple[Batch, Any]:
     """A batch of tensors, and how many rows each person has, as `RowsOfUsers` says it.
 
     The latter is `None` where batches don't say whose the rows are.
+
+    Raises:
+        ValueError: If parts of it are known to have different numbers of rows.
     """
     batch, present = Batch(*keras.utils.unpack_x_y_sample_weight(data)), None
     if isinstance(batch.x, RowsOfUsers):
         present = ops.convert_to_tensor(batch.x.present)
         batch = Batch(batch.x.x, batch.y, batch.sample_weight)
-    return batch.with_leaves(backend.as_tensors(batch.leaves())), present
+    batch = batch.with_leaves(backend.as_tensors(batch.leaves()))
+    known = {t.shape[0] if len(t.shape) else 0 for t in batch.leaves()} - {None}
+    if len(known) > 1:
+        shapes = ", ".join(str(tuple(t.shape)) for t in batch.leaves())
+        raise ValueError(f"{_ONE_ROW_EACH} They have the shapes {shapes}.")
+    return batch, present
+
+
+_ONE_ROW_EACH = (
+    "Every part of a batch (`x`, `y`, `sample_weight`) must have the same number of rows, one for "
+    "each example: a row that several examples shared would count in the gradient of each. Repeat "
+    "what is the same for all."
+)
 
 
 def clipped_sums(
@@ -146,14 +161,17 @@ def clipped_sums(
     )
     clip = parts.mechanism.clip(meter.max_grad_norm)
     rows = arithmetic.row_count(batch.leaves()[0])
+    alike = rows_alike(batch)
     if present is None:
         engine = Engine(example_loss, clip, options)
         padded, real, seeds = _padded(batch, engine.padding, seeds_of)
+        real = real if alike is None else ops.logical_and(real, alike)
         outcome, units, number = engine(padded, real, seeds), real, rows
     else:
         engine = UserEngine(example_loss, clip, options, most=present.shape[1])
         padded, real, seeds = _padded(batch, engine.padding, seeds_of)
         users, units = Users.padded(present, arithmetic.row_count(seeds[0]), engine.padding)
+        units = units if alike is None else ops.logical_and(units, alike)
         outcome = engine.of_users(padded, users, units, seeds)
         number = arithmetic.row_count(present)
     _say_what_is_not_reached(parts, model, example_loss)
@@ -170,6 +188,20 @@ def clipped_sums(
     )
     penalty = _regularization(variables)  # of the weights that made the losses
     return found, Shown(batch, rows, real, outcome, penalty), engine
+
+
+def rows_alike(batch: Batch) -> Any:
+    """Requires, when the step runs, that all parts of a batch have as many rows as each other.
+
+    Returns:
+        A flag: true; `None` where it is known already.
+    """
+    first, *others = map(arithmetic.row_count, batch.leaves())
+    others = [n for n in others if not (isinstance(n, int) and isinstance(first, int))]
+    if not others:
+        return None
+    alike = ops.all(ops.equal(ops.stack(others), first))
+    return backend.require(alike, ops.ones((), "bool"), _ONE_ROW_EACH)
 
 
 def require_same_unit(meter: Meter, present: Any) -> None:

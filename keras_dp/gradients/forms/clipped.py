@@ -66,7 +66,7 @@ def clipped_sums(
         return [
             arithmetic.no_gradient_of(v)
             if g is None
-            else backend.of_known_sizes(ops.cast(next(remaining), g.dtype), v.shape)
+            else _sized_like(v, ops.cast(next(remaining), g.dtype))
             for g, v in zip(gradients, variables, strict=True)
         ]
 
@@ -120,3 +120,9 @@ def clipped_sums(
         fine, lambda: [*sums(clip_weights), backend.copy_of(computed)], in_float64
     )
     return total, norms
+
+
+def _sized_like(variable: Any, total: Any) -> Any:
+    """The total, which has a variable's sizes, if it is one's."""
+    shape = getattr(variable, "shape", None)
+    return total if shape is None else backend.of_known_sizes(total, shape)
