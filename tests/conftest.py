@@ -47,7 +47,7 @@ def pytest_collection_finish(session):
     """What is there now stays: looking through it for garbage takes a quarter of a small fit."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(50_000, 10, 10)
 
 
 @pytest.fixture(autouse=True)
