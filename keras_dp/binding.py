@@ -328,6 +328,8 @@ def _fit_of(original: Callable[..., Any]) -> Callable[..., Any]:
             finally:
                 optimizer.session.gate.close()
                 optimizer.session.end_fit()
+                if replicas is not None:
+                    replicas.rest()
 
     return fit
 

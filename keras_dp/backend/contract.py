@@ -206,7 +206,7 @@ REPLICAS = {
         "processes, of which one `.leads`, `.mine`, the numbers of those that this one feeds, "
         "`.from_chief()` and `.summed()`, which all processes call together, `.is_lost()`, "
         "`.metrics_of_evaluation()`, `.is_of()`, `.have()`, `.scope()`, `.feed()`, "
-        "`.train_function()`. "
+        "`.train_function()`, `.rest()`, once a `fit` is over. "
         "In a step: `.each()`, a function run on every replica, and of what it returned `.first()` "
         "and `.joined()`; inside of such a function `.total()`, sums over all replicas."
     ),

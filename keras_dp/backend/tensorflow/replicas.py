@@ -10,6 +10,7 @@ there ("merge_call").
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from .types import Tensor
 __all__ = ["Replicas", "replicas_of", "replicas_within"]
 
 _STRATEGIES = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
+_REST = 3.0  # seconds
+_held: list[Any] = []  # iterators that feed a `fit`
 _ONE_DEVICE = (tf.distribute.OneDeviceStrategy,)
 
 
@@ -79,7 +82,29 @@ class Replicas:
         def function(iterator: Any) -> Any:
             return step(iterator.get_next())
 
-        return tf.function(function, autograph=False, reduce_retracing=True)
+        traced = tf.function(function, autograph=False, reduce_retracing=True)
+
+        def held(iterator: Any) -> Any:
+            if not any(iterator is other for other in _held):
+                _held.append(iterator)
+            return traced(iterator)
+
+        return held
+
+    @staticmethod
+    def rest() -> None:
+        """Lets go what fed a `fit` that is over, a while later.
+
+        TensorFlow's threads go on reading ahead when a `fit` ends. Where what they read
+        from was deleted at once, they read it nevertheless, seldom, and the process
+        crashed (TensorFlow 2.21, `MultiDeviceIterator`). Later they rest, with all that
+        they read ahead.
+        """
+        over = list(_held)
+        _held.clear()
+        timer = threading.Timer(_REST, over.clear)
+        timer.daemon = True
+        timer.start()
 
     def each(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Runs a function on every replica.
