@@ -1,6 +1,8 @@
 """Several replicas (`tf.distribute`): the numbers, the noise and the ledger of one device."""
 
 import contextlib
+import time
+import weakref
 
 import keras
 import numpy as np
@@ -19,6 +21,7 @@ from keras_dp import (
     keras_losses,
     keras_private,
 )
+from keras_dp.backend.tensorflow import replicas as tensorflow_replicas
 from keras_dp.noise import NoiseSource
 from keras_dp.sampling.dataset import Dataset
 from keras_dp.training.mechanism import StepValues
@@ -532,3 +535,33 @@ def test_rule_06_a_killed_worker_ends_the_run_and_a_restart_counts_all_its_steps
     assert counts[0] == counts[1]
     assert counts[0]["epsilon"] < 1000
     assert not list(tmp_path.glob("*1.jsonl"))
+
+
+class Fed:
+    """Stands for an iterator."""
+
+
+def test_what_fed_a_fit_is_let_go_a_while_after_its_end(monkeypatch):
+    """TensorFlow's threads go on reading from it, and crashed where it was deleted at once."""
+    monkeypatch.setattr(tensorflow_replicas, "_REST", 0.2)
+    held, let_go = tensorflow_replicas._held, tensorflow_replicas.Replicas.rest
+    fed = Fed()
+    reference = weakref.ref(fed)
+    held.append(fed)
+    del fed
+    let_go()
+    assert not held and reference() is not None
+    for _ in range(100):
+        if reference() is None:
+            break
+        time.sleep(0.1)
+    assert reference() is None
+
+    seen = []
+    monkeypatch.setattr(
+        tensorflow_replicas.Replicas,
+        "rest",
+        staticmethod(lambda: (seen.append(len(held)), let_go())),
+    )
+    compiled(2, mlp).fit(np.zeros((8, 6)), np.zeros((8, 2)), batch_size=4, verbose=0)
+    assert seen == [1] and not held
