@@ -172,9 +172,27 @@ def _own_settings_of(layer: keras.Layer, *, order: bool) -> Any:
             config = _described(config)
         except TypeError:
             config = None  # it has objects, which attributes have, too
-    # Not all that a graph does are layers.
-    graph = tuple(map(type, layer.operations)) if isinstance(layer, Functional) else ()
+    graph = _graph_of(layer) if isinstance(layer, Functional) else ()
     return cls, cls.call, repr(config), others, graph, layer.compute_dtype
+
+
+def _graph_of(model: Functional) -> tuple[Any, ...]:
+    """What calls what in a graph of layers and operations, by numbers in place of names."""
+    calls: dict[int, int] = {}
+    operations: dict[int, int] = {}
+    found = []
+    for _, nodes in sorted(model._nodes_by_depth.items(), reverse=True):  # inputs come first
+        for node in nodes:
+            calls[id(node)] = len(calls)
+            operation = node.operation
+            number = operations.setdefault(id(operation), len(operations))
+            origins = [tensor._keras_history for tensor in node.input_tensors]
+            given = [
+                (calls[id(o.operation._inbound_nodes[o.node_index])], o.tensor_index)
+                for o in origins
+            ]
+            found.append((type(operation), number, tuple(given)))
+    return tuple(found)
 
 
 def _code_of(value: Any) -> list[Any]:

@@ -196,6 +196,30 @@ def test_settings_tell_which_operations_a_graph_has():
     assert of(graph(keras.ops.exp)) != of(graph(keras.ops.sin))
 
 
+def test_settings_tell_which_layer_feeds_which():
+    def settings(wire):
+        x = keras.Input((3,))
+        first, second = layers.Dense(3), layers.Dense(3)
+        return keras_private.settings_of(keras.Model(x, wire(first, second, x)), order=False)
+
+    def chain(first, second, x):
+        return first(second(first(x)))
+
+    def other_twice(first, second, x):
+        return second(first(first(x)))
+
+    def side_by_side(first, second, x):
+        return layers.Add()([first(x), second(x)])
+
+    def added_to_the_input(first, second, x):
+        return layers.Add()([first(second(x)), x])
+
+    wires = chain, other_twice, side_by_side, added_to_the_input
+    assert len({settings(wire) for wire in wires}) == len(wires)
+    for wire in wires:
+        assert settings(wire) == settings(wire)
+
+
 def test_two_optimizers_do_not_move_one_c():
     strategy = keras_dp.clipping.AdaptiveClipping(quantile=0.7)
     made = {"noise_multiplier": 1.0, "clipping": strategy}

@@ -24,7 +24,7 @@ from .types import Tensor
 __all__ = ["Replicas", "replicas_of", "replicas_within"]
 
 _STRATEGIES = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
-_REST = 3.0  # seconds
+_REST = 3.0  # seconds from the end of a `fit` until what fed it is deleted
 _held: list[Any] = []  # iterators that feed a `fit`
 _ONE_DEVICE = (tf.distribute.OneDeviceStrategy,)
 
@@ -93,13 +93,14 @@ class Replicas:
 
     @staticmethod
     def rest() -> None:
-        """Lets go what fed a `fit` that is over, a while later.
+        """Deletes what fed a `fit` that is over, a few seconds later.
 
-        TensorFlow's threads go on reading ahead when a `fit` ends. Where what they read
-        from was deleted at once, they read it nevertheless, seldom, and the process
-        crashed (TensorFlow 2.21, `MultiDeviceIterator`). Later they rest, with all that
-        they read ahead.
+        TensorFlow's threads still read ahead when a `fit` ends. If what they read from is
+        deleted at that moment, they may read it nevertheless, which ends the process
+        (TensorFlow 2.21, `MultiDeviceIterator`). Once they have filled their buffers they wait.
         """
+        if not _held:
+            return
         over = list(_held)
         _held.clear()
         timer = threading.Timer(_REST, over.clear)

@@ -116,10 +116,11 @@ def reshape(axis: Any, op: Any, states: list[State]) -> State:
         return not_known(op, "has a shape that isn't known")
     parts = parts_of(op.inputs[1], shape)
     if parts is not None and isinstance(parts[0], Count) and parts[0].factor is not None:
-        if not all(isinstance(p, Shared) for p in parts[1:]):
+        others = [p.value for p in parts[1:] if isinstance(p, Shared)]
+        if len(others) < len(parts) - 1:
             return not_known(op, "mixes up axes")
         if parts[0].factor == state.each:
-            _say_the_size_left(tensor, made, [p.value for p in parts[1:]])  # type: ignore[union-attr]
+            _say_the_size_left(tensor, made, others)
         return Rows(0, parts[0].factor)
     if parts is None or any(isinstance(p, Count) for p in parts):
         return not_known(op, "has a shape that doesn't tell where the examples lie")
