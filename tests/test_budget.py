@@ -223,6 +223,7 @@ def test_a_target_is_met_by_the_planned_steps_and_then_is_spent():
     assert model.optimizer.ledger.steps == 12
 
 
+@pytest.mark.thorough
 def test_after_an_interruption_the_rest_of_the_target_is_for_the_rest_of_the_steps():
     class Interrupt(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -249,6 +250,7 @@ def test_a_target_counts_what_was_spent_before():
     assert within(model.optimizer.get_epsilon(DELTA), 1.5)
 
 
+@pytest.mark.thorough
 def test_a_target_with_nothing_planned_takes_nothing_and_fixes_nothing():
     model = tiny.compiled(aimed())
     x, y = tiny.data()

@@ -271,7 +271,7 @@ KEPT = {
     + [(what, "vectorized", "graph") for what in ("numpy_function", "print", "function", "map")]
     + [("py_function", "auto", "eager"), ("file", "loop", "graph")],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_rule_18_a_layer_that_keeps_or_carries_out_what_it_sees_is_refused(what, gradients, mode):
     how, match = KEPT[what]
     # After a layer with weights, so that the way back goes through it, too.
@@ -371,6 +371,7 @@ def test_rule_18_what_is_harmless_still_trains(gradients):
     assert model.optimizer.ledger.steps == 4
 
 
+@pytest.mark.thorough
 def test_rule_18_secure_noise_is_not_taken_for_part_of_the_model():
     model = tiny.compiled(tiny.sgd(secure_mode=True))
     fitted(model)
@@ -629,7 +630,7 @@ def test_rule_18_ordinary_training_is_not_warned_of():
 
 def test_rule_13_statement_and_report_say_that_decisions_by_metrics_are_not_covered():
     model = tiny.compiled()
-    fitted(model)
+    tiny.private_steps(model)
     report = keras_dp.privacy_report(model, delta=1e-5)
     for text in (str(report), " ".join(json.loads(report.to_json())["not_covered"])):
         assert "whatever was decided by looking at them" in " ".join(text.split())

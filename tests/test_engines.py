@@ -66,8 +66,6 @@ def test_where_the_vectorizer_fails_the_loop_takes_over_with_one_line_in_the_log
     model.compile(noiseless_optimizer(0.5, "vectorized"), loss="mse")
     update_on_batch(model, TOKENS, Y)
     update_on_batch(model, TOKENS, Y)
-    model.compile(noiseless_optimizer(0.5, "vectorized"), loss="mse")
-    update_on_batch(model, TOKENS, Y)
     assert model.optimizer.engine == "loop"
     (record,) = [r for r in caplog.records if r.name == "keras_dp"]
     assert record.levelno == logging.WARNING
@@ -76,6 +74,7 @@ def test_where_the_vectorizer_fails_the_loop_takes_over_with_one_line_in_the_log
     assert "\n" not in record.getMessage()
 
 
+@pytest.mark.thorough
 def test_asking_for_the_loop_says_nothing(caplog):
     model = masked_recurrence()
     model.compile(noiseless_optimizer(0.5, "loop"), loss="mse")
@@ -139,6 +138,7 @@ def test_every_engine_gives_the_same(build):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("wrong", ["sums", "norms"])
+@pytest.mark.one_in(2)
 def test_a_vectorizer_that_computes_wrongly_is_found_out_before_it_is_used(
     monkeypatch, caplog, wrong, jit_compile
 ):
@@ -168,10 +168,12 @@ def test_a_layer_with_random_numbers_of_its_own_is_looped_over(caplog):
             return x + tf.random.normal(tf.shape(x))
 
     model = keras.Sequential([keras.Input((2,)), Jitter(), layers.Dense(1)])
-    model.compile(noiseless_optimizer(1.0, "vectorized"), loss="mse")
-    update_on_batch(model, np.ones((3, 2), "float32"), Y)
-    assert model.optimizer.engine == "loop"
-    assert "SeedGenerator" in caplog.text
+    for _ in range(2):
+        model.compile(noiseless_optimizer(1.0, "vectorized"), loss="mse")
+        update_on_batch(model, np.ones((3, 2), "float32"), Y)
+        assert model.optimizer.engine == "loop"
+    (record,) = [r for r in caplog.records if r.name == "keras_dp"]  # said once
+    assert "SeedGenerator" in record.getMessage()
 
 
 @pytest.mark.parametrize("gradients", ALL)
@@ -246,6 +248,7 @@ def test_the_broken_product_is_found_inside_a_loop():
 
 
 @pytest.mark.parametrize("gradients", ALL)
+@pytest.mark.one_in(3)
 def test_an_example_with_a_huge_gradient_counts_as_c(gradients):
     x = np.array([[3e15, 4e15], [0.3, 0.4]], "float32")
     outcome, _ = engine_outcome(
@@ -288,6 +291,7 @@ def test_clip_weights_never_let_more_than_c_through():
 
 @pytest.mark.parametrize("gradients", ALL)
 @pytest.mark.parametrize("microbatch_size", [None, 2])
+@pytest.mark.one_in(2)
 def test_padding_adds_nothing(gradients, microbatch_size):
     model = keras.Sequential([keras.Input((2,)), layers.Dense(2, "tanh"), layers.Dense(1)])
     model.set_weights([np.ones(w.shape) for w in model.get_weights()])
@@ -348,7 +352,7 @@ def test_a_chunked_sum_adds_sums_and_joins_the_rest_in_order(in_graph):
         ("loop", {"run_eagerly": True}),
     ],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_rule_04_an_empty_batch_is_a_step_that_moves_nothing_without_noise(gradients, mode):
     x = keras.Input((4, 4, 1))
     h = layers.MaxPooling2D()(layers.Conv2D(2, 2)(x))
@@ -392,7 +396,7 @@ def test_a_model_that_is_gone_leaves_no_graph_behind():
 
     train()
     before = graphs()
-    gone = [train() for _ in range(2)]
+    gone = [train()]
     keras.backend.clear_session()
     assert graphs() <= before
     assert all(model() is None for model in gone)

@@ -57,6 +57,7 @@ def test_users_spend_what_was_asked_for_whatever_they_have(run_example):
     assert float(rows[0][3]) < 3.01 and float(rows[1][3]) > 10  # images as the unit
 
 
+@pytest.mark.thorough
 def test_a_custom_loop_spends_its_budget(run_example):
     printed = run_example("custom_loop.py", "--epochs", "2", "--epsilon", "0.7")
 

@@ -161,6 +161,7 @@ def _now(model, path):
     return next(v for v in model.weights if v.path == path).numpy()
 
 
+@pytest.mark.thorough
 def test_clipping_looks_at_the_trained_weights_alone():
     """Freezing leaves more of the clipping norm to what is trained."""
     model = with_head(enable_lora(backbone()))
@@ -208,6 +209,7 @@ def with_biases(a_backbone):
 
 
 @pytest.mark.parametrize("how", [enable_lora, layers_frozen_first, with_biases])
+@pytest.mark.one_in(3)
 def test_factors_inside_a_nested_backbone_are_served_by_their_layers_rules(how):
     require_exact(disturb(with_head(how(backbone()))), *data(4))
 
@@ -240,6 +242,7 @@ def train(model, how):
         model.train_on_batch(x, y)
 
 
+@pytest.mark.thorough
 def test_lora_enabled_between_compile_and_the_first_step_is_trained():
     inner = backbone()
     model = with_head(inner)
@@ -441,6 +444,7 @@ def texts(model, rows=4, length=6):
 
 @pytest.mark.parametrize("make", [bert, gemma])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_a_keras_hub_backbone_has_exact_gradients_of_its_factors_whatever_the_padding(hub, make):
     model, _ = classifier(hub, make)
     x, y = texts(model)

@@ -58,6 +58,7 @@ def test_rule_10_structures_of_arrays_are_poisson_sampled(kind):
     assert releases(model) == [("poisson", 3)]
 
 
+@pytest.mark.thorough
 def test_rule_10_a_shuffled_dataset_is_one_participation_an_epoch():
     model = tiny.compiled(tiny.sgd(noise_multiplier=2.0))
     model.fit(keras_dp.ShuffledDataset(X, Y, batch_size=16), epochs=4, verbose=0)
@@ -135,6 +136,7 @@ def test_rule_10_train_on_batch_during_fit_is_refused():
 
 @quiet
 @pytest.mark.parametrize(("declared", "divisor"), [(None, 16), (32, 32)])
+@pytest.mark.one_in(2)
 def test_rule_02_the_divisor_of_a_foreign_source_is_the_declared_batch_size(declared, divisor):
     model = tiny.compiled(tiny.noiseless(keras_dp.DPSGD, 1.0))
     before = tiny.weights_of(model)
@@ -195,7 +197,7 @@ def test_an_empty_generator_is_refused(batches):
     ],
     ids=str,
 )
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(4)
 def test_steps_and_sampling_rate(arguments, steps, rate):
     counted = []
     callback = keras.callbacks.LambdaCallback(on_train_batch_end=lambda b, logs: counted.append(b))
@@ -275,6 +277,7 @@ def test_validation_split_of_a_dataset_is_refused_as_in_keras():
     ],
     ids=["class_weight", "sample_weight"],
 )
+@pytest.mark.one_in(2)
 def test_weights_weigh_the_loss_of_each_example(weights):
     labels = (X[:, :1] > 0).astype("float32")
 
@@ -397,6 +400,7 @@ def test_callbacks_may_be_none_or_a_single_one(callbacks):
     assert model.optimizer.ledger.steps == 4
 
 
+@pytest.mark.thorough
 def test_private_training_on_arrays_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

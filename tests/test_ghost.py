@@ -171,6 +171,7 @@ def test_layers_are_as_they_were_after_training(mode, tmp_path):
 
 @pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}])
 @pytest.mark.parametrize("where", ["call", "activation"])
+@pytest.mark.one_in(2)
 def test_layers_are_as_they_were_after_a_failure(where, mode, monkeypatch):
     model, x = many_kinds(), normal(3, 3)
     predicted = model.predict(x, verbose=0)
@@ -399,7 +400,7 @@ SHARED = {
 
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize("name", SHARED)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_every_use_of_a_weight_is_counted(name, eagerly):
     build, x = SHARED[name]
     require_exact(build(x), x, eagerly=eagerly)
@@ -609,7 +610,7 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize("name", UNKNOWN)
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(6)
 def test_layers_without_a_rule_are_exact(name, eagerly):
     build, x = UNKNOWN[name]
     require_exact(build(x), x, eagerly=eagerly)
@@ -858,6 +859,7 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.one_in(2)
 def test_random_numbers_without_a_generator_are_drawn_for_each_example_or_refused(name):
     """A linear model of rows of ones has the random numbers themselves for gradients."""
     x = np.ones((ROWS, 32), "float32")
@@ -899,7 +901,7 @@ BAD = {"nan": np.nan, "inf": np.inf, "overflow": 1e30}
     [(n, m) for n in BAD_MODELS for m in ("graph", "eager")]
     + [("dense", "xla"), ("convolution", "xla"), ("embedding", "xla")],
 )
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 def test_an_example_with_bad_numbers_adds_at_most_c_and_spoils_nothing(name, mode, bad):
     """Nothing if its gradient isn't finite; where only its square would overflow, at most C."""
     build, x = BAD_MODELS[name]
@@ -963,6 +965,7 @@ def test_layers_that_would_be_computed_anew_for_the_gradient_are_not(gradients):
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize("microbatch_size", [None, 3])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_padding_adds_nothing(microbatch_size, eagerly):
     x, y = tokens(4, rows=4), normal(4, 1)
     parts = [layers.Embedding(7, 3), layers.LayerNormalization(), layers.Dense(3, "tanh")]
@@ -1113,6 +1116,7 @@ def test_a_subclass_has_a_rule_of_its_own_or_none():
 
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize("fault", ["factor", "left out", "of the neighbour"])
+@pytest.mark.one_in(3)
 def test_a_wrong_rule_is_found_before_it_is_used(fault, eagerly, own_rules):
     class Shift(layers.Layer):
         def build(self, shape):
@@ -1238,6 +1242,7 @@ def largest_tensor(model, x, y, gradients):
 
 @pytest.mark.parametrize("gradients", ["ghost", "vectorized"])
 @pytest.mark.parametrize("name", LARGE_MODELS)
+@pytest.mark.one_in(2)
 def test_no_tensor_grows_with_batch_times_weights(name, gradients):
     build, x, multiple = LARGE_MODELS[name]
     model = build(x)

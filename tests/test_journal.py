@@ -438,6 +438,7 @@ def crash(model, *callbacks_, after):
 
 
 @pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.one_in(2)
 def test_every_step_is_written_down_before_it_runs(path, at_once):
     model = tiny.compiled(steps_per_execution=at_once)
     watch = fit(model, budget(path), Watch(path), epochs=2)
@@ -500,6 +501,7 @@ def test_after_an_interruption_in_the_same_process_the_count_is_exact(path):
     assert journal.read(path) == (model.optimizer.ledger, [])
 
 
+@pytest.mark.thorough
 def test_a_target_counts_lost_steps_too(path):
     crash(tiny.compiled(tiny.sgd(noise_multiplier=3.0)), budget(path), after=6)
     aimed = tiny.sgd(noise_multiplier=None, target_epsilon=2.0, target_delta=DELTA)
@@ -583,14 +585,25 @@ def test_a_count_that_can_not_be_written_at_the_end_loses_nothing(path, monkeypa
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each kill would cost a start of TensorFlow")
 def test_rule_06_after_kill_minus_nine_no_executed_step_is_forgotten():
-    lives = kill_and_resume.Lives()
     seed = random.SystemRandom().randrange(10**6)
+    found = chain_of_lives(kills=2, journal=True, seed=seed)
+    assert found.kills == 2 and found.forgotten == [], seed
+    assert found.counted >= found.began - 20 > 0  # the last life takes 20
+
+
+@pytest.mark.thorough
+def test_rule_06_after_kill_minus_nine_nothing_that_was_restored_is_forgotten():
+    seed = random.SystemRandom().randrange(10**6)
+    found = chain_of_lives(kills=3, journal=False, seed=seed)
+    assert found.kills == 3 and found.forgotten == [], seed
+
+
+def chain_of_lives(*, kills, journal, seed):
+    """What so many kills and a last life showed, of forks of one process."""
+    lives = kill_and_resume.Lives()
     try:
-        with_journal = kill_and_resume.chain(lives, 4, "backup", True, seed)
-        without = kill_and_resume.chain(lives, 1, "backup", False, seed)
+        found = kill_and_resume.chain(lives, kills, "backup", journal, seed)
         assert lives.forks
     finally:
         lives.close()
-    assert (with_journal.kills, without.kills) == (4, 1)
-    assert with_journal.forgotten == without.forgotten == [], seed
-    assert with_journal.counted >= with_journal.over - 20 > 0  # the last life takes 20
+    return found

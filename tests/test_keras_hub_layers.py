@@ -73,6 +73,7 @@ def test_every_rule_by_name_is_tried_here():
 
 
 @pytest.mark.parametrize("path", NORMS)
+@pytest.mark.one_in(3)
 def test_scales_of_keras_hub_are_exact(path, monkeypatch):
     cls = found(path)
     layer = cls(4) if path.startswith("layers.") else cls()
@@ -81,6 +82,7 @@ def test_scales_of_keras_hub_are_exact(path, monkeypatch):
 
 
 @pytest.mark.parametrize(("length", "start"), [(5, 0), (8, 0), (5, 2)])
+@pytest.mark.one_in(3)
 def test_positions_of_keras_hub_are_exact(length, start, monkeypatch):
     inputs = keras.Input((length, 4))
     positions = found(POSITIONS)(8)
@@ -107,6 +109,7 @@ class TwoAttentions(layers.Layer):
 @pytest.mark.filterwarnings("ignore:Layer 'two_attentions:UserWarning")
 @pytest.mark.parametrize("is_decoder", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.one_in(2)
 def test_attention_of_t5_is_exact(is_decoder, biased, monkeypatch):
     inputs = keras.Input((5, 4))
     outputs = layers.Dense(2)(TwoAttentions(is_decoder=is_decoder, biased=biased)(inputs))
@@ -176,6 +179,7 @@ def loss_from_outside(y_true, y_pred):
     return keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
 
 
+@pytest.mark.thorough
 def test_models_of_keras_hub_that_are_alike_are_tried_once(monkeypatch):
     tried = []
     original = trial._try

@@ -117,6 +117,7 @@ THOROUGH = {"positions, taken out of it", "keras.remat, kept", "numbers without 
         for name in KINDS
     ],
 )
+@pytest.mark.one_in(2)
 def test_the_ghost_engine_serves_it_exactly(name, caplog):
     model, x, y, loss = KINDS[name]()
     model.compile("sgd", loss=loss)

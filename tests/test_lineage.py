@@ -16,36 +16,13 @@ import keras
 import numpy as np
 import pytest
 import tiny
+from tiny import private_steps
 
 import keras_dp
 from keras_dp import lineage
-from keras_dp.training.mechanism import Clipped
 
 X, Y = tiny.data()
 Dense = keras.layers.Dense
-
-
-DATA = keras_dp.PoissonDataset(X, Y, batch_size=16)
-
-
-def private_steps(model, steps=4):
-    """The private steps of a `fit`, on sums of zero: computing gradients costs a test seconds."""
-    if not model.built:
-        model(X[:1])
-    optimizer, variables = model.optimizer, model.trainable_variables
-    optimizer.session.begin_fit(DATA.sampling, steps)
-    optimizer.build(variables)
-    for _ in range(steps):
-        sums = [keras.ops.zeros(v.shape) for v in variables]
-        norms, real = keras.ops.zeros(16), keras.ops.ones(16, "bool")
-        found = Clipped(variables, sums, norms, real, 16)
-
-        def step(now, found=found):
-            optimizer.inner_optimizer.apply(optimizer._mechanism.noised(found, now), variables)
-            return keras.ops.zeros(())
-
-        optimizer._meter.spend(step, lambda: keras.ops.zeros(()), after=found.evidence)
-    optimizer.session.end_fit()
 
 
 def train(model, optimizer=None, *, epochs=1):
@@ -159,7 +136,7 @@ def test_rule_16_another_model_of_the_same_weights_knows_what_they_cost(other):
 
 
 @pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 def test_rule_16_a_budget_counts_what_the_weights_cost_before(other):
     model = other(trained(epochs=2))
     model.compile(tiny.sgd(), loss="mse")
@@ -170,6 +147,7 @@ def test_rule_16_a_budget_counts_what_the_weights_cost_before(other):
 
 
 @pytest.mark.parametrize("other", [frozen_under_a_head])
+@pytest.mark.thorough
 def test_rule_16_a_target_is_calibrated_for_what_the_weights_cost_before(other):
     model = other(trained())
     fresh = tiny.model()
@@ -411,7 +389,7 @@ ORDINARY = [
 
 @pytest.mark.filterwarnings("ignore:The state of this optimizer counts")  # its inner one's
 @pytest.mark.parametrize("ordinary", ORDINARY)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_rule_16_trained_without_protection_anywhere_is_infinite_everywhere(ordinary):
     model = trained()
     optimizer, beside = model.optimizer, new_head(model)
@@ -427,6 +405,7 @@ def test_rule_16_trained_without_protection_anywhere_is_infinite_everywhere(ordi
 
 @pytest.mark.parametrize("freeze", [False, True])
 @pytest.mark.parametrize("other", [new_head, unbuilt_with_a_new_head, nested_in_a_class])
+@pytest.mark.one_in(2)
 def test_rule_16_ordinary_training_beside_private_weights_marks_what_it_trains(other, freeze):
     encoder = trained()
     model = keras.Sequential([other(encoder), Dense(1)])
@@ -704,7 +683,7 @@ def uncompiled(model):
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("written", [as_trained, compile_otherwise, uncompiled, ordinary_steps])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_rule_16_every_copy_and_file_carries_it_whatever_it_is_compiled_with(
     way, written, tmp_path
 ):
@@ -724,7 +703,7 @@ def test_rule_16_every_copy_and_file_carries_it_whatever_it_is_compiled_with(
 
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_rule_16_training_a_copy_without_protection_is_seen(way, tmp_path):
     again = way(trained(), tmp_path)
     again.compile("sgd", loss="mse")
@@ -962,6 +941,7 @@ def test_rule_16_an_optimizer_with_steps_and_no_ledger_never_reports_0(way, tmp_
 
 
 @pytest.mark.parametrize("kind", ["save", "write", "manager", "root", "list", "nested"])
+@pytest.mark.one_in(3)
 def test_rule_16_a_tensorflow_checkpoint_says_that_it_keeps_no_ledger(kind, tmp_path):
     import tensorflow as tf
 

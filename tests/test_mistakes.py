@@ -199,7 +199,7 @@ class PoissonFiguresForShuffledBatches(Case):
     def ours(self):
         x, y = tiny.data(64)
         model = tiny.compiled(tiny.sgd(noise_multiplier=1.1))
-        data = keras_dp.ShuffledDataset(x, y, batch_size=16)
+        data = keras_dp.ShuffledDataset(x, y, batch_size=32)
         model.fit(data, epochs=60, verbose=0)
         (release,) = model.optimizer.ledger
         return accounting.ledger_epsilon([release], 1e-5, "rdp")

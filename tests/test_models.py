@@ -475,6 +475,11 @@ def trained(case, model):
 
 # What these show, others show as well, or the tests of their layers.
 REPEATS = {
+    "nested, with a reused block",
+    "masked bidirectional RNN",
+    "strings looked up",
+    "tied embedding, weights per token",
+    "windows",
     "masked LSTM, loss per token",
     "embedded positions",
     "frozen and unused weights",
@@ -494,7 +499,7 @@ MODES = {"graph": {}, "eager": {"run_eagerly": True}, "xla": {"jit_compile": Tru
         pytest.param(name, "graph", marks=[pytest.mark.thorough] if name in REPEATS else [])
         for name in CASES
     ]
-    + some([(name, "eager") for name in list(CASES)[::2]], 4)
+    + some([(name, "eager") for name in list(CASES)[::2]], 12)
     + some([(name, "xla") for name in [n for n, c in CASES.items() if c.xla][1::3]], 12),
 )
 def test_update_loss_and_metrics_are_those_of_a_loop_over_examples(name, mode):

@@ -185,6 +185,7 @@ def test_nothing_but_empty_batches_has_no_share_and_no_norms():
     monitor.plot()
 
 
+@pytest.mark.thorough
 def test_steps_that_the_budget_forbids_are_not_gathered():
     monitor = PrivacyMonitor(tiny.DELTA)
     budget = keras_dp.PrivacyBudget(epsilon=9.0, delta=tiny.DELTA, verbose=0)
@@ -201,6 +202,7 @@ def test_steps_that_the_budget_forbids_are_not_gathered():
     assert sum(monitor.history["not_private/examples"]) == N * steps
 
 
+@pytest.mark.thorough
 def test_clipping_of_the_users_own_and_weights_that_are_the_models_own():
     class Half(Clipping):
         def __call__(self, norms, max_grad_norm):

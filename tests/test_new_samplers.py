@@ -216,6 +216,7 @@ def test_rdp_people_and_attacks_are_bounded_where_the_chance_cannot_be_used(rele
     assert 0.01 < found.at(0.01) < plain.at(0.01)
 
 
+@pytest.mark.thorough
 def test_with_little_noise_the_loss_is_that_of_the_smaller_bound():
     release = bins(0.05, 4, 2)
     assert accounting.privacy_loss([release]).epsilon(DELTA) <= epsilon(release) * (1 + 1e-9)

@@ -179,6 +179,7 @@ DATA = np.ones((8, 100), "f4"), np.ones((8, 200), "f4")
 
 
 @pytest.mark.parametrize("mode", [{}, {"jit_compile": True}, {"steps_per_execution": 2}])
+@pytest.mark.one_in(3)
 def test_rule_03_noise_of_numpy_in_the_training_step(mode, drawn):
     """Two steps, each divided by an expected batch of 4."""
     model = model_of(**mode)

@@ -70,6 +70,7 @@ def test_fit_of_a_task_samples_at_the_epsilon_of_arrays(classifier):
     assert releases(classifier)[1:] == [("balls_in_bins", 4, 64)]
 
 
+@pytest.mark.thorough
 def test_a_task_is_given_each_example_preprocessed_by_itself(classifier):
     sizes, seen = [], []
     original = type(classifier).preprocess_samples

@@ -61,10 +61,17 @@ def weights_of(model):
 # -- 1. nothing unclipped or un-noised reaches the inner optimizer ---------------
 
 
-@pytest.mark.parametrize("method", ["apply", "apply_gradients", "stateless_apply"])
-def test_rule_01_ordinary_gradients_are_refused(method):
+@pytest.fixture(scope="module")
+def trained():
+    """A model that has trained, for tests that leave it as it is."""
     model = private()
-    fit(model)  # no flag left over from a private step lets one through
+    fit(model)
+    return model
+
+
+@pytest.mark.parametrize("method", ["apply", "apply_gradients", "stateless_apply"])
+def test_rule_01_ordinary_gradients_are_refused(method, trained):
+    model = trained  # no flag left over from a private step lets one through
     before = weights_of(model)
     gradients = [tf.ones(v.shape) for v in model.trainable_variables]
     pairs = list(zip(gradients, model.trainable_variables, strict=True))
@@ -167,7 +174,7 @@ def test_rule_02_batches_of_the_callers_own_are_divided_by_what_is_declared():
     ],
     ids=str,
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_rule_03_noise_has_deviation_sigma_c_once_per_logical_batch(how):
     model = keras.Sequential([keras.Input((3,)), layers.Dense(2000, use_bias=False)])
     private(model, rate=1.0, sigma=2.0, clip=0.5, loss=lambda y, p: 0 * ops.sum(p, -1), **how)
@@ -221,14 +228,15 @@ def test_rule_04_an_empty_batch_is_a_step_of_noise(microbatch_size, jit_compile)
 
 def test_rule_04_empty_poisson_draws_are_counted():
     model = private(sigma=2.0)
-    model.fit(X[:3], Y[:3], batch_size=1, epochs=20, verbose=0)  # 8 in 27 draws are empty
-    assert model.optimizer.ledger.steps == 60
-    assert int(model.optimizer.iterations) == 60
+    model.fit(X[:3], Y[:3], batch_size=1, epochs=8, verbose=0)  # 8 in 27 draws are empty
+    assert model.optimizer.ledger.steps == 24
+    assert int(model.optimizer.iterations) == 24
 
 
 @pytest.mark.parametrize("drop_remainder", [True, False])
 @pytest.mark.parametrize("unused", [True, False])
 @pytest.mark.filterwarnings("ignore:The loss doesn't reach 2 of the trained weights")
+@pytest.mark.one_in(2)
 def test_rule_04_the_end_of_an_epoch_of_unknown_length_adds_no_release(unused, drop_remainder):
     """Not even where no gradient depends on the data (`unused`)."""
     loss = (lambda y, p: ops.zeros_like(y)[:, 0]) if unused else "mse"
@@ -248,12 +256,12 @@ def test_rule_04_the_end_of_an_epoch_of_unknown_length_adds_no_release(unused, d
 
 @pytest.mark.parametrize("gradients", ENGINES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.one_in(2)
 def test_rule_05_a_non_finite_example_contributes_nothing(bad, gradients):
     model = dense(2)
     x, y = X[:6].copy(), np.zeros((6, 2), "float32")
-    good = private_clipped_sum(
-        model, x[1:], y[1:], loss="mse", max_grad_norm=0.5, gradients=gradients
-    )
+    model.compile(loss="mse")
+    good = clipped_sum(example_gradients(model, x[1:], y[1:])[0], 0.5)
     x[0] = bad
     found = private_clipped_sum(model, x, y, loss="mse", max_grad_norm=0.5, gradients=gradients)
     assert relative_error(found, good) < 1e-5
@@ -297,18 +305,16 @@ def test_rule_06_second_fits_and_new_private_optimizers_add_up():
     first = counted(model, 3)
     fit(model, epochs=2)
     second = counted(model, 9)
-    private(model, sigma=5.0)
+    adam = keras_dp.DPAdam(0.1, max_grad_norm=2.0, noise_multiplier=5.0)
+    model.compile(adam, loss="mse")
     third = counted(model, 9)
     fit(model)
     fourth = counted(model, 12)
-    adam = keras_dp.DPAdam(0.1, max_grad_norm=2.0, noise_multiplier=0.5)
-    model.compile(adam, loss="mse")
-    fit(model)
-    fifth = counted(model, 15)
-    assert first < second == third < fourth < fifth
-    assert [r.noise_multiplier for r in model.optimizer.ledger] == [1.0, 5.0, 0.5]
+    assert first < second == third < fourth
+    assert [r.noise_multiplier for r in model.optimizer.ledger] == [1.0, 5.0]
 
 
+@pytest.mark.thorough
 def test_rule_06_after_ordinary_training_nothing_bounds_epsilon():
     model = private()
     fit(model)
@@ -328,7 +334,7 @@ def test_rule_06_after_ordinary_training_nothing_bounds_epsilon():
 
 @pytest.mark.parametrize("trained", [0, 1, 3])
 @pytest.mark.parametrize("built", [False, True])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_rule_06_weights_files_carry_the_ledger_and_take_nothing_back(tmp_path, built, trained):
     path = tmp_path / "w.weights.h5"
     model = private()
@@ -376,6 +382,7 @@ def test_rule_06_backup_and_restore_carries_the_ledger(tmp_path):
     counted(resumed, 12)
 
 
+@pytest.mark.thorough
 def test_rule_06_a_step_that_fails_after_its_release_stays_counted():
     class Crash(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -392,6 +399,7 @@ def test_rule_06_a_step_that_fails_after_its_release_stays_counted():
 # -- 7. noise can't be replayed (more in test_noise.py) ---------------
 
 
+@pytest.mark.thorough
 def test_rule_07_going_back_to_a_state_does_not_bring_its_noise_back(tmp_path):
     model = private(dense(50), loss="mse")  # inputs, weights and targets are 0: all is noise
     target = np.zeros((24, 50))
@@ -585,7 +593,7 @@ def test_rule_09_a_loss_that_couples_the_batch_is_refused(loss, units):
 @pytest.mark.parametrize(
     "loss", ["mse", "mae", "huber", keras.losses.Dice(axis=-1), keras.losses.CosineSimilarity()]
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(5)
 def test_rule_09_losses_of_single_examples_are_accepted(loss):
     model = private(dense(2, activation="sigmoid"), loss=loss)
     model.fit(X, np.abs(np.tile(Y, 2)), batch_size=8, verbose=0)
@@ -622,7 +630,7 @@ def test_rule_09_a_layer_that_mixes_examples_finds_each_alone(gradients):
 
 
 @pytest.mark.parametrize("gradients", ENGINES)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_rule_09_the_weight_of_one_example_leaves_the_others_alone(gradients):
     model, how = dense(), {"loss": "mse", "max_grad_norm": 1e6, "gradients": gradients}
     one = private_clipped_sum(model, X[:4], Y[:4], np.float32([1, 1, 1, 0]), **how)
@@ -677,7 +685,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.filterwarnings("default:fit can't know")
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_rule_10_what_is_unknown_counts_every_example_in_every_step_and_says_so(source):
     model = private(sigma=np.sqrt(3))
     with pytest.warns(PrivacyWarning, match=r"keras_dp\.PoissonDataset") as said:
@@ -722,6 +730,7 @@ def policy(name):
 
 @pytest.mark.parametrize("name", ["mixed_float16", "mixed_bfloat16", "float64"])
 @pytest.mark.parametrize("gradients", ENGINES)
+@pytest.mark.one_in(2)
 def test_rule_11_clipping_sees_unscaled_gradients_in_float32(name, gradients, monkeypatch):
     from keras_dp.clipping import Clip
 
@@ -755,6 +764,7 @@ def test_rule_11_clipping_sees_unscaled_gradients_in_float32(name, gradients, mo
 
 
 @pytest.mark.parametrize("gradients", ["ghost", "vectorized"])
+@pytest.mark.one_in(2)
 def test_rule_11_a_sum_in_half_precision_would_be_seen(gradients):
     """4096 examples of 1 add up exactly in float32, and to 2048 in float16."""
     with policy("mixed_float16"):
@@ -914,9 +924,25 @@ def sequential():
 WEIGHTS = [RANDOM.normal(size=shape) for shape in ((3, 4), (4,), (4, 1), (1,))]
 
 
+MODES = (
+    {},
+    {"jit_compile": True},
+    {"run_eagerly": True},
+    {"gradients": "vectorized"},
+    {"gradients": "loop"},
+)
+IN_PARTS = (
+    {"microbatch_size": 3},
+    {"microbatch_size": 3, "gradients": "vectorized"},
+    {"microbatch_size": 2, "gradients": "loop"},
+    {"microbatch_size": 3, "jit_compile": True},
+)
+
+
 @pytest.mark.parametrize("build", [functional, sequential, Subclassed])
+@pytest.mark.parametrize("hows", [MODES, IN_PARTS], ids=["at once", "in parts"])
 @pytest.mark.one_in(3)
-def test_rule_14_xla_graph_eager_and_every_engine_give_the_same_numbers(build):
+def test_rule_14_xla_graph_eager_and_every_engine_give_the_same_numbers(hows, build):
     model = build()
     model(X[:1])
     model.set_weights(WEIGHTS)
@@ -924,17 +950,7 @@ def test_rule_14_xla_graph_eager_and_every_engine_give_the_same_numbers(build):
     plain.set_weights(WEIGHTS)
     plain.compile(loss="mse")
     wanted = clipped_sum(example_gradients(plain, X[:7], Y[:7])[0], 0.5)
-    for how in (
-        {},
-        {"jit_compile": True},
-        {"run_eagerly": True},
-        {"gradients": "vectorized"},
-        {"gradients": "loop"},
-        {"microbatch_size": 3},
-        {"microbatch_size": 3, "gradients": "vectorized"},
-        {"microbatch_size": 2, "gradients": "loop"},
-        {"microbatch_size": 3, "jit_compile": True},
-    ):
+    for how in hows:
         found = private_clipped_sum(model, X[:7], Y[:7], loss="mse", max_grad_norm=0.5, **how)
         assert relative_error(found, wanted) < 1e-5, how
         assert model.optimizer.engine == how.get("gradients", "ghost"), how

@@ -89,6 +89,7 @@ SIMULATED = {
 
 
 @pytest.mark.parametrize("setting", [*SIMULATED, (2.0, 0.25, 40, 200_000)])
+@pytest.mark.one_in(2)
 def test_simulated_attacks_come_near_and_stay_below(setting):
     sigma, q, steps, trials = setting
     rates, advantage = SIMULATED.get(setting) or simulated(*setting)
@@ -102,6 +103,7 @@ def test_simulated_attacks_come_near_and_stay_below(setting):
 
 
 @pytest.mark.parametrize("mu", [0.1, 1.0, 5.0])
+@pytest.mark.one_in(2)
 def test_a_gaussian_has_its_trade_off_curve(mu):
     rates = np.array([0, 1e-6, 0.01, 0.5, 0.99, 1])
     wanted = stats.norm.sf(stats.norm.isf(rates) - mu)
@@ -115,6 +117,7 @@ def test_a_gaussian_has_its_trade_off_curve(mu):
 
 
 @pytest.mark.parametrize(("q", "sigma", "k"), [(0.5, 1.0, 1), (0.1, 0.6, 1), (0.3, 1.0, 3)])
+@pytest.mark.one_in(2)
 def test_the_best_attack_on_one_step_never_beats_the_bound_and_comes_near(q, sigma, k):
     """The likelihood ratio is monotone in the noisy sum, so a threshold is the best attack."""
     held = np.arange(k + 1)

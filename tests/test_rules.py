@@ -643,7 +643,7 @@ TIMED = {
 
 
 @pytest.mark.parametrize("inner", TIMED)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_time_distributed(inner):
     make, shape = TIMED[inner]
     x = normal(*shape)
@@ -792,7 +792,7 @@ DROPPING = {
 
 
 @pytest.mark.parametrize("name", DROPPING)
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(8)
 def test_dropout_draws_as_it_does_for_one_example_alone(name):
     x = normal(4, 4, rows=1)
     require_draws_like_the_loop(after(x, *DROPPING[name]()), x)
@@ -807,6 +807,7 @@ def test_dropout_draws_as_it_does_for_one_example_alone(name):
     ids=["MultiHeadAttention", "GroupQueryAttention"],
 )
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_attention_draws_as_it_does_for_one_example_alone(layer):
     x, layer = normal(4, 4, rows=1), layer()
 
@@ -884,13 +885,13 @@ def masked_recurrent(cls):
 @pytest.mark.parametrize(
     ("name", "mode"), [(name, ("eager", "xla")[k % 2]) for k, name in enumerate(FIXED)]
 )
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(7)
 def test_eager_and_xla(name, mode):
     require_as_one_at_a_time(*FIXED[name](), mode)
 
 
 @pytest.mark.parametrize("name", FIXED)
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 def test_in_bfloat16_with_float32_weights(name):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_bfloat16")
@@ -965,7 +966,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-@pytest.mark.one_in(9)
+@pytest.mark.one_in(17)
 def test_sizes_known_only_when_the_step_runs(name):
     model, x = UNKNOWN[name]()
     disturb(model)
@@ -1114,6 +1115,7 @@ def subclass_with_rule(cls, change):
 
 
 @pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.one_in(3)
 def test_a_wrong_rule_is_refused_before_it_is_used(name):
     cls, options, change = MUTANTS[name]
     x = normal(3, 4)

@@ -280,6 +280,7 @@ def test_shuffled_batches_fetched_ahead_belong_to_the_order_of_their_epoch(seen)
         assert sorted(np.concatenate(seen[k : k + 4])) == list(range(64))
 
 
+@pytest.mark.thorough
 def test_shuffled_batches_are_accounted_as_one_release_per_epoch():
     model = tiny_model(noise_multiplier=4.0)
     data = keras_dp.ShuffledDataset(ids(64), ids(64), batch_size=16)
@@ -465,6 +466,7 @@ def test_the_sampling_rate_is_one_over_the_steps_of_an_epoch(n, batch_size, step
     assert dataset.sampling.batch_size == pytest.approx(n / steps)
 
 
+@pytest.mark.thorough
 def test_steps_per_epoch_changes_the_number_of_draws_not_the_rate(seen):
     model = tiny_model()
     model.fit(ids(100), ids(100), batch_size=10, steps_per_epoch=3, epochs=2, verbose=0)

@@ -55,6 +55,7 @@ def test_images_spends_its_budget_and_its_model_takes_images(run_example, tmp_pa
     )
 
 
+@pytest.mark.thorough
 def test_texts_are_sorted_and_no_word_is_learned_before_training(run_example, monkeypatch):
     printed = run_example("texts.py", "--epochs", "1", "--most", "150")
 

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 import keras_dp
+from keras_dp.training.mechanism import Clipped
 
 DELTA = 1e-5
 
@@ -44,6 +45,28 @@ def compiled(optimizer=None, *, loss="mse", seed=1, **kwargs):
     made = model(seed=seed)
     made.compile(optimizer or sgd(), loss=loss, **kwargs)
     return made
+
+
+def private_steps(a_model, steps=4, batch_size=16):
+    """The private steps of a `fit`, on sums of zero: computing gradients costs a test seconds."""
+    x, y = data()
+    if not a_model.built:
+        a_model(x[:1])
+    optimizer, variables = a_model.optimizer, a_model.trainable_variables
+    sampling = keras_dp.PoissonDataset(x, y, batch_size=batch_size).sampling
+    optimizer.session.begin_fit(sampling, steps)
+    optimizer.build(variables)
+    for _ in range(steps):
+        sums = [keras.ops.zeros(v.shape) for v in variables]
+        norms, real = keras.ops.zeros(batch_size), keras.ops.ones(batch_size, "bool")
+        found = Clipped(variables, sums, norms, real, batch_size)
+
+        def step(now, found=found):
+            optimizer.inner_optimizer.apply(optimizer._mechanism.noised(found, now), variables)
+            return keras.ops.zeros(())
+
+        optimizer._meter.spend(step, lambda: keras.ops.zeros(()), after=found.evidence)
+    optimizer.session.end_fit()
 
 
 def noiseless(cls=keras_dp.DPSGD, *args, **kwargs):
