@@ -14,5 +14,5 @@ def some(cases, every):
 
 
 def examples(number):
-    """How many examples Hypothesis draws: an eighth of them every time."""
-    return number if everything else -(-number // 8)
+    """How many examples Hypothesis draws: a twelfth of them every time."""
+    return number if everything else -(-number // 12)

@@ -129,7 +129,7 @@ def _unclipped():
     ],
     ids=["half the noise", "noise x 0.7", "not clipped", "twice the noise"],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_the_audit_finds_wrong_training_out(mutant, leaks, monkeypatch):
     monkeypatch.setattr(*mutant())
     bound = lower_bound(*audit())
@@ -209,6 +209,7 @@ def changes_of(model, x, y, weights, left_out):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("gradients", ["ghost", "vectorized", "loop"])
 @pytest.mark.one_in(8)
+@pytest.mark.thorough
 def test_one_example_changes_the_clipped_sum_by_at_most_c(case, gradients):
     build, x, y, weights = CASES[case]
     model = build()

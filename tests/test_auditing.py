@@ -245,7 +245,7 @@ def test_right_training_passes_the_white_box_audit_and_barely(settings):
     [lambda: noise_times(0.5), lambda: noise_times(0.8), unclipped],
     ids=["half the noise", "a fifth less noise", "not clipped"],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_broken_training_is_refuted_by_the_white_box_audit(mutant, monkeypatch):
     monkeypatch.setattr(*mutant())
     result = white_box()
@@ -314,6 +314,7 @@ def test_right_training_passes_the_audit_which_is_not_blind():
 
 @pytest.mark.parametrize("mutant", [lambda: noise_times(0.1), unclipped], ids=["noise", "clip"])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_badly_broken_training_is_refuted_by_the_audit(mutant, monkeypatch):
     monkeypatch.setattr(*mutant())
     result = easy_audit()

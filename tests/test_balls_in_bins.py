@@ -248,6 +248,7 @@ def test_rule_17_the_choices_belong_to_the_training_that_runs(seen):  # noqa: F8
     assert problems(choices_of(seen)) == []
 
 
+@pytest.mark.thorough
 def test_rule_17_a_subclass_that_draws_otherwise_is_not_believed_here_either():
     class Everything(keras_dp.BallsInBinsDataset):
         def _plan(self):
@@ -331,6 +332,7 @@ def test_no_batch_is_larger_than_its_capacity_and_what_is_cut_is_counted():
 
 
 @pytest.mark.parametrize("secure_mode", [False, True])
+@pytest.mark.one_in(2)
 def test_what_is_cut_is_chosen_uniformly(secure_mode):
     """No example is kept more often than another: Pearson's statistic. False alarms: 1e-7.
 
@@ -350,6 +352,7 @@ def test_what_is_cut_is_chosen_uniformly(secure_mode):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_every_batch_is_padded_to_the_capacity_and_padding_adds_nothing(jit_compile, monkeypatch):
     padded = []
     original = Engine.padding.fget

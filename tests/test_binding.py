@@ -181,6 +181,7 @@ COPIES = {
 @pytest.mark.parametrize("make", [tiny.model, Subclassed])
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_a_copy_trains_privately_and_remembers_what_was_spent(how, make, tmp_path):
     model = make()
     model.compile(tiny.sgd(momentum=0.5), loss="mse")

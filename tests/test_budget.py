@@ -241,6 +241,7 @@ def test_after_an_interruption_the_rest_of_the_target_is_for_the_rest_of_the_ste
     assert within(model.optimizer.get_epsilon(DELTA), 2.0)
 
 
+@pytest.mark.thorough
 def test_a_target_counts_what_was_spent_before():
     model = tiny.compiled(tiny.sgd(noise_multiplier=3.0))
     x, y = tiny.data()

@@ -125,7 +125,7 @@ def problem():
         ("loop", "graph"),
     ],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(6)
 def test_per_layer_clipping_is_that_of_each_layer_in_every_engine(gradients, mode):
     model, x, y = problem()
     model.compile("sgd", loss="mse")
@@ -300,7 +300,7 @@ def quiet_steps(model, x, count=1):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_automatic_clipping_in_training(mode):
     arguments = dict(MODES[mode])
     own = {k: arguments.pop(k) for k in ("microbatch_size",) if k in arguments}
@@ -321,7 +321,7 @@ def adaptive(sigma=0.5, bound=1.0, **arguments):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_adaptive_clipping_finds_the_median_of_the_norms(mode):
     arguments = dict(MODES[mode])
     own = {k: arguments.pop(k) for k in ("microbatch_size",) if k in arguments}

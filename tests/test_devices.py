@@ -196,6 +196,7 @@ def check_seen(parts, noise, steps):
 
 @pytest.mark.parametrize("count", [4, 1, 2])
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_rule_03_noise_is_added_once_whatever_the_number_of_replicas(count):
     check_seen(*seen(count))
 
@@ -268,7 +269,7 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.__name__)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_what_would_break_the_guarantee_is_seen(mutant, monkeypatch):
     owner, name, replacement = mutant()
     monkeypatch.setattr(owner, name, replacement)  # which must exist

@@ -87,6 +87,7 @@ def test_asking_for_the_loop_says_nothing(caplog):
     ("gradients", "engine"), [("auto", "ghost"), ("ghost", "ghost"), ("vectorized", "vectorized")]
 )
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_a_model_that_the_engine_can_serve_is_served_silently(gradients, engine, caplog):
     model = attention()
     model.compile("sgd", loss="mse")
@@ -291,7 +292,7 @@ def test_clip_weights_never_let_more_than_c_through():
 
 @pytest.mark.parametrize("gradients", ALL)
 @pytest.mark.parametrize("microbatch_size", [None, 2])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_padding_adds_nothing(gradients, microbatch_size):
     model = keras.Sequential([keras.Input((2,)), layers.Dense(2, "tanh"), layers.Dense(1)])
     model.set_weights([np.ones(w.shape) for w in model.get_weights()])
@@ -316,6 +317,7 @@ def test_padding_adds_nothing(gradients, microbatch_size):
 
 
 @pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.one_in(2)
 def test_a_chunked_sum_adds_sums_and_joins_the_rest_in_order(in_graph):
     sizes = []
 
@@ -352,7 +354,7 @@ def test_a_chunked_sum_adds_sums_and_joins_the_rest_in_order(in_graph):
         ("loop", {"run_eagerly": True}),
     ],
 )
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_rule_04_an_empty_batch_is_a_step_that_moves_nothing_without_noise(gradients, mode):
     x = keras.Input((4, 4, 1))
     h = layers.MaxPooling2D()(layers.Conv2D(2, 2)(x))
@@ -379,6 +381,7 @@ def test_weights_that_the_loss_does_not_reach_stay_as_they_are(gradients):
     assert moved == {"used"}
 
 
+@pytest.mark.thorough
 def test_a_model_that_is_gone_leaves_no_graph_behind():
     """Six graphs and some ten MiB stayed for each: TensorFlow's own objects hide them from gc."""
 

@@ -204,6 +204,7 @@ def scheduled(steps, schedule, rate):
     return [poisson(sigma, n, rate) for sigma, n in by_sigma.items()]
 
 
+@pytest.mark.thorough
 def test_epochs_of_a_schedule_cost_few_compositions(monkeypatch):
     forget()
     whole = scheduled(90, COSINE, 1 / 3)
@@ -235,6 +236,7 @@ def test_epsilon_of_a_schedule_never_falls():
         assert all(a <= b + 1e-9 for a, b in itertools.pairwise(found))
 
 
+@pytest.mark.thorough
 def test_the_grid_of_many_mechanisms_adds_next_to_nothing(monkeypatch):
     releases = [poisson(s, 400, 1 / 50) for s in (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)]
     coarse = accounting.ledger_epsilon(releases, DELTA)

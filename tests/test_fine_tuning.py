@@ -210,6 +210,7 @@ def with_biases(a_backbone):
 
 @pytest.mark.parametrize("how", [enable_lora, layers_frozen_first, with_biases])
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_factors_inside_a_nested_backbone_are_served_by_their_layers_rules(how):
     require_exact(disturb(with_head(how(backbone()))), *data(4))
 
@@ -494,6 +495,7 @@ def test_a_quantized_keras_hub_backbone_is_served_too(hub):
     require_exact(disturb(model), x, y, loss="sparse_categorical_crossentropy")
 
 
+@pytest.mark.thorough
 def test_every_engine_serves_attention_with_a_single_head_of_keys():
     """One example alone makes products of (1, 1, m, k) with (1, 1, k, n), which are safe."""
     inputs = keras.Input((1, 3, 4))

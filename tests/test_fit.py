@@ -49,6 +49,7 @@ def test_rule_10_arrays_are_poisson_sampled(kind):
 
 @pytest.mark.parametrize("kind", [dict, list, tuple])
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_rule_10_structures_of_arrays_are_poisson_sampled(kind):
     a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
     model = keras.Model([a, b], keras.layers.Dense(1)(keras.layers.Concatenate()([a, b])))
@@ -137,6 +138,7 @@ def test_rule_10_train_on_batch_during_fit_is_refused():
 @quiet
 @pytest.mark.parametrize(("declared", "divisor"), [(None, 16), (32, 32)])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_rule_02_the_divisor_of_a_foreign_source_is_the_declared_batch_size(declared, divisor):
     model = tiny.compiled(tiny.noiseless(keras_dp.DPSGD, 1.0))
     before = tiny.weights_of(model)
@@ -207,6 +209,7 @@ def test_steps_and_sampling_rate(arguments, steps, rate):
     assert [r.sampling_rate for r in model.optimizer.ledger] == [rate] * bool(steps)
 
 
+@pytest.mark.thorough
 def test_fewer_examples_than_the_default_batch_size_are_one_batch():
     model = tiny.compiled()
     model.fit(X[:5], Y[:5], verbose=0)
@@ -223,6 +226,7 @@ def test_an_epoch_of_a_shuffled_dataset_cannot_be_cut():
 # -- validation -------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_validation_split_trains_on_the_first_rows_and_measures_the_last():
     x, y = X.copy(), Y.copy()
     x[48:] = np.nan  # would poison every loss that saw them

@@ -176,6 +176,7 @@ def test_frozen_layers_stay_frozen():
 
 
 # One model of keras.applications: each takes long to trace (docs/models.md has a table of more).
+@pytest.mark.thorough
 def test_a_model_of_keras_applications():
     model = keras.applications.MobileNetV3Small(
         weights=None, input_shape=(32, 32, 3), classes=5, include_preprocessing=False
@@ -439,6 +440,7 @@ def separable(x):
 
 @pytest.mark.parametrize("block", [separable, dense_block, inverted_bottleneck])
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_small_models_built_like_those_of_keras_applications_train(block):
     inputs = keras.Input((6, 6, 3))
     x = block(layers.Conv2D(8, 3, padding="same")(layers.Rescaling(1 / 255)(inputs)))

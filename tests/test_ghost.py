@@ -172,6 +172,7 @@ def test_layers_are_as_they_were_after_training(mode, tmp_path):
 @pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}])
 @pytest.mark.parametrize("where", ["call", "activation"])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_layers_are_as_they_were_after_a_failure(where, mode, monkeypatch):
     model, x = many_kinds(), normal(3, 3)
     predicted = model.predict(x, verbose=0)
@@ -234,6 +235,7 @@ def wait_in(place, meanwhile):
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize("place", ["between layers", "in a Dense", "in a SimpleRNN"])
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_another_thread_may_use_the_model_while_it_is_traced(place, eagerly):
     meanwhile, x = Meanwhile(), normal(3, 2)
     model = sequential(*wait_in(place, meanwhile), layers.Dense(1))(x)
@@ -258,6 +260,7 @@ def test_another_thread_may_use_the_model_while_it_is_traced(place, eagerly):
     assert relative_error(outcome.sums, clipped_sum(gradients, 0.5)) < TOLERANCE
 
 
+@pytest.mark.thorough
 def test_two_models_may_be_trained_in_two_threads():
     x, y = normal(3), normal(1)
     models = [sequential(layers.Dense(4, "tanh"), layers.Dense(1))(x) for _ in range(2)]
@@ -400,7 +403,7 @@ SHARED = {
 
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize("name", SHARED)
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(9)
 def test_every_use_of_a_weight_is_counted(name, eagerly):
     build, x = SHARED[name]
     require_exact(build(x), x, eagerly=eagerly)
@@ -671,6 +674,7 @@ class Repeating(layers.Layer):
 
 @pytest.mark.parametrize("how", ["while_loop", "scan", "vectorized_map"])
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_a_layer_that_loops_over_another_is_taken_as_one(how):
     x = normal(4)
     model = sequential(Repeating(how), layers.Dense(1))(x)
@@ -780,6 +784,7 @@ def test_a_layer_that_mixes_examples_is_refused_by_name(name, dropout, gradients
 
 @pytest.mark.parametrize("name", ["mean", "flip"])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_the_vectorized_engine_trains_what_mixes_examples_each_alone(name):
     x, y = normal(3), normal(1)
     model = mixing_model(name)(x)
@@ -859,7 +864,7 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("name", DRAWS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_random_numbers_without_a_generator_are_drawn_for_each_example_or_refused(name):
     """A linear model of rows of ones has the random numbers themselves for gradients."""
     x = np.ones((ROWS, 32), "float32")
@@ -901,7 +906,7 @@ BAD = {"nan": np.nan, "inf": np.inf, "overflow": 1e30}
     [(n, m) for n in BAD_MODELS for m in ("graph", "eager")]
     + [("dense", "xla"), ("convolution", "xla"), ("embedding", "xla")],
 )
-@pytest.mark.one_in(16)
+@pytest.mark.one_in(32)
 def test_an_example_with_bad_numbers_adds_at_most_c_and_spoils_nothing(name, mode, bad):
     """Nothing if its gradient isn't finite; where only its square would overflow, at most C."""
     build, x = BAD_MODELS[name]
@@ -1020,6 +1025,7 @@ def test_half_precision_is_left_behind_before_anything_is_added_up(policy, width
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_one_layer_in_half_precision_is_not_taken_for_a_wrong_rule(policy):
     x = normal(50, 8)
     model = sequential(layers.Dense(3, dtype=policy), layers.Dense(1, dtype="float32"))(x)

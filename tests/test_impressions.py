@@ -333,6 +333,7 @@ def test_dir_and_help_show_what_users_need():
 
 @pytest.mark.parametrize("as_list", [False, True])
 @pytest.mark.parametrize("validated", [False, True])
+@pytest.mark.one_in(2)
 def test_epsilon_is_in_every_log_whatever_the_order(tmp_path, validated, as_list, trained):
     seen = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.logs.append(logs))
     seen.logs = []

@@ -141,6 +141,7 @@ class Around(layers.Layer):
         return kept
 
 
+@pytest.mark.thorough
 def test_a_layer_that_returns_none_beside_tensors_runs_one_example_at_a_time():
     """It was "None values not supported", and the whole model was vectorized."""
     model = keras.Sequential([keras.Input((4,)), Around(), layers.Dense(1)])

@@ -107,7 +107,7 @@ KINDS = {
 }
 
 
-THOROUGH = {"positions, taken out of it", "keras.remat, kept", "numbers without unknown ones"}
+THOROUGH = {"CTC", "positions, taken out of it", "keras.remat, kept", "numbers without unknown ones"}
 
 
 @pytest.mark.parametrize(

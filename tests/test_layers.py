@@ -313,9 +313,7 @@ EVERY_TIME = {
     "Embedding masked, pooled",
     "LayerNormalization",
     "BatchNormalization frozen",
-    "LSTM masked",
     "MultiHeadAttention masked",
-    "pooling",
     "custom layer",
 }
 CASES = [

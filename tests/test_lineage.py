@@ -742,6 +742,7 @@ def test_rule_16_a_keras_file_written_after_a_legacy_one_trains_privately(tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
+@pytest.mark.thorough
 def test_rule_16_a_checkpoint_is_loaded_while_compiled_otherwise(tmp_path):
     path = tmp_path / "{epoch}.weights.h5"
     checkpoint = keras.callbacks.ModelCheckpoint(path, save_weights_only=True)
@@ -980,6 +981,7 @@ def test_rule_16_a_step_of_ones_own_that_was_never_applied_is_a_step():
     assert spent(new_head(model)) == 4
 
 
+@pytest.mark.thorough
 def test_rule_16_a_loop_of_ones_own_on_weights_that_fit_trained():
     model = trained()
     optimizer = tiny.sgd()

@@ -479,6 +479,7 @@ REPEATS = {
     "masked bidirectional RNN",
     "strings looked up",
     "tied embedding, weights per token",
+    "tied kernel",
     "windows",
     "masked LSTM, loss per token",
     "embedded positions",
@@ -621,6 +622,7 @@ def test_fit_on_all_rows_makes_the_same_update(name):
 @pytest.mark.parametrize(("policy", "tolerance"), [("mixed_bfloat16", 2e-2), ("float64", 1e-6)])
 @pytest.mark.parametrize("name", ["residual convolutions", "tied embedding"])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_other_dtypes(name, policy, tolerance):
     case = CASES[name]
     before = keras.config.dtype_policy()

@@ -81,7 +81,7 @@ def weights_by_layer(norms, clipping):
         ("microbatches", "per_layer"),
     ],
 )
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(9)
 def test_the_numbers_are_those_of_one_example_at_a_time(mode, clipping):
     monitor = PrivacyMonitor(tiny.DELTA, quantiles=(0.1, 0.5, 0.8), accountant="rdp")
     epochs = 1 if clipping == "adaptive" else EPOCHS  # then C moves
@@ -122,6 +122,7 @@ def test_the_numbers_are_those_of_one_example_at_a_time(mode, clipping):
     np.testing.assert_allclose(got, np.transpose([ratios] * epochs), rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_epsilon_is_that_of_the_ledger_and_steps_are_noted_as_often_as_asked():
     monitor = PrivacyMonitor(tiny.DELTA, every=3, accountant="rdp")
     model = watched(monitor, epochs=2, fit={"steps_per_epoch": 4}, **CHEAP)
@@ -131,6 +132,7 @@ def test_epsilon_is_that_of_the_ledger_and_steps_are_noted_as_often_as_asked():
     assert sorted(monitor.history["epsilon"]) == monitor.history["epsilon"]
 
 
+@pytest.mark.thorough
 def test_a_row_that_is_not_a_number_counts_as_clipped_and_spoils_no_other_number():
     x, y = tiny.data(N)
     x[3] = np.nan
@@ -418,6 +420,7 @@ def test_the_noise_on_the_share_is_what_it_is_said_to_be():
 
 @pytest.mark.parametrize(("private", "factor"), [(True, (4 / 3) ** 0.5), (False, 1.0)])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_the_noise_on_the_sum_grows_by_the_stated_factor(private, factor):
     width, batch_size = 4000, 4
     model = keras.Sequential([keras.Input((width,)), layers.Dense(1, use_bias=False)])

@@ -123,6 +123,7 @@ PLANS = [
 
 @pytest.mark.parametrize(("sigma", "t", "steps", "delta"), PLANS)
 @pytest.mark.one_in(8)
+@pytest.mark.thorough
 def test_monte_carlo_agrees_to_one_percent(sigma, t, steps, delta):
     """Twenty plans, partial epochs among them. False alarms: 40 one-sided tests at 5 standard
     errors, 1 in 87,000 in all; one per cent of epsilon must show beyond the error."""
@@ -162,6 +163,7 @@ def test_extremes_of_balls_in_bins_are_bounds(accountant):
     assert epsilon(bins(0.0, 1, 5), accountant=accountant) == math.inf
 
 
+@pytest.mark.thorough
 def test_little_delta_and_many_steps_are_bounds_too():
     assert epsilon(bins(1.0, 100_000, 100_000)) < 0.1
     in_full = epsilon(Release("unknown", 2.0, 3), delta=1e-30)
@@ -193,6 +195,7 @@ def test_balls_in_bins_goes_with_other_samplers():
     assert with_all > both
 
 
+@pytest.mark.thorough
 def test_searches_over_balls_in_bins_are_exact_to_the_step():
     step = bins(1.5, 0, 10)
     allowed = accounting.remaining_steps((), step, epsilon=2.0, delta=DELTA)

@@ -155,7 +155,7 @@ def _uniform(original):
 @pytest.mark.parametrize(
     "mutant", [_scaled(2 / 3), _scaled(3 / 2), _scaled(1.1), _once_per_example, _uniform]
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_the_check_rejects_wrong_noise_in_the_training_step(mutant, monkeypatch):
     monkeypatch.setattr(NoiseSource, "draw", mutant(NoiseSource.draw))
     (noise,) = noise_of(noise_model(), one_batch)
@@ -346,6 +346,7 @@ def test_a_seed_repeats_the_noise_and_voids_the_guarantee():
     assert unrelated(found[0], found[2])
 
 
+@pytest.mark.thorough
 def test_seeded_noise_still_differs_from_step_to_step():
     model = noise_model({"seed": 3})
     first, second = (noise_of(model, one_epoch)[0] for _ in "ab")
@@ -559,6 +560,7 @@ def test_secure_gaussians_fill_the_low_bits_of_double_precision():
     assert not filled(draws.astype("float32").astype("float64"))
 
 
+@pytest.mark.thorough
 def test_secure_mode_is_saved_and_nothing_of_its_noise(tmp_path):
     model = secure_model()
     found = noise_of(model, one_epoch)

@@ -147,6 +147,7 @@ def test_constraints_hold_after_every_step():
 # -- learning rate, iterations, averaging -----------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_learning_rate_and_iterations_are_the_inner_optimizers():
     optimizer = tiny.sgd(0.5)
     assert float(optimizer.learning_rate) == 0.5

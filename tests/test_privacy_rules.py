@@ -97,6 +97,7 @@ def test_rule_01_a_class_with_its_own_training_step_is_refused(method):
         private(model)
 
 
+@pytest.mark.thorough
 def test_rule_01_the_train_function_made_before_binding_is_rebuilt():
     model = dense()
     model.compile(keras.optimizers.SGD(0.0), loss="mse")
@@ -174,7 +175,7 @@ def test_rule_02_batches_of_the_callers_own_are_divided_by_what_is_declared():
     ],
     ids=str,
 )
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_rule_03_noise_has_deviation_sigma_c_once_per_logical_batch(how):
     model = keras.Sequential([keras.Input((3,)), layers.Dense(2000, use_bias=False)])
     private(model, rate=1.0, sigma=2.0, clip=0.5, loss=lambda y, p: 0 * ops.sum(p, -1), **how)
@@ -198,6 +199,7 @@ def unknown_length(batches):
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("microbatch_size", [None, 4])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_rule_04_an_empty_batch_is_a_step_of_noise(microbatch_size, jit_compile):
     model = keras.Sequential(
         [
@@ -523,7 +525,7 @@ def masks_of(layer, steps=2, rows=4, **how):
     + [("Dropout", "eager")],
 )
 @pytest.mark.filterwarnings("ignore:With run_eagerly=True the Python code of 'echo'")
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 def test_rule_08_masks_differ_across_examples_microbatches_and_steps(layer, how):
     masks = masks_of(LAYERS[layer](), **HOW[how])
     assert masks.shape == (8, WIDTH)
@@ -594,6 +596,7 @@ def test_rule_09_a_loss_that_couples_the_batch_is_refused(loss, units):
     "loss", ["mse", "mae", "huber", keras.losses.Dice(axis=-1), keras.losses.CosineSimilarity()]
 )
 @pytest.mark.one_in(5)
+@pytest.mark.thorough
 def test_rule_09_losses_of_single_examples_are_accepted(loss):
     model = private(dense(2, activation="sigmoid"), loss=loss)
     model.fit(X, np.abs(np.tile(Y, 2)), batch_size=8, verbose=0)
@@ -619,6 +622,7 @@ def test_rule_09_a_layer_that_mixes_examples_is_refused_where_all_of_them_run_at
 
 
 @pytest.mark.parametrize("gradients", ["vectorized", "loop"])
+@pytest.mark.one_in(2)
 def test_rule_09_a_layer_that_mixes_examples_finds_each_alone(gradients):
     model = keras.Sequential([keras.Input((3,)), Mixer(), layers.Dense(1)])
     model.compile(loss="mse")
@@ -706,6 +710,7 @@ def test_rule_10_train_on_batch_counts_every_example_in_every_step_and_says_so_o
     assert counted(model, 3) == pytest.approx(4.377178, abs=1e-3)
 
 
+@pytest.mark.thorough
 def test_rule_10_batches_after_a_fit_are_not_taken_for_poisson_draws():
     model = private()
     fit(model)
@@ -730,7 +735,7 @@ def policy(name):
 
 @pytest.mark.parametrize("name", ["mixed_float16", "mixed_bfloat16", "float64"])
 @pytest.mark.parametrize("gradients", ENGINES)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_rule_11_clipping_sees_unscaled_gradients_in_float32(name, gradients, monkeypatch):
     from keras_dp.clipping import Clip
 
@@ -811,6 +816,7 @@ def test_rule_11_loss_scaling_is_refused(inner):
 
 
 @pytest.mark.parametrize("gradients", ENGINES)
+@pytest.mark.one_in(3)
 def test_rule_12_weight_regularizers_act_outside_the_clip(gradients):
     model = dense(use_bias=False, kernel_regularizer=keras.regularizers.L2(10.0))
     weights = model.get_weights()[0]
@@ -835,6 +841,7 @@ class Penalty(layers.Layer):
 )
 @pytest.mark.parametrize("clip", [0.1, 1e6])
 @pytest.mark.parametrize("gradients", ENGINES)
+@pytest.mark.one_in(2)
 def test_rule_12_losses_on_data_act_inside_the_clip(build, clip, gradients):
     model = build()
     model.compile(loss="mse")

@@ -106,6 +106,7 @@ def test_a_batch_may_be_any_structure_and_a_loss_may_have_an_axis_of_one():
 
 
 @UNKNOWN
+@pytest.mark.thorough
 def test_two_views_of_one_example_may_be_contrasted():
     model, _, (x, _), _ = setup()
     variables = model.trainable_variables
@@ -194,6 +195,7 @@ def test_rule_19_a_row_for_all_examples_is_refused_where_sizes_are_not_known_bef
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_an_empty_batch_is_a_step_of_noise_alone(compiled):
     model, loss_fn, (x, y), optimizer = setup()
     data = poisson()
@@ -459,6 +461,7 @@ def test_the_inner_optimizer_takes_them_too():
     assert not tiny.same(before, model.get_weights())
 
 
+@pytest.mark.thorough
 def test_parts_of_the_variables_may_take_turns():
     model, loss_fn, _, optimizer = setup()
     data, variables = poisson(), model.trainable_variables
@@ -479,6 +482,7 @@ def test_parts_of_the_variables_may_take_turns():
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_poisson_draws_cost_what_fit_would_have_cost(compiled):
     model, loss_fn, _, optimizer = setup()
     data = poisson()
@@ -512,13 +516,13 @@ def test_batches_of_unknown_origin_cost_a_full_release_each_and_a_warning_says_s
 
 
 def test_shuffled_batches_cost_one_release_a_pass():
-    model, loss_fn, (x, y), optimizer = setup(40)
-    data = keras_dp.ShuffledDataset(x, y, batch_size=16)
+    model, loss_fn, (x, y), optimizer = setup(20)
+    data = keras_dp.ShuffledDataset(x, y, batch_size=10)
     for _ in range(2):
         data.on_epoch_begin()
         for batch in data:
             eager(optimizer, loss_fn, model.trainable_variables, batch, sampling=data)
-    assert [(r.sampler, r.steps) for r in optimizer.ledger] == [("shuffled", 6)]
+    assert [(r.sampler, r.steps) for r in optimizer.ledger] == [("shuffled", 4)]
     wanted = compute_epsilon(
         num_examples=1, batch_size=1, noise_multiplier=1.0, steps=2, delta=DELTA
     )
@@ -728,6 +732,7 @@ def test_after_a_loop_train_on_batch_and_fit_are_accounted_as_what_they_are():
     )
 
 
+@pytest.mark.thorough
 def test_a_compiled_step_is_never_counted_as_what_was_declared_since():
     model, loss_fn, (x, y), optimizer = setup(40)
     model.compile(optimizer, loss="mse")
@@ -760,6 +765,7 @@ def test_a_compiled_step_is_never_counted_as_what_was_declared_since():
     assert {r.sampling_rate: r.steps for r in optimizer.ledger} == {0.25: 2, 1.0: 1, 0.5: 2}
 
 
+@pytest.mark.thorough
 def test_steps_in_the_middle_of_a_fit_are_refused():
     model, loss_fn, (x, y), optimizer = setup(40)
     model.compile(optimizer, loss="mse")
@@ -800,6 +806,7 @@ def test_batches_that_can_not_be_such_draws_are_refused():
             draws.add(data.sampling, same_size, 3)
 
 
+@pytest.mark.thorough
 def test_true_draws_are_never_refused():
     """False alarms: fewer than 1e-8 in all."""
     for n, batch_size in ((1, 1), (5, 1), (40, 10), (1000, 1), (1000, 990)):

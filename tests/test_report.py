@@ -170,6 +170,7 @@ def test_every_kind_of_training_is_stated_as_what_it_was(way):
     ("sigma", "epochs", "pld", "rdp"), [(1.3, 15, 0.8632, 0.9531), (1.1, 60, 2.3781, 2.5927)]
 )
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_published_settings_have_their_known_figures(sigma, epochs, pld, rdp):
     plan = {"num_examples": 60_000, "batch_size": 256, "noise_multiplier": sigma}
     release = Release(

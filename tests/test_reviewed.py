@@ -110,6 +110,7 @@ def test_rule_03_the_step_of_replicas_is_taken_by_fit_alone():
         several.step(model.optimizer, model, None, (X, Y))
 
 
+@pytest.mark.thorough
 def test_a_mirrored_strategy_of_one_device_trains():
     with on_devices(1).scope():
         model = linear()

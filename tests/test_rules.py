@@ -307,6 +307,7 @@ def test_grouped_convolution(rank, size, channels, strides, padding, groups, use
 
 @pytest.mark.parametrize("mode", ["rules alone", "graph"])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_grouped_convolution_with_lora(mode):
     x = normal(5, 4)
     layer = with_lora(layers.Conv1D(4, 3, groups=2), 5, 4, alpha=3)
@@ -820,6 +821,7 @@ def test_attention_draws_as_it_does_for_one_example_alone(layer):
 
 @pytest.mark.parametrize("cls", [layers.Attention, layers.AdditiveAttention])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_attention_with_a_scale_draws_as_it_does_for_one_example_alone(cls):
     x, layer = normal(4, 4, rows=1), cls(use_scale=True, dropout=0.4)
     require_draws_like_the_loop(functional(lambda t: layer([layers.Dense(4)(t), t]), x), x)
@@ -892,6 +894,7 @@ def test_eager_and_xla(name, mode):
 
 @pytest.mark.parametrize("name", FIXED)
 @pytest.mark.one_in(12)
+@pytest.mark.thorough
 def test_in_bfloat16_with_float32_weights(name):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_bfloat16")
@@ -1115,7 +1118,7 @@ def subclass_with_rule(cls, change):
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_a_wrong_rule_is_refused_before_it_is_used(name):
     cls, options, change = MUTANTS[name]
     x = normal(3, 4)
@@ -1141,6 +1144,7 @@ def test_a_wrong_rule_is_refused_by_default_and_in_eager_mode():
 
 
 @pytest.mark.parametrize("lookup", BOTH)
+@pytest.mark.one_in(2)
 def test_a_wrong_rule_for_a_lookup_or_for_lora_is_refused(lookup):
     def model(change):
         if lookup:

@@ -311,6 +311,7 @@ def test_an_index_beyond_the_epoch_is_an_index_error():
         pytest.param(20000, 10, 2.5, keras_dp.DPAdam, 0.538, marks=pytest.mark.thorough),
     ],
 )
+@pytest.mark.thorough
 def test_epsilon_after_real_training_is_the_known_one(n, epochs, sigma, kind, epsilon):
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     optimizer = kind(0.01, max_grad_norm=1.0, noise_multiplier=sigma)
@@ -412,7 +413,7 @@ def test_inputs_targets_and_weights_stay_together(kind, form):
 
 
 @pytest.mark.parametrize("form", ["dict", "list", "frame", "tensor"])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_fit_takes_every_form_of_data(form):
     give, _ = FORMS[form]
     inputs = {name: keras.Input((1,), name=name) for name in "uv"}
@@ -477,6 +478,7 @@ def test_steps_per_epoch_changes_the_number_of_draws_not_the_rate(seen):
     assert len(seen) == 31
 
 
+@pytest.mark.thorough
 def test_steps_per_epoch_alone_decides_the_batch_size(seen):
     model = tiny_model()
     model.fit(ids(100), ids(100), steps_per_epoch=5, verbose=0)

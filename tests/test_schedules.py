@@ -158,6 +158,7 @@ def test_a_budget_without_an_end_of_training_is_refused():
     assert model.optimizer.ledger.steps == 0
 
 
+@pytest.mark.thorough
 def test_a_pass_over_shuffled_batches_has_one_sigma():
     """Each example takes part once in a pass: two sigmas in one would count it twice."""
     x, y = tiny.data(24)
@@ -169,6 +170,7 @@ def test_a_pass_over_shuffled_batches_has_one_sigma():
     assert model.optimizer.get_epsilon(DELTA) == accounting.ledger_epsilon(passes, DELTA)
 
 
+@pytest.mark.thorough
 def test_the_journal_counts_each_sigma(tmp_path):
     path = tmp_path / "ledger.jsonl"
     x, y = tiny.data(64)

@@ -125,6 +125,7 @@ def test_advanced_spends_no_more_than_the_budget_whatever_the_way(run_example, t
     assert is_picture(tmp_path / "advanced_output" / "privacy-monitor.png")
 
 
+@pytest.mark.thorough
 def test_check_and_fix_finds_every_batch_normalization(run_example):
     printed = run_example("check_and_fix.py", "--epochs", "0")
 

@@ -135,6 +135,7 @@ def test_more_views_are_trained_on_saved_and_cost_nothing(gradients, tmp_path):
     assert loaded.optimizer.augmentation_multiplicity == 3
 
 
+@pytest.mark.thorough
 def test_views_that_are_all_the_same_are_told_of():
     model = tiny.compiled(tiny.sgd(augmentation_multiplicity=2))
     with pytest.warns(keras_dp.PrivacyWarning, match=r"augmentation_multiplicity=2 .* no layer"):
@@ -176,6 +177,7 @@ def deep(policy, factor):
 )
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e5])
 @pytest.mark.one_in(6)
+@pytest.mark.thorough
 def test_float16_neither_loses_small_gradients_nor_large_ones(gradients, mode, size):
     """A loss of another size gives gradients of another size, right to float16's digits."""
     random = np.random.default_rng(0)
