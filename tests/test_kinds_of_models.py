@@ -107,7 +107,12 @@ KINDS = {
 }
 
 
-THOROUGH = {"CTC", "positions, taken out of it", "keras.remat, kept", "numbers without unknown ones"}
+THOROUGH = {
+    "CTC",
+    "positions, taken out of it",
+    "keras.remat, kept",
+    "numbers without unknown ones",
+}
 
 
 @pytest.mark.parametrize(

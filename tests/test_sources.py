@@ -312,7 +312,7 @@ def test_an_hdf5_data_set_in_one_piece_is_mapped_into_memory(tmp_path):
 
 
 def test_what_is_read_stays_on_disk(tmp_path):
-    """A file with holes, far larger than what may be read: only the rows that are drawn are read."""
+    """A file with holes, much larger than what may be read: only the rows drawn are read."""
     n = 300_000
     x = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", "float32", (n, 2500))
     data = keras_dp.PoissonDataset(x, batch_size=100)  # 3 GB
