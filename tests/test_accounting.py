@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import cases
 import dp_accounting
 import numpy as np
 import pytest
@@ -299,7 +300,7 @@ def test_epsilon_never_falls_where_the_grid_changes():
     assert all(a <= b for a, b in itertools.pairwise(values))
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=cases.examples(30), deadline=None)
 @given(
     sigma=st.floats(0.5, 20),
     per_epoch=st.integers(2, 500),
@@ -339,7 +340,7 @@ def test_pld_is_between_the_trivial_bounds(sigma, per_epoch, steps):
 @pytest.mark.parametrize("accountant", accounting.ACCOUNTANTS)
 @pytest.mark.parametrize(("target", "sigma"), [(0.2, 1.1), (1.0, 1.1), (3.0, 0.8), (8.0, 1.1)])
 @pytest.mark.fast
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_calibrate_steps_is_exact(target, sigma, accountant):
     plan = {**PLAN, "noise_multiplier": sigma, "accountant": accountant}
     steps = calibrate_steps(target_epsilon=target, **plan)

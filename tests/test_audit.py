@@ -130,6 +130,7 @@ def _unclipped():
     ids=["half the noise", "noise x 0.7", "not clipped", "twice the noise"],
 )
 @pytest.mark.one_in(4)
+@pytest.mark.thorough
 def test_the_audit_finds_wrong_training_out(mutant, leaks, monkeypatch):
     monkeypatch.setattr(*mutant())
     bound = lower_bound(*audit())

@@ -157,6 +157,7 @@ def test_fit_feeds_whole_epochs_to_the_step(seen, steps_per_execution):  # noqa:
     ]
 
 
+@pytest.mark.thorough
 def test_a_fit_that_is_broken_off_and_the_next_have_epochs_of_their_own(seen):  # noqa: F811
     model = tiny_model()
     data = keras_dp.BallsInBinsDataset(ids(N), ids(N), batch_size=BATCH)

@@ -196,7 +196,7 @@ def test_a_strategy_of_the_users_own_is_used_and_recorded(mode):
 
 
 def test_a_strategy_of_the_users_own_is_saved_with_its_arguments(tmp_path):
-    model = tiny.compiled(tiny.sgd(clipping=Tanh(2.0)))
+    model = tiny.compiled(tiny.sgd(clipping=Tanh(2.0)), hidden=3)
     model.fit(*tiny.data(), batch_size=16, verbose=0)
     model.save(tmp_path / "model.keras")
     strategy = keras.saving.load_model(tmp_path / "model.keras").optimizer.clipping_strategy

@@ -410,6 +410,7 @@ def test_rule_08_examples_on_two_replicas_have_dropout_masks_of_their_own():
     assert np.sum(masks[0] == masks[1]) < 250
 
 
+@pytest.mark.thorough
 def test_rule_06_what_was_trained_on_replicas_goes_on_on_another_number(tmp_path):
     path = str(tmp_path / "model.keras")
     two = compiled(2, mlp, sigma=1.0, seed=None, secure_mode=True)

@@ -60,6 +60,7 @@ ALL = ("ghost", "vectorized", "loop")
 # -- which engine runs ---------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_where_the_vectorizer_fails_the_loop_takes_over_with_one_line_in_the_log(caplog):
     model = masked_recurrence()
     caplog.set_level(logging.DEBUG, logger="keras_dp")
@@ -115,6 +116,7 @@ def test_recurrence_that_xla_cannot_compile_vectorized_is_looped_over_there(grad
 
 @pytest.mark.parametrize("build", [attention, masked_recurrence])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_every_engine_gives_the_same(build):
     model = build()
     model.compile("sgd", loss="mse")
@@ -250,6 +252,7 @@ def test_the_broken_product_is_found_inside_a_loop():
 
 @pytest.mark.parametrize("gradients", ALL)
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_an_example_with_a_huge_gradient_counts_as_c(gradients):
     x = np.array([[3e15, 4e15], [0.3, 0.4]], "float32")
     outcome, _ = engine_outcome(
@@ -355,6 +358,7 @@ def test_a_chunked_sum_adds_sums_and_joins_the_rest_in_order(in_graph):
     ],
 )
 @pytest.mark.one_in(6)
+@pytest.mark.thorough
 def test_rule_04_an_empty_batch_is_a_step_that_moves_nothing_without_noise(gradients, mode):
     x = keras.Input((4, 4, 1))
     h = layers.MaxPooling2D()(layers.Conv2D(2, 2)(x))

@@ -225,6 +225,7 @@ def test_epochs_of_a_schedule_cost_few_compositions(monkeypatch):
     assert accounting.ledger_epsilon(more[::-1], DELTA) == after
 
 
+@pytest.mark.thorough
 def test_epsilon_of_a_schedule_never_falls():
     falling = lambda step: 4.0 * 0.97**step  # noqa: E731
     rising = lambda step: 1.0 * 1.03**step  # noqa: E731

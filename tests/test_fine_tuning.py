@@ -141,6 +141,7 @@ def require_noise_of(added, deviation):
 # -- what is frozen --------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_frozen_backbone_gets_neither_gradient_nor_noise_nor_optimizer_state():
     frozen = backbone()
     frozen.trainable = False
@@ -336,6 +337,7 @@ def test_what_is_unfrozen_between_two_fits_is_noised_and_the_ledger_goes_on():
 # -- saving ----------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_saved_model_comes_back_with_its_factors_merged_and_new_ones_and_its_ledger(tmp_path):
     model = with_head(with_biases(backbone()))
     model.compile(sgd(momentum=0.9), loss="mse")

@@ -622,6 +622,7 @@ def test_layers_without_a_rule_are_exact(name, eagerly):
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 @pytest.mark.parametrize("after_another", [False, True])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_an_unknown_layer_with_dropout_inside_draws_as_the_loop_does(
     after_another, microbatch_size
 ):
@@ -1123,6 +1124,7 @@ def test_a_subclass_has_a_rule_of_its_own_or_none():
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize("fault", ["factor", "left out", "of the neighbour"])
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_a_wrong_rule_is_found_before_it_is_used(fault, eagerly, own_rules):
     class Shift(layers.Layer):
         def build(self, shape):

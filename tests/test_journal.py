@@ -512,6 +512,7 @@ def test_a_target_counts_lost_steps_too(path):
 
 
 @pytest.mark.filterwarnings("ignore:train_on_batch can't know")
+@pytest.mark.thorough
 def test_steps_outside_of_such_a_fit_are_written_down_at_the_next_one(path):
     model = tiny.compiled()
     fit(model, epochs=1)

@@ -305,7 +305,7 @@ def example(name):
 NOT_GHOST = {("ConvLSTM2D", "xla")}
 
 
-# Every time some in graphs, and one under XLA and eagerly: `test_rules` has the
+# Every time some in graphs, and one eagerly: `test_rules` has the
 # families over their options.
 EVERY_TIME = {
     "Dense",
@@ -320,7 +320,7 @@ CASES = [
     pytest.param(name, "graph", marks=[] if name in EVERY_TIME else [pytest.mark.thorough])
     for name in LAYERS
 ]
-CASES += some([(name, "xla") for name in list(LAYERS)[1::4]], 16)
+CASES += [pytest.param(name, "xla", marks=[pytest.mark.thorough]) for name in list(LAYERS)[1::4]]
 CASES += some([(name, "eager") for name in list(LAYERS)[::4]], 16)
 
 
@@ -334,6 +334,7 @@ def test_norms_and_clipped_sum_are_those_of_a_loop_over_examples(name, mode):
 
 @pytest.mark.parametrize("name", list(LAYERS)[2::4])
 @pytest.mark.one_in(16)
+@pytest.mark.thorough
 def test_the_vectorized_engine_gives_them_too(name):
     require_as_in_a_loop(name, gradients="vectorized")
 

@@ -38,7 +38,7 @@ def train(model, optimizer=None, *, epochs=1):
 
 
 def trained(epochs=1):
-    return train(tiny.model(), epochs=epochs)
+    return train(tiny.model(hidden=3), epochs=epochs)
 
 
 def spent(model):
@@ -150,7 +150,7 @@ def test_rule_16_a_budget_counts_what_the_weights_cost_before(other):
 @pytest.mark.thorough
 def test_rule_16_a_target_is_calibrated_for_what_the_weights_cost_before(other):
     model = other(trained())
-    fresh = tiny.model()
+    fresh = tiny.model(hidden=3)
     sigma = []
     for m in (model, fresh):
         target = keras_dp.DPSGD(0.1, max_grad_norm=1.0, target_epsilon=6.0, target_delta=1e-5)
@@ -203,7 +203,7 @@ def test_rule_16_a_new_head_carries_its_encoders_cost_away():
 
 
 def test_rule_16_public_weights_cost_nothing():
-    public = train(tiny.model(), keras.optimizers.SGD(0.1))
+    public = train(tiny.model(hidden=3), keras.optimizers.SGD(0.1))
     public.layers[0].trainable = False
     model = new_head(public)
     assert spent(model) == 0
@@ -423,7 +423,7 @@ def test_rule_16_an_optimizer_built_before_is_not_forgotten():
     """A graph that was traced while the weights were public runs again."""
     import tensorflow as tf
 
-    model, optimizer = tiny.model(), keras.optimizers.SGD(0.01)
+    model, optimizer = tiny.model(hidden=3), keras.optimizers.SGD(0.01)
     step = tf.function(lambda: loop_of_ones_own(model, optimizer))
     step()
     assert spent(model) == 0
@@ -436,7 +436,7 @@ def test_rule_16_an_optimizer_built_before_is_not_forgotten():
 
 def test_rule_16_public_training_before_a_private_file_is_loaded_costs_nothing(tmp_path):
     trained().save_weights(tmp_path / "m.weights.h5")
-    model = tiny.compiled()  # and then not trained with it
+    model = tiny.compiled(hidden=3)  # and then not trained with it
     train(model, keras.optimizers.SGD(0.01))
     with pytest.warns(UserWarning, match="Skipping variable loading"):
         model.load_weights(tmp_path / "m.weights.h5")
@@ -467,7 +467,7 @@ def test_rule_16_compiling_without_training_costs_nothing():
 
 
 def test_rule_16_going_back_to_the_private_optimizer_after_its_inner_one():
-    model = tiny.compiled()
+    model = tiny.compiled(hidden=3)
     private = model.optimizer
     private_steps(model)
     model.compile(private.inner_optimizer, loss="mse")
@@ -477,7 +477,7 @@ def test_rule_16_going_back_to_the_private_optimizer_after_its_inner_one():
 
 
 def test_rule_16_ordinary_models_do_not_notice():
-    model = tiny.model()
+    model = tiny.model(hidden=3)
     train(model, keras.optimizers.Adam())
     again = pickle.loads(pickle.dumps(model))
     assert lineage.of(model, again).steps == 0
@@ -498,7 +498,7 @@ def test_rule_16_ordinary_training_on_several_replicas_is_seen():
         from keras_dp.ledger import PrivacyLedger, Release
         x, y = tiny.data()
         with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-            model = tiny.model()
+            model = tiny.model(hidden=3)
             model.compile("sgd", loss="mse")
             model.fit(x, y, batch_size=16, verbose=0)
         ledger = PrivacyLedger((Release("unknown", 1.0, steps=4),))
@@ -556,7 +556,7 @@ def folder_without_zip(model, folder):
 
 def weights_before_compile(model, folder):
     model.save_weights(folder / "m.weights.h5")
-    other = tiny.model()
+    other = tiny.model(hidden=3)
     other.load_weights(folder / "m.weights.h5")
     return other
 
@@ -564,7 +564,7 @@ def weights_before_compile(model, folder):
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
 def weights_while_compiled_otherwise(model, folder):
     keras.saving.save_weights(model, folder / "m.weights.h5")
-    other = tiny.model()
+    other = tiny.model(hidden=3)
     other.compile("adam", loss="mse")
     keras.saving.load_weights(other, folder / "m.weights.h5")
     return other
@@ -572,14 +572,14 @@ def weights_while_compiled_otherwise(model, folder):
 
 def weights_of_a_keras_file(model, folder):
     model.save(folder / "m.keras")
-    other = tiny.model()
+    other = tiny.model(hidden=3)
     other.load_weights(folder / "m.keras")
     return other
 
 
 def sharded_weights(model, folder):
     model.save_weights(folder / "m.weights.json", max_shard_size=1e-3)
-    other = tiny.model()
+    other = tiny.model(hidden=3)
     other.load_weights(folder / "m.weights.json")
     return other
 
@@ -627,7 +627,7 @@ def legacy_file_without_compile(model, folder):
 
 def legacy_weights(model, folder):
     model.save(folder / "m.h5")
-    other = tiny.model()
+    other = tiny.model(hidden=3)
     other.load_weights(folder / "m.h5")
     return other
 
@@ -716,7 +716,7 @@ def test_rule_16_a_file_that_was_edited_with_keras_carries_it(tmp_path):
     model.save_weights(tmp_path / "m.weights.h5")
     editor = keras.saving.KerasFileEditor(str(tmp_path / "m.weights.h5"))
     editor.save(str(tmp_path / "edited.weights.h5"))
-    other = tiny.model()
+    other = tiny.model(hidden=3)
     other.load_weights(tmp_path / "edited.weights.h5")
     assert spent(other) == 4
 
@@ -746,9 +746,9 @@ def test_rule_16_a_keras_file_written_after_a_legacy_one_trains_privately(tmp_pa
 def test_rule_16_a_checkpoint_is_loaded_while_compiled_otherwise(tmp_path):
     path = tmp_path / "{epoch}.weights.h5"
     checkpoint = keras.callbacks.ModelCheckpoint(path, save_weights_only=True)
-    model = tiny.compiled()
+    model = tiny.compiled(hidden=3)
     model.fit(X, Y, batch_size=16, epochs=2, verbose=0, callbacks=[checkpoint])
-    other = tiny.model()
+    other = tiny.model(hidden=3)
     other.compile("sgd", loss="mse")
     other.fit(X, Y, batch_size=16, verbose=0)  # on public data, say
     other.load_weights(tmp_path / "1.weights.h5")
@@ -765,7 +765,7 @@ def test_rule_16_a_backup_of_ordinary_training_carries_it(tmp_path):
     model = trained()
     model.compile("sgd", loss="mse")
     model.fit(X, Y, batch_size=16, verbose=0, callbacks=[backup])
-    other = tiny.model()
+    other = tiny.model(hidden=3)
     other.compile("sgd", loss="mse")
     backup = keras.callbacks.BackupAndRestore(tmp_path / "b")
     other.fit(X, Y, batch_size=16, verbose=0, callbacks=[backup])
@@ -773,7 +773,7 @@ def test_rule_16_a_backup_of_ordinary_training_carries_it(tmp_path):
 
 
 def test_rule_16_loading_takes_nothing_away(tmp_path):
-    public = train(tiny.model(), "sgd")
+    public = train(tiny.model(hidden=3), "sgd")
     public.save_weights(tmp_path / "public.weights.h5")
     model = trained()
     model.compile("sgd", loss="mse")
@@ -828,7 +828,7 @@ def test_rule_16_files_load_where_keras_dp_is_not_installed(tmp_path):
 def test_rule_16_an_ordinary_file_is_as_it_always_was(tmp_path):
     import h5py
 
-    train(tiny.model(), "sgd").save_weights(tmp_path / "m.weights.h5")
+    train(tiny.model(hidden=3), "sgd").save_weights(tmp_path / "m.weights.h5")
     with h5py.File(tmp_path / "m.weights.h5") as file:
         assert set(file) == {"layers", "optimizer", "vars"} or set(file) == {"layers", "optimizer"}
 
@@ -929,7 +929,7 @@ def test_rule_16_an_optimizer_with_steps_and_no_ledger_never_reports_0(way, tmp_
     keras.utils.clear_session()  # a state tree goes by names: as in another process
     model = trained()
     keras.utils.clear_session()
-    other = tiny.compiled()
+    other = tiny.compiled(hidden=3)
     other.optimizer.build(other.trainable_variables)
     way(model, other, *([tmp_path] if way is tensorflow_checkpoint else []))
     with pytest.warns(keras_dp.PrivacyWarning, match=r"4 steps.*no ledger"):
@@ -958,11 +958,11 @@ def test_rule_16_a_tensorflow_checkpoint_says_that_it_keeps_no_ledger(kind, tmp_
     write = {"write": lambda: checkpoint.write(path), "manager": manager.save}
     with pytest.warns(keras_dp.PrivacyWarning, match=r"without the ledger.*weights\.h5"):
         write.get(kind, lambda: checkpoint.save(path))()
-    tf.train.Checkpoint(model=train(tiny.model(), "sgd")).save(path)  # an ordinary one
+    tf.train.Checkpoint(model=train(tiny.model(hidden=3), "sgd")).save(path)  # an ordinary one
 
 
 def test_rule_16_a_step_of_ones_own_that_was_never_applied_is_a_step():
-    model, optimizer = tiny.model(), tiny.sgd()
+    model, optimizer = tiny.model(hidden=3), tiny.sgd()
     data = keras_dp.PoissonDataset(X, Y, batch_size=16)
 
     def loss_fn(example):

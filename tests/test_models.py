@@ -475,6 +475,7 @@ def trained(case, model):
 
 # What these show, others show as well, or the tests of their layers.
 REPEATS = {
+    "add_loss and regularizers",
     "nested, with a reused block",
     "masked bidirectional RNN",
     "strings looked up",
@@ -501,7 +502,10 @@ MODES = {"graph": {}, "eager": {"run_eagerly": True}, "xla": {"jit_compile": Tru
         for name in CASES
     ]
     + some([(name, "eager") for name in list(CASES)[::2]], 12)
-    + some([(name, "xla") for name in [n for n, c in CASES.items() if c.xla][1::3]], 12),
+    + [
+        pytest.param(name, "xla", marks=[pytest.mark.thorough])
+        for name in [n for n, c in CASES.items() if c.xla][1::3]
+    ],
 )
 def test_update_loss_and_metrics_are_those_of_a_loop_over_examples(name, mode):
     case, want = CASES[name], expected(name)

@@ -49,7 +49,7 @@ def watched(
         noise_multiplier=kwargs.pop("sigma", SIGMA),
         **{k: kwargs.pop(k) for k in own if k in kwargs},
     )
-    model = tiny.compiled(optimizer, **kwargs)
+    model = tiny.compiled(optimizer, hidden=3, **kwargs)
     x, y = data or tiny.data(N)
     given = {"batch_size": batch_size or len(x), "epochs": epochs, "verbose": 0, **(fit or {})}
     callbacks = [*([monitor] if monitor else []), *callbacks]
@@ -553,7 +553,7 @@ def test_an_argument_that_makes_no_sense_is_named(arguments, message):
 
 
 def test_an_ordinary_optimizer_and_a_second_monitor_are_refused():
-    model = tiny.model()
+    model = tiny.model(hidden=3)
     model.compile("sgd", loss="mse")
     with pytest.raises(ValueError, match="watches a DP optimizer"):
         model.fit(*tiny.data(), verbose=0, callbacks=[PrivacyMonitor(tiny.DELTA)])
@@ -608,7 +608,7 @@ def test_a_silent_fit_is_silent_about_calibration_and_search_too(verbose, monkey
 
     monkeypatch.setattr(keras_dp.binding, "said_if_slow", noting)
     monkeypatch.setattr(keras_dp.callbacks, "said_if_slow", noting)
-    model = tiny.model()
+    model = tiny.model(hidden=3)
     model.compile(
         keras_dp.DPSGD(
             0.1,

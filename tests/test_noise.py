@@ -509,6 +509,7 @@ def test_without_entropy_secure_mode_stops_and_trains_nothing(mode, monkeypatch)
     np.testing.assert_array_equal(model.get_weights()[0], start[0])
 
 
+@pytest.mark.thorough
 def test_a_whole_step_inside_xla_stops_with_an_error_that_names_the_cause():
     model = secure_model()
     one_batch(model)

@@ -31,7 +31,7 @@ def schedule():
 
 def trained(optimizer, steps=4, **kwargs):
     """The weights after some steps on whole batches."""
-    model = tiny.compiled(optimizer, **kwargs)
+    model = tiny.compiled(optimizer, hidden=3, **kwargs)
     for k in range(steps):
         model.train_on_batch(*tiny.data(16, seed=k))
     return tiny.weights_of(model), model
@@ -116,12 +116,13 @@ def test_noiseless_and_unclipped_it_takes_its_namesakes_steps(setting):
     rate = rate() if callable(rate) else rate
     got, _ = trained(tiny.noiseless(private, rate, **kwargs))
     wanted, _ = trained(ordinary(rate, **kwargs))
-    start = tiny.weights_of(tiny.model())
+    start = tiny.weights_of(tiny.model(hidden=3))
     assert not tiny.same(wanted, start, **CLOSE)
     assert tiny.same(got, wanted, **CLOSE)
 
 
 @quiet
+@pytest.mark.thorough
 def test_wraps_any_keras_optimizer():
     got, _ = trained(tiny.noiseless(keras_dp.DPOptimizer, keras.optimizers.Nadam(0.05)))
     wanted, _ = trained(keras.optimizers.Nadam(0.05))

@@ -50,6 +50,7 @@ def by_dp_accounting(q, sigma, steps, k):
     [(0.25, 1.0, 8, 2), (0.25, 2.0, 40, 3), (0.02, 1.5, 300, 5), (0.9, 4.0, 10, 4)],
 )
 @pytest.mark.one_in(4)
+@pytest.mark.thorough
 def test_figures_are_those_of_dp_accountings_mixture(q, sigma, steps, k):
     release = Release("poisson", sigma, steps, sampling_rate=q)
     for delta in (1e-3, 1e-6):

@@ -466,7 +466,7 @@ def test_parts_of_the_variables_may_take_turns():
     model, loss_fn, _, optimizer = setup()
     data, variables = poisson(), model.trainable_variables
     optimizer.build(variables)
-    for part in (variables[:2], variables[2:]):
+    for part in (variables[:1], variables[1:]):
         before = tiny.weights_of(model)
         optimizer.apply(eager(optimizer, loss_fn, part, data[0], sampling=data), part)
         moved = [not np.allclose(a, b) for a, b in zip(before, model.get_weights(), strict=True)]
@@ -901,7 +901,7 @@ def test_mistakes_are_named_and_cost_nothing():
         ({"loss_fn": _returns(lambda e: model(e[0]) - e[0])}, r"it returned shape \(1, 4\)"),
         ({"loss_fn": _returns(lambda e: ops.argmax(model(e[0])))}, "int"),
         ({"loss_fn": _returns(lambda e: ops.sum(e[0]))}, "none of `variables`"),
-        ({"loss_fn": _returns(lambda e: ops.sum(model.layers[0](e[0])))}, "which noise alone"),
+        ({"loss_fn": _returns(lambda e: ops.sum(e[0] @ variables[0]))}, "which noise alone"),
     ]
     for given, message in cases:
         arguments = {

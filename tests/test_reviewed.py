@@ -178,6 +178,7 @@ def test_rule_18_it_is_said_whose_python_sees_examples_when_functions_run_eagerl
 
 
 @pytest.mark.filterwarnings("ignore::keras_dp.PrivacyWarning")
+@pytest.mark.thorough
 def test_rule_14_a_whole_step_inside_xla_gives_the_numbers_of_a_graph():
     """There float64 takes over within what is compiled, and not in Python."""
     found = []

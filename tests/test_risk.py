@@ -409,6 +409,7 @@ def test_one_model_of_several_without_private_training_is_refused():
 # -- pictures ------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_the_picture_has_the_curves_and_the_line_of_guessing(tmp_path):
     from matplotlib.figure import Figure
 

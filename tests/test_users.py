@@ -196,7 +196,7 @@ def test_what_is_clipped_is_the_mean_of_a_persons_gradients(name):
         ("loop", {"batch_capacity": 6, "microbatch_size": 8}),
     ],
 )
-@pytest.mark.one_in(12)
+@pytest.mark.one_in(13)
 def test_rule_14_every_engine_and_mode_gives_the_same_numbers(gradients, mode):
     model, x = compiled(keras.Input((6,)), layers.Dense(5, "tanh"), layers.Dense(2)), rows(6)
     y = rows(2, seed=1)
@@ -840,6 +840,7 @@ def test_rule_18_a_wrong_unit_is_found_out(mutant, match, monkeypatch):
     "mutant", [rows_clipped_in_the_place_of_people, sums_in_the_place_of_means]
 )
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_rule_19_an_engine_that_takes_people_for_something_else_is_not_used(mutant, monkeypatch):
     model, x = MODELS["wide"]()
     monkeypatch.setattr(*mutant())

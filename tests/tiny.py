@@ -21,16 +21,17 @@ def data(n=64, width=4, seed=0):
     return x, y
 
 
-def model(width=4, seed=1, hidden=3):
-    """A network with one small hidden layer; the same weights for the same seed."""
-    initializers = [keras.initializers.GlorotUniform(seed=seed + k) for k in range(2)]
-    return keras.Sequential(
-        [
-            keras.Input((width,)),
-            keras.layers.Dense(hidden, activation="tanh", kernel_initializer=initializers[0]),
-            keras.layers.Dense(1, kernel_initializer=initializers[1]),
-        ]
-    )
+def model(width=4, seed=1, hidden=0):
+    """A linear model, or a network: each layer costs a test a quarter of a second.
+
+    The same weights for the same seed.
+    """
+    first, last = [keras.initializers.GlorotUniform(seed=seed + k) for k in range(2)]
+    made = keras.Sequential([keras.Input((width,))])
+    if hidden:
+        made.add(keras.layers.Dense(hidden, activation="tanh", kernel_initializer=first))
+    made.add(keras.layers.Dense(1, kernel_initializer=last))
+    return made
 
 
 def sgd(learning_rate=0.1, *, noise_multiplier=1.0, **kwargs):
@@ -40,9 +41,9 @@ def sgd(learning_rate=0.1, *, noise_multiplier=1.0, **kwargs):
     )
 
 
-def compiled(optimizer=None, *, loss="mse", seed=1, **kwargs):
+def compiled(optimizer=None, *, loss="mse", seed=1, hidden=0, **kwargs):
     """A model that trains privately."""
-    made = model(seed=seed)
+    made = model(seed=seed, hidden=hidden)
     made.compile(optimizer or sgd(), loss=loss, **kwargs)
     return made
 
