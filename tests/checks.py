@@ -179,7 +179,7 @@ def examples_have_dropout_masks_of_their_own():
 
 def every_step_is_in_the_ledger():
     x, y = _data(rows=20)
-    model = _small_model()
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
     model.compile(keras_dp.DPSGD(0.1, max_grad_norm=C, noise_multiplier=SIGMA), loss="mse")
     model.fit(x, y, batch_size=5, epochs=3, verbose=0)
     assert int(model.optimizer.inner_optimizer.iterations) == 12
@@ -193,7 +193,7 @@ def every_step_is_in_the_ledger():
 def shuffled_batches_cost_one_release_an_epoch():
     """Without amplification: as a Gaussian mechanism in which all take part, for each epoch."""
     x, y = _data(rows=20)
-    model = _small_model()
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
     model.compile(keras_dp.DPSGD(0.1, max_grad_norm=C, noise_multiplier=SIGMA), loss="mse")
     model.fit(keras_dp.ShuffledDataset(x, y, batch_size=5), epochs=2, verbose=0)
     wanted = keras_dp.accounting.compute_epsilon(

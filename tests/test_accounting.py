@@ -340,7 +340,6 @@ def test_pld_is_between_the_trivial_bounds(sigma, per_epoch, steps):
 @pytest.mark.parametrize("accountant", accounting.ACCOUNTANTS)
 @pytest.mark.parametrize(("target", "sigma"), [(0.2, 1.1), (1.0, 1.1), (3.0, 0.8), (8.0, 1.1)])
 @pytest.mark.fast
-@pytest.mark.one_in(8)
 def test_calibrate_steps_is_exact(target, sigma, accountant):
     plan = {**PLAN, "noise_multiplier": sigma, "accountant": accountant}
     steps = calibrate_steps(target_epsilon=target, **plan)

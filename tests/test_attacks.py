@@ -57,6 +57,7 @@ def loss_of(model):
 
 @pytest.mark.parametrize("road", ["train_on_batch", "train_step", "private_gradients"])
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_rule_17_nobody_trains_the_weights_of_a_fit(road):
     """A budget of 3 ended at 4.96."""
     one, two = two_models()

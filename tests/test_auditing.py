@@ -294,6 +294,7 @@ def easy_audit(make_model=linear_model, **arguments):
     return auditing.audit(make_model, x, y, canaries, **{**settings, **arguments})
 
 
+@pytest.mark.thorough
 def test_right_training_passes_the_audit_which_is_not_blind():
     models = []
 

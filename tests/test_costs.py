@@ -212,6 +212,7 @@ def benchmarks(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:train_on_batch can't know")
+@pytest.mark.thorough
 def test_benchmarks_take_ordinary_and_private_steps(benchmarks):
     import measure
 

@@ -488,6 +488,7 @@ def test_rule_17_model_optimizer_and_fit_must_agree_on_the_strategy():
         mixed.fit(X, Y, batch_size=6, verbose=0)
 
 
+@pytest.mark.thorough
 def test_other_strategies_and_keras_own_distribution_are_refused():
     with tf.distribute.experimental.CentralStorageStrategy().scope():
         model = mlp()

@@ -282,6 +282,7 @@ def test_lora_enabled_after_training_began_asks_for_compile(how, eagerly):
     assert model.optimizer.get_epsilon(DELTA) > epsilon
 
 
+@pytest.mark.thorough
 def test_an_optimizer_without_state_for_newly_trainable_weights_is_refused_at_compile():
     inner = backbone()
     inner.trainable = False

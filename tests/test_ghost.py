@@ -439,6 +439,7 @@ def example_loss_of(model, x, y):
 
 @pytest.mark.parametrize("name", ["a kernel used by hand", "a model with weights of its own"])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_weights_used_outside_of_their_layer_beside_dropout_are_vectorized(name, caplog):
     class WithDropout(keras.Model):
         def __init__(self, inner):

@@ -181,6 +181,7 @@ class Balanced(layers.Layer):
         return x * ops.sum(chosen * shares, -1, keepdims=True)
 
 
+@pytest.mark.thorough
 def test_a_loss_that_means_something_else_for_one_example_is_named():
     said = [w for w in warnings_of(after(Balanced()), VECTORS, Y) if "add_loss" in w]
     assert len(said) == 1

@@ -473,6 +473,7 @@ def is_png(path):
     return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 
+@pytest.mark.thorough
 def test_what_is_written_is_complete_and_says_that_it_is_not_private(tmp_path):
     monitor = PrivacyMonitor(tiny.DELTA, path=tmp_path / "made", log_dir=tmp_path / "logs")
     watched(monitor, **CHEAP)

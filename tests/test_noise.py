@@ -332,6 +332,7 @@ def test_a_chosen_seed_is_not_saved_either(tmp_path):
 # -- seeds, for tests ---------------
 
 
+@pytest.mark.thorough
 def test_a_seed_repeats_the_noise_and_voids_the_guarantee():
     found = []
     for seed in (3, 3, 4):

@@ -301,6 +301,7 @@ def test_a_copy_of_an_optimizer_has_its_settings(duplicate):
     assert duplicate(optimizer).get_config() == optimizer.get_config()
 
 
+@pytest.mark.thorough
 def test_variables_are_the_inner_optimizers_and_setting_them_keeps_the_ledger():
     model = tiny.compiled(tiny.sgd(momentum=0.5))
     optimizer = model.optimizer

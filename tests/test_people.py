@@ -61,8 +61,6 @@ def test_figures_are_those_of_dp_accountings_mixture(q, sigma, steps, k):
 
 @pytest.mark.parametrize(("q", "sigma", "k"), [(0.3, 1.0, 3), (0.05, 0.8, 8), (0.5, 2.0, 2)])
 @pytest.mark.fast
-@pytest.mark.one_in(3)
-@pytest.mark.thorough
 def test_one_step_is_never_below_the_integral_of_its_densities(q, sigma, k):
     def density(x, means, chances):
         return sum(c * stats.norm.pdf(x, m, sigma) for m, c in zip(means, chances, strict=True))

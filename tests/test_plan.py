@@ -78,6 +78,7 @@ def test_rule_17_a_plan_that_is_changed_in_mid_fit_stays():
 
 @pytest.mark.parametrize("how", ["evaluate", "predict", "by hand"])
 @pytest.mark.one_in(3)
+@pytest.mark.thorough
 def test_rule_17_the_order_belongs_to_the_training_that_runs(how, monkeypatch):
     """`evaluate` in a callback reshuffled the epoch that was being trained."""
     data = keras_dp.ShuffledDataset(X, Y, batch_size=BATCH)

@@ -175,6 +175,7 @@ def same(a, b):
     return len(a) == len(b) and all(np.array_equal(s, t) for s, t in zip(a, b, strict=True))
 
 
+@pytest.mark.thorough
 def test_no_epoch_and_no_fit_draws_what_another_drew(seen):
     model = tiny_model()
     for _ in range(2):
@@ -586,6 +587,7 @@ def test_secure_draws_use_the_systems_generator_and_nothing_else(monkeypatch):
     ]
 
 
+@pytest.mark.thorough
 def test_fit_draws_securely_for_a_secure_optimizer(monkeypatch):
     x, y = tiny.data(40)
     for given in ((x, y), (keras_dp.PoissonDataset(x, y, batch_size=8),)):

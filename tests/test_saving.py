@@ -204,8 +204,7 @@ class Doubled(keras.Model):
     def __init__(self, units=1, **kwargs):
         super().__init__(**kwargs)
         self.units = units
-        self.inner = keras.Sequential([
-            keras.Input((4,)), keras.layers.Dense(3, activation="tanh"), keras.layers.Dense(1)])
+        self.inner = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
         self.head = keras.layers.Dense(units)
     def call(self, x):
         h = self.inner(x)

@@ -90,6 +90,7 @@ def test_each_step_clips_to_the_c_of_its_own():
 
 @pytest.mark.parametrize("steps_per_execution", [1, 3])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_a_scheduled_fit_costs_what_its_steps_cost(steps_per_execution):
     x, y = tiny.data(64)
     model = tiny.compiled(

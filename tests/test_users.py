@@ -261,6 +261,7 @@ def test_float16_neither_loses_nor_overflows_what_is_a_persons(size):
     assert relative_error(outcome.sums, clipped_sum(wanted, clip)) < 0.02
 
 
+@pytest.mark.thorough
 def test_rule_15_the_clip_holds_where_somebodys_gradients_nearly_cancel():
     """Each is some 1e6 long, and their mean 0.1: products of pairs can't tell it in float32."""
     clip = 0.01
