@@ -585,26 +585,22 @@ def test_a_count_that_can_not_be_written_at_the_end_loses_nothing(path, monkeypa
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each kill would cost a start of TensorFlow")
-def test_rule_06_after_kill_minus_nine_no_executed_step_is_forgotten():
-    seed = random.SystemRandom().randrange(10**6)
-    found = chain_of_lives(kills=2, journal=True, seed=seed)
-    assert found.kills == 2 and found.forgotten == [], seed
-    assert found.counted >= found.began - 20 > 0  # the last life takes 20
-
-
-@pytest.mark.thorough
-def test_rule_06_after_kill_minus_nine_nothing_that_was_restored_is_forgotten():
-    seed = random.SystemRandom().randrange(10**6)
-    found = chain_of_lives(kills=3, journal=False, seed=seed)
-    assert found.kills == 3 and found.forgotten == [], seed
-
-
-def chain_of_lives(*, kills, journal, seed):
-    """What so many kills and a last life showed, of forks of one process."""
+@pytest.mark.parametrize(
+    ("kills", "journal"),
+    [
+        (1, True),
+        pytest.param(3, True, marks=[pytest.mark.thorough]),
+        pytest.param(1, False, marks=[pytest.mark.thorough]),
+    ],
+)
+def test_rule_06_after_kill_minus_nine_no_executed_step_is_forgotten(kills, journal):
     lives = kill_and_resume.Lives()
+    seed = random.SystemRandom().randrange(10**6)
     try:
         found = kill_and_resume.chain(lives, kills, "backup", journal, seed)
         assert lives.forks
     finally:
         lives.close()
-    return found
+    assert found.kills == kills and found.forgotten == [], seed
+    if journal:
+        assert found.counted >= found.began - 20 > 0  # the last life takes 20
