@@ -387,6 +387,7 @@ def test_rule_11_mixed_precision_on_replicas(policy):
     assert_all_replicas_are_equal(together)
 
 
+@pytest.mark.thorough
 def test_rule_08_examples_on_two_replicas_have_dropout_masks_of_their_own():
     def make():
         return keras.Sequential(

@@ -1154,6 +1154,7 @@ def test_a_wrong_rule_is_found_before_it_is_used(fault, eagerly, own_rules):
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_a_rule_that_breaks_gives_way_to_another_engine_with_a_line_in_the_log(
     late, own_rules, caplog
 ):

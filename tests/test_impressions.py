@@ -154,6 +154,7 @@ def test_what_a_budget_stops_is_not_planned_for(capsys):
     assert f"planned: ε = {spent} at δ = 1e-5 after {steps} steps" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_a_void_promise_is_warned_of_once_where_the_user_called_fit():
     model = tiny.compiled(tiny.sgd(noise_multiplier=5.0, seed=3))
     found = warned_of(lambda: [model.fit(X, Y, batch_size=32, verbose=0) for _ in range(2)])

@@ -204,6 +204,7 @@ def test_two_optimizers_under_one_global_seed_draw_unrelated_noise():
 
 @pytest.mark.parametrize("file", ["model.keras", "model.weights.h5"])
 @pytest.mark.one_in(2)
+@pytest.mark.thorough
 def test_resumed_training_draws_noise_unrelated_to_what_came_before_and_after(file, tmp_path):
     path = str(tmp_path / file)
     model = noise_model()

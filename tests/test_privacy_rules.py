@@ -938,7 +938,10 @@ MODES = (
     {"jit_compile": True},
     {"run_eagerly": True},
     {"gradients": "vectorized"},
+    {"gradients": "vectorized", "jit_compile": True},
     {"gradients": "loop"},
+    {"gradients": "loop", "jit_compile": True},
+    {"gradients": "loop", "run_eagerly": True},
 )
 IN_PARTS = (
     {"microbatch_size": 3},

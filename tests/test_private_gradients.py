@@ -611,6 +611,7 @@ def test_a_seed_repeats_them_and_the_ledger_says_so():
 # -- budgets, targets and schedules -------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_limited_loop_ends_at_the_exact_step():
     model, loss_fn, _, optimizer = setup()
     data, variables = poisson(), model.trainable_variables
