@@ -35,9 +35,9 @@ def squared_error_of(model):
     return squared_error
 
 
-def setup(rows=10, **optimizer):
+def setup(rows=10, hidden=0, **optimizer):
     """A model, its loss function, a batch, and an optimizer."""
-    model = tiny.model()
+    model = tiny.model(hidden=hidden)
     return model, squared_error_of(model), tiny.data(rows), tiny.sgd(**optimizer)
 
 
@@ -236,7 +236,7 @@ def test_an_example_that_is_not_finite_contributes_nothing():
 @pytest.mark.thorough
 def test_clipping_is_that_of_the_optimizer(clipping):
     """As in `train_on_batch`, whose update is minus the gradient at a learning rate of 1."""
-    model, loss_fn, (x, y), _ = setup()
+    model, loss_fn, (x, y), _ = setup(hidden=3)
     optimizer = noiseless_optimizer(0.7, clipping=clipping)
     found = arrays(eager(optimizer, loss_fn, model.trainable_variables, (x, y)))
     if clipping == "adaptive":
