@@ -292,6 +292,7 @@ def test_how_a_run_is_split_or_ordered_does_not_matter():
     assert ledger_epsilon((other, one), DELTA) == ledger_epsilon((one, other), DELTA)
 
 
+@pytest.mark.thorough
 def test_epsilon_never_falls_where_the_grid_changes():
     rate, sigma = 1 / 20, 0.5
     widths = {k: pld.grid_interval(((SampledGaussian(sigma, rate), 2**k),)) for k in range(20)}

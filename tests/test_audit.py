@@ -102,6 +102,7 @@ AUDITED = {
 
 @pytest.mark.parametrize("case", AUDITED)
 @pytest.mark.one_in(12)
+@pytest.mark.thorough
 def test_the_weights_leak_what_the_accountant_says_and_no_more(case):
     members, others = audit(**AUDITED[case])
     assert (3.0 if case == "loop" else 3.3) < lower_bound(members, others) <= EPSILON

@@ -384,6 +384,7 @@ def test_every_batch_is_padded_to_the_capacity_and_padding_adds_nothing(jit_comp
     assert [r.sampler for r in model.optimizer.ledger] == ["truncated_poisson", "poisson"]
 
 
+@pytest.mark.thorough
 def test_a_capacity_is_accounted_for():
     """n 60,000, batch 256, sigma 1.1, 60 epochs: 2.401 at 320, by dp-accounting itself."""
     data = keras_dp.PoissonDataset(

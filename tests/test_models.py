@@ -481,6 +481,7 @@ REPEATS = {
     "strings looked up",
     "tied embedding, weights per token",
     "tied kernel",
+    "transformer, masked loss per token",
     "windows",
     "masked LSTM, loss per token",
     "embedded positions",
