@@ -50,6 +50,7 @@ THOROUGH = {
     "docs/monitor.md",
     "docs/moving.md",
     "docs/people.md",
+    "docs/pitfalls.md",
     "docs/start.md",
 }
 

@@ -76,6 +76,7 @@ def test_a_model_that_takes_too_long_is_ended(first_step, tmp_path):
         first_step.apart("mlp", options_for(tmp_path / "none", limit=0.01))
 
 
+@pytest.mark.thorough
 def test_exactness_is_that_of_one_example_at_a_time(first_step, monkeypatch):
     off, double = first_step.exactness("mlp")
     assert 0 < off < 1e-5 and double is None

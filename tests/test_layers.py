@@ -313,7 +313,6 @@ EVERY_TIME = {
     "Embedding masked, pooled",
     "LayerNormalization",
     "BatchNormalization frozen",
-    "MultiHeadAttention masked",
     "custom layer",
 }
 CASES = [

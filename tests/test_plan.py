@@ -213,7 +213,7 @@ def test_rule_17_no_example_takes_part_more_often_than_is_counted(order):
 
 def test_rule_17_any_order_of_batches_counts_enough():
     random = np.random.default_rng(7)
-    for _ in range(3):
+    for _ in range(2):
         data = marked()
         waiting = []
 

@@ -243,6 +243,7 @@ def test_a_seed_repeats_the_draws(kind):
     assert same(*(draws(kind(np.arange(200), batch_size=20, seed=3), 5) for _ in "ab"))
 
 
+@pytest.mark.thorough
 def test_seeded_draws_mark_the_ledger():
     model = tiny_model()
     model.fit(keras_dp.PoissonDataset(ids(40), ids(40), batch_size=20, seed=3), verbose=0)

@@ -112,6 +112,7 @@ def test_a_scheduled_fit_costs_what_its_steps_cost(steps_per_execution):
     assert loudest < spent < quietest
 
 
+@pytest.mark.thorough
 def test_a_keras_schedule_goes_on_where_the_last_fit_and_a_saved_model_stopped(tmp_path):
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([10, 25], [4.0, 2.0, 1.0])
     x, y = tiny.data(64)
