@@ -80,7 +80,6 @@ def test_rule_17_nobody_trains_the_weights_of_a_fit(road):
     two.train_on_batch(X, Y)  # afterwards it may
 
 
-@pytest.mark.thorough
 def test_rule_17_a_file_that_is_loaded_in_mid_fit_counts_against_the_budget(tmp_path):
     """A budget of 3 ended at 4.83."""
     other = model_of(layers.Dense(1))

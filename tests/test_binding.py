@@ -295,7 +295,6 @@ def test_keras_methods_are_wrapped_once():
     assert all(method.__wrapped__.__module__.startswith("keras.") for method in before)
 
 
-@pytest.mark.thorough
 def test_ordinary_models_train_as_if_keras_dp_were_not_there():
     script = """
         import sys, keras, numpy as np

@@ -385,7 +385,6 @@ def test_weights_that_the_loss_does_not_reach_stay_as_they_are(gradients):
     assert moved == {"used"}
 
 
-@pytest.mark.thorough
 def test_a_model_that_is_gone_leaves_no_graph_behind():
     """Six graphs and some ten MiB stayed for each: TensorFlow's own objects hide them from gc."""
 

@@ -24,6 +24,9 @@ CONTROL = {
         "the message. Where the compiler can't stop a step, false."
     ),
     "wait_for(tensors)": "A context in which nothing runs before these tensors are there.",
+    "one_after_another(steps)": (
+        "Has each step, of what it begins from and ends with, wait for those before, if it can."
+    ),
     "added_up(compute, count, *, joined, carried)": (
         "A loop. `compute` makes of the scalar int32 numbers 0 to count - 1 tensors to add up, and "
         "tensors to keep. Returns two lists: sums, and what was kept, stacked along a new first "

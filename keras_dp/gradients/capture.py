@@ -522,23 +522,31 @@ class Capture:
         """
         uses: dict[int, list[PerExample]] = {key: [] for key in self._values}
         remaining = iter(found)
-        for record in self.records:
-            upstream = [next(remaining) for _ in record.unit.watched]
+        every = [(r, [next(remaining) for _ in r.unit.watched]) for r in self.records]
+        steps = []
+        for record, upstream in reversed(every):  # as back-propagation comes by
             if all(g is None for g in upstream):
                 continue  # the loss doesn't depend on this call
-            upstream = [
+            given = [
                 ops.zeros_like(t) if g is None else backend.dense(g)
                 for g, t in zip(upstream, record.unit.watched, strict=True)
             ]
-            try:
-                pairs = record.gradients(*upstream)
-            except NoRule as error:
-                raise Apart(record.unit.layer, str(error), as_unit=True) from None
-            for variable, gradient in pairs:
-                if record.unit.trains(variable):
-                    if not isinstance(gradient, PerExample):
-                        gradient = Instantiated(gradient)
-                    uses[id(variable)].append(gradient.folded(record.rows_each * views))
+            made: list[Any] = []
+            # What follows from the inputs alone would else be there long before it is needed.
+            with backend.wait_for(given[-1:]):
+                try:
+                    pairs = record.gradients(*given)
+                except NoRule as error:
+                    raise Apart(record.unit.layer, str(error), as_unit=True) from None
+                for variable, gradient in pairs:
+                    if record.unit.trains(variable):
+                        if not isinstance(gradient, PerExample):
+                            gradient = Instantiated(gradient)
+                        gradient = gradient.folded(record.rows_each * views)
+                        made += gradient.written_out()
+                        uses[id(variable)].insert(0, gradient)
+            steps.append(([g for g in upstream if ops.is_tensor(g)], made))
+        backend.one_after_another(steps)
         return list(uses.values())
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "apart",
     "branch",
     "once_traced",
+    "one_after_another",
     "outside_graph",
     "require",
     "seldom",
@@ -135,8 +136,35 @@ def wait_for(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[Non
     """
     # A control edge from a function's call is lost when the call is inlined; one from an
     # operation that reads what the function returned is not.
+    if tf.executing_eagerly():
+        return contextlib.nullcontext()
     read = [tf.identity(t) for t in tensors]
     return tf.control_dependencies(read)
+
+
+def one_after_another(steps: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> None:
+    """Has each of some steps begin when those before it have ended, as far as may be.
+
+    So that what a step is given can be freed before the next one's takes as much.
+
+    Args:
+        steps: What each begins from, and what it ends with, which follows from that and
+            from what was there before any of them.
+    """
+    graph = current_graph()
+    if graph is None:
+        return
+    # What is younger than all that the steps before begin from, none of them follows from.
+    ages = {id(op): age for age, op in enumerate(graph.get_operations())}
+    youngest, ends = -1, list[Any]()
+    for begins, made in steps:
+        own = [ages[id(t.op)] for t in begins]
+        if own and min(own) > youngest:
+            for t in begins:
+                t.op._add_control_inputs(ends)
+            ends = []
+        youngest = max([youngest, *own])
+        ends += [t.op for t in made]
 
 
 def require(condition: Tensor, flag: Tensor, message: str) -> Tensor:

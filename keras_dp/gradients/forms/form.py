@@ -52,6 +52,10 @@ class PerExample(TakenApart, abc.ABC):
         """Whether the rows of several such forms, one after another, are one with sums of each."""
         return False
 
+    def written_out(self) -> list[Any]:
+        """What is computed now, instead of with norms and sums, and takes its inputs' place."""
+        return []
+
     def needed(self) -> PerExample:
         """The same form, without what neither norms nor sums are computed from any more."""
         return self
@@ -86,6 +90,9 @@ class Instantiated(PerExample):
 
     def squares(self) -> Squares:
         return Squares.of(self.gradients)
+
+    def written_out(self) -> list[Any]:
+        return [self.gradients]
 
     def weighted_sum(self, clip_weights: Any) -> Any:
         flat = flat_rows(self.gradients)

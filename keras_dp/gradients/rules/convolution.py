@@ -236,6 +236,9 @@ class Filters(PerExample):
         """(..., B, filters): the order in which they are computed."""
         return backend.filter_gradients(*self._exact(), self.shape, *self.settings)
 
+    def written_out(self) -> list[Any]:
+        return [] if self._gram_is_smaller() else [self._written_out]
+
     def needed(self) -> PerExample:
         if "_written_out" not in self.__dict__:
             return self

@@ -12,20 +12,46 @@ from typing import Any
 
 from keras import layers, ops
 
+from ... import arithmetic
 from .registry import Unit, register_rule, summed_like
 
 
 @register_rule(layers.LayerNormalization, layers.GroupNormalization)
 def normalization(unit: Unit, inputs: Any) -> Any:
-    """With a gamma, a beta, or both."""
+    """With a gamma, a beta, or both.
+
+    The layer is given one of each for every example, and back-propagation finds their
+    gradients on its way: x^ need be neither stored nor multiplied by the gradient again.
+    """
     layer = unit.layer
-    weights = getattr(layer, "gamma", None), getattr(layer, "beta", None)
-    if getattr(layer, "rms_scaling", False):
-        return _scale_and_shift(unit, inputs, *weights)
-    without: dict[str, Any] = {"scale": False, "center": False}
-    if isinstance(layer, layers.LayerNormalization):
-        without |= {"gamma": None, "beta": None}
-    return _scale_and_shift(unit, inputs, *weights, unit.call_with(without, inputs))
+    rank = len(inputs.shape)
+    axes = _axes(layer, rank)
+    given: dict[str, Any] = {}
+    if isinstance(layer, layers.GroupNormalization):
+        shape_of = layer._create_broadcast_shape
+        given["_create_broadcast_shape"] = lambda shape: [-1, *shape_of(shape)[1:]]
+        spread = [inputs.shape[a] for a in sorted(axes)]
+    else:
+        spread = [inputs.shape[a] if a in axes else 1 for a in range(1, rank)]
+    rows = ops.shape(inputs)[0]
+    trained = []
+    for name in ("gamma", "beta"):
+        weight = getattr(layer, name, None)
+        if weight is not None:
+            value = arithmetic.at_least_float32(unit.value(weight))
+            given[name] = ops.broadcast_to(ops.reshape(value, (1, *spread)), (rows, *spread))
+            if unit.trains(weight):
+                trained.append(weight)
+                unit.watch(given[name])
+    outputs = unit.call_with(given, inputs)
+
+    def gradients(*upstream: Any) -> list[tuple[Any, Any]]:
+        return [
+            (weight, ops.reshape(g, (-1, *weight.shape)))
+            for weight, g in zip(trained, upstream, strict=True)
+        ]
+
+    return outputs, gradients
 
 
 if hasattr(layers, "RMSNormalization"):
@@ -38,8 +64,7 @@ if hasattr(layers, "RMSNormalization"):
 
 def _scale_and_shift(unit: Unit, inputs: Any, gamma: Any, beta: Any, normalized: Any = None) -> Any:
     rank = len(inputs.shape)
-    axis = unit.layer.axis
-    axes = {a % rank for a in (axis if isinstance(axis, (list, tuple)) else [axis])}
+    axes = _axes(unit.layer, rank)
     values = [None if w is None else unit.value(w) for w in (gamma, beta)]
     if normalized is None:
         neutral = [
@@ -74,3 +99,8 @@ def _scale_and_shift(unit: Unit, inputs: Any, gamma: Any, beta: Any, normalized:
         return found
 
     return outputs, gradients
+
+
+def _axes(layer: Any, rank: int) -> set[int]:
+    axis = layer.axis
+    return {a % rank for a in (axis if isinstance(axis, (list, tuple)) else [axis])}
