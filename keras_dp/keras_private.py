@@ -18,6 +18,7 @@ from keras import tree
 from keras.src.backend import compute_output_spec
 from keras.src.backend import core as backend_core
 from keras.src.backend.common import global_state
+from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
 from keras.src.models.functional import Functional
 from keras.src.random.seed_generator import global_seed_generator
 from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
@@ -25,6 +26,7 @@ from keras.src.trainers.data_adapters.tf_dataset_adapter import make_class_weigh
 from keras.src.utils.io_utils import print_msg
 
 __all__ = [
+    "ConvLSTMCell",
     "all_layers",
     "applied_as_they_are",
     "as_int",

@@ -598,6 +598,90 @@ def test_recurrent(
     require_as_one_at_a_time(model, inputs if initial_state else inputs[0], mode)
 
 
+CONVOLUTIONAL = {1: layers.ConvLSTM1D, 2: layers.ConvLSTM2D, 3: layers.ConvLSTM3D}
+
+
+@over(
+    30,
+    rank=(1, 1, 2, 2, 2, 3),
+    kernel=(1, 2, 3),
+    strides=(1, 2),
+    dilation=(1, 2),
+    padding=("valid", "same"),
+    data_format=("channels_last", "channels_first"),
+    use_bias=BOTH,
+    go_backwards=BOTH,
+    return_sequences=BOTH,
+    return_state=BOTH,
+    unroll=BOTH,
+    masked=BOTH,
+    zero_output_for_mask=BOTH,
+    initial_state=BOTH,
+)
+def test_convolutional_lstm(
+    rank,
+    kernel,
+    strides,
+    dilation,
+    padding,
+    data_format,
+    use_bias,
+    go_backwards,
+    return_sequences,
+    return_state,
+    unroll,
+    masked,
+    zero_output_for_mask,
+    initial_state,
+    mode,
+):
+    assume(min(strides, dilation) == 1)
+    space = sizes(rank, 3 if dilation == 1 else 5)
+    layer = CONVOLUTIONAL[rank](
+        2,
+        kernel,
+        strides=strides,
+        dilation_rate=dilation,
+        padding=padding,
+        data_format=data_format,
+        use_bias=use_bias,
+        bias_initializer="glorot_uniform",
+        go_backwards=go_backwards,
+        return_sequences=return_sequences,
+        return_state=return_state,
+        unroll=unroll,
+        zero_output_for_mask=zero_output_for_mask,
+    )
+    last = data_format == "channels_last"
+    x = normal(3, *space, 2) if last else normal(3, 2, *space)
+    # Some steps of each example, none of the last one; the first one, too.
+    mask = np.array([[True, False, True], [False, True, True], [False, False, False]])
+
+    def call(x, *more):
+        more = list(more)
+        h = x * layers.Dense(1)(more.pop()[:, None])[(slice(None), *[None] * (rank + 1))]
+        states = {}
+        if initial_state:
+            states["initial_state"] = [layers.Dense(2)(t) for t in (more[-1], more[-1] ** 2)]
+            more.pop()
+            if not last:
+                states["initial_state"] = [
+                    ops.moveaxis(t, -1, 1) for t in states["initial_state"]
+                ]
+        return layer(h, mask=more[0] if masked else None, **states)
+
+    inputs = [x]
+    if masked:
+        inputs.append(mask)
+    if initial_state:
+        out = layer.compute_output_shape((None, *x.shape[1:]))
+        out = out[0] if return_state else out
+        out = out[2:] if return_sequences else out[1:]
+        inputs.append(normal(*(out[:-1] if last else out[1:]), 1, seed=2))
+    inputs.append(normal(seed=3))
+    require_as_one_at_a_time(functional(call, *inputs), inputs, mode)
+
+
 CELLS = {
     "SimpleRNN": lambda: layers.SimpleRNNCell(2),
     "LSTM": lambda: layers.LSTMCell(2),
