@@ -52,14 +52,17 @@ def clipped_sums(
     dtype = "float64" if any(g.dtype == "float64" for g in found) else "float32"
     once = OnceForEachKind(found)
 
+    def mean_of(total: Any) -> Any:
+        return total if views == 1 else total / views
+
     def norms_from(squares: Sequence[Squares], real: Any) -> tuple[Any, Any]:
         """As computed, and the most that they may be."""
         remaining = iter(squares)
         every = [None if g is None else next(remaining) for g in gradients]
         computed, most = Squares.columns(every, real)
-        return arithmetic.norms_in(computed, dtype) / views, arithmetic.norms_in(
-            most, dtype
-        ) / views
+        return mean_of(arithmetic.norms_in(computed, dtype)), mean_of(
+            arithmetic.norms_in(most, dtype)
+        )
 
     def every_sum(sums: Sequence[Any]) -> list[Any]:
         remaining = iter(sums)
@@ -107,12 +110,12 @@ def clipped_sums(
         return [*every_sum(summed), computed]
 
     def weights_for(norms: Any) -> Any:
-        return arithmetic.masked(clip(norms), real) / views
+        return mean_of(arithmetic.masked(clip(norms), real))
 
     computed, most = norms_from(once.squares(found), real)
     rows = ops.shape(real)[0]
     both = clip(ops.concatenate([most, computed], axis=0))
-    clip_weights = arithmetic.masked(both[:rows], real) / views
+    clip_weights = mean_of(arithmetic.masked(both[:rows], real))
     known = both[:rows] >= (1 - _HARDER) * both[rows:]
     known = ops.logical_or(known, ops.logical_not(column_like(real, known)))
     fine = ops.logical_and(ops.all(ops.isfinite(most)), ops.all(known))

@@ -289,16 +289,19 @@ class Filters(PerExample):
         # numbers at a time, and the rest in float64.
         count = -(-numbers // 512)
         each = -(-numbers // count)
-        ones = ops.ones((1, each), written.dtype)
-        total = sum(
-            ops.cast(
-                backend.exactly(ops.matmul, ones[:, : min(each, numbers - k)], ops.square(part)),
-                "float64",
-            )
-            for k, part in (
-                (k, written[k : k + each] if count > 1 else written)
-                for k in range(0, numbers, each)
-            )
+        starts = range(0, numbers, each)
+        parts = [written[k : k + each] for k in starts] if count > 1 else [written]
+        total = functools.reduce(
+            ops.add,
+            (
+                ops.cast(
+                    backend.exactly(
+                        ops.matmul, ops.ones((1, min(each, numbers - k)), t.dtype), ops.square(t)
+                    ),
+                    "float64",
+                )
+                for k, t in zip(starts, parts, strict=True)
+            ),
         )
         value = ops.sum(ops.reshape(total, (-1, self.shape[-1])), axis=1)
         off = (each + 8) * backend.roundoff(written) + backend.products_off(written)
