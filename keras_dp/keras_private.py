@@ -147,7 +147,8 @@ def settings_of(layer: keras.Layer, *, order: bool = True) -> Any:
 
 def _own_settings_of(layer: keras.Layer, *, order: bool) -> Any:
     """`settings_of` a layer without those inside of it."""
-    cls, attributes = type(layer), vars(layer)
+    cls = type(layer)
+    attributes = {k: v for k, v in vars(layer).items() if not _is_a_private_step(k, v)}
     code = [c for v in attributes.values() if callable(v) for c in _code_of(v)]
     if not all(map(_is_known, (cls, *code))) or not _has_known_methods(cls):
         return None
@@ -176,6 +177,19 @@ def _own_settings_of(layer: keras.Layer, *, order: bool) -> Any:
             config = None  # it has objects, which attributes have, too
     graph = _graph_of(layer) if isinstance(layer, Functional) else ()
     return cls, cls.call, repr(config), others, graph, layer.compute_dtype
+
+
+_STEPS = ("train_step", "make_train_function", "train_function")  # around what a model computes
+
+
+def _is_a_private_step(name: str, value: Any) -> bool:
+    """Whether an attribute is what `compile` has put there for private training."""
+    if name not in _STEPS:
+        return False
+    step = value.func if isinstance(value, functools.partial) else value
+    step = inspect.unwrap(getattr(step, "__func__", step))
+    module = step.__globals__.get("__name__") if inspect.isfunction(step) else type(step).__module__
+    return str(module).partition(".")[0] == "keras_dp"
 
 
 def _graph_of(model: Functional) -> tuple[Any, ...]:

@@ -665,9 +665,7 @@ def test_convolutional_lstm(
             states["initial_state"] = [layers.Dense(2)(t) for t in (more[-1], more[-1] ** 2)]
             more.pop()
             if not last:
-                states["initial_state"] = [
-                    ops.moveaxis(t, -1, 1) for t in states["initial_state"]
-                ]
+                states["initial_state"] = [ops.moveaxis(t, -1, 1) for t in states["initial_state"]]
         return layer(h, mask=more[0] if masked else None, **states)
 
     inputs = [x]
@@ -717,7 +715,21 @@ def test_bidirectional(kind, merge_mode, return_sequences, masked, mode):
     require_as_one_at_a_time(model, x, mode)
 
 
+@over(
+    6,
+    merge_mode=("concat", "sum", None),
+    return_sequences=BOTH,
+    data_format=("channels_last", "channels_first"),
+)
+def test_bidirectional_convolutional_lstm(merge_mode, return_sequences, data_format, mode):
+    x = normal(3, 4, 2)
+    inner = layers.ConvLSTM1D(2, 2, data_format=data_format, return_sequences=return_sequences)
+    layer = layers.Bidirectional(inner, merge_mode=merge_mode)
+    require_as_one_at_a_time(functional(lambda h: layer(layers.Dense(2)(h)), x), x, mode)
+
+
 TIMED = {
+    "ConvLSTM1D": (lambda: layers.ConvLSTM1D(2, 2, padding="same"), (2, 3, 4, 2)),
     "Dense": (lambda: layers.Dense(2, "tanh"), (3, 4)),
     "Dense on more": (lambda: layers.Dense(2), (3, 2, 4)),
     "Conv1D": (lambda: layers.Conv1D(2, 2), (3, 4, 2)),
@@ -861,6 +873,20 @@ DROPPING = {
     "LSTM without dropped states": lambda: [layers.LSTM(5, dropout=0.4)],
     "GRU": lambda: [layers.GRU(5, dropout=0.4, recurrent_dropout=0.4, implementation=1)],
     "GRU, implementation 2": lambda: [layers.GRU(5, dropout=0.4, recurrent_dropout=0.4)],
+    "ConvLSTM1D": lambda: [
+        layers.Reshape((4, 4, 1)),
+        layers.ConvLSTM1D(3, 2, dropout=0.4, recurrent_dropout=0.4),
+    ],
+    "ConvLSTM1D, channels first": lambda: [
+        layers.Reshape((4, 2, 2)),
+        layers.ConvLSTM1D(
+            3, 2, dropout=0.4, recurrent_dropout=0.3, data_format="channels_first", strides=2
+        ),
+    ],
+    "ConvLSTM2D, inputs dropped": lambda: [
+        layers.Reshape((2, 4, 2, 1)),
+        layers.ConvLSTM2D(3, 2, dropout=0.4, return_sequences=True, go_backwards=True),
+    ],
     "GRU without reset_after": lambda: [
         layers.GRU(
             5,
@@ -939,6 +965,11 @@ FIXED = {
     ),
     "LSTM, masked and backwards": lambda: (masked_recurrent(layers.LSTM), tokens(4)),
     "GRU, masked and backwards": lambda: (masked_recurrent(layers.GRU), tokens(4)),
+    "ConvLSTM2D": lambda: (
+        after(normal(3, 4, 4, 1), layers.ConvLSTM2D(2, 3, strides=2, padding="same"), width=1),
+        normal(3, 4, 4, 1),
+    ),
+    "ConvLSTM1D, masked and backwards": lambda: (masked_convolutional(), tokens(4)),
     "GroupQueryAttention": lambda: (
         functional(lambda x: layers.GroupQueryAttention(2, 2, 1)(x, x), normal(3, 4)),
         normal(3, 4),
@@ -963,6 +994,14 @@ def masked_recurrent(cls):
             cls(2, return_sequences=True, go_backwards=True),
         ]
     )
+
+
+def masked_convolutional():
+    x = keras.Input((4,), dtype="int32")
+    h = layers.Embedding(5, 6, mask_zero=True)(x)
+    split = layers.Reshape((4, 3, 2))(h)
+    layer = layers.ConvLSTM1D(2, 2, return_sequences=True, go_backwards=True)
+    return keras.Model(x, layer(split, mask=ops.not_equal(x, 0)))
 
 
 @pytest.mark.parametrize(
@@ -1036,6 +1075,9 @@ UNKNOWN = {
     "GroupNormalization": lambda: unknown(layers.GroupNormalization(2), None, 4),
     "LSTM": lambda: unknown(
         lambda x: layers.LSTM(2, return_sequences=True)(embedded(x)), None, dtype="int32"
+    ),
+    "ConvLSTM1D": lambda: unknown(
+        layers.ConvLSTM1D(2, 2, strides=2, padding="same", return_sequences=True), None, 5, 2
     ),
     "GRU": lambda: unknown(
         lambda x: layers.GRU(2, go_backwards=True)(embedded(x)), None, dtype="int32"

@@ -291,9 +291,7 @@ class _ConvLSTM(_LSTM):
             (cell.kernel, filters(cell.kernel, self.sequences, self.masks, *how)),
             (
                 cell.recurrent_kernel,
-                filters(
-                    cell.recurrent_kernel, previous, self.recurrent_masks, ones, "same", ones
-                ),
+                filters(cell.recurrent_kernel, previous, self.recurrent_masks, ones, "same", ones),
             ),
             *([] if cell.bias is None else [(cell.bias, summed_like(d, (-1,)))]),
         ]
