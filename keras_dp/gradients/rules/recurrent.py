@@ -10,8 +10,9 @@ handed to the cell, so that the gradient d_t of u_t tells of every weight:
 A GRU resets the state for its candidate: with `reset_after`, the last third of
 R sees r_t d_t instead of d_t; without, it multiplies r_t h_{t-1}. A step that is
 masked leaves the state as it was and has d_t = 0. In a ConvLSTM both products are
-convolutions: the same sums, of patches of x_t and h_{t-1} and of d_t at each place. (For the recurrent kernel in
-Keras' own loop: Bu et al. 2022, arXiv 2210.00038, treat a matrix used T times.)
+convolutions: the same sums, of patches of x_t and h_{t-1} and of d_t at each place.
+(For the recurrent kernel in Keras' own loop: Bu et al. 2022, arXiv 2210.00038, treat
+a matrix used T times.)
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from keras import layers, ops
 
-from ... import keras_private
+from ... import backend, keras_private
 from ..forms import OuterProducts, PerExample
 from .convolution import filters_of_steps
 from .registry import NoRule, Unit, double_of, register_rule, summed_like
@@ -48,6 +49,9 @@ def recurrent(
     kind = _KINDS.get(type(layer.cell))
     if kind is None:
         raise NoRule("its cell has no rule")
+    if mask is not None and layer.unroll and layer.go_backwards and layer.zero_output_for_mask:
+        # Keras zeros other steps' outputs than those that are masked: states would be missing.
+        raise NoRule("it is unrolled backwards, and zeros its outputs by a mask")
     double = double_of(layer.cell)
     cell = kind(unit, double, sequences, training)
     states: list[Any] = []
@@ -256,7 +260,11 @@ class _ConvLSTM(_LSTM):
         return ops.concatenate(found, axis=self.axis)
 
     def _project(self) -> Any:
-        shape = self.sequences.shape
+        cell = self.cell
+        space = cell.spatial_dims
+        channels = self.kernel.shape[-2]
+        one = (channels, *space) if self._channels_first() else (*space, channels)
+        shape = backend.of_known_sizes(self.sequences, [None, None, *one]).shape
         inputs = [
             ops.reshape(t, (-1, *shape[2:])) for t in self._dropped(self.sequences, self.masks)
         ]
@@ -279,6 +287,10 @@ class _ConvLSTM(_LSTM):
 
     def gradients(self, d: Any, previous: Any) -> list[tuple[Any, Any]]:
         cell, rank = self.cell, self.cell.rank
+        state = self.projected.shape[2:]
+        first = self._channels_first()
+        state = (cell.filters, *state[1:]) if first else (*state[:-1], cell.filters)
+        previous = backend.of_known_sizes(previous, [None, None, *state])
         d = self._channels_last(d)
 
         def filters(kernel: Any, inputs: Any, masks: Any, *settings: Any) -> PerExample:
