@@ -21,6 +21,7 @@ from keras.src.backend.common import global_state
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
 from keras.src.models.functional import Functional
 from keras.src.random.seed_generator import global_seed_generator
+from keras.src.trainers.compile_utils import CompileLoss
 from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
 from keras.src.trainers.data_adapters.tf_dataset_adapter import make_class_weight_map_fn
 from keras.src.utils.io_utils import print_msg
@@ -422,7 +423,13 @@ def _build_around(model: keras.Model, outputs: Any, x: Any, y: Any, sample_weigh
     metrics, loss = model._compile_metrics, model._compile_loss
     if metrics is not None and not metrics.built:
         compute_output_spec(model.compute_metrics, x, y, outputs, sample_weight=sample_weight)
-    if loss is not None and not loss.built:
+    if loss is None or loss.built:
+        return
+    plain = type(model).compute_loss is keras.Model.compute_loss and type(loss) is CompileLoss
+    one = not any(tree.is_nested(t) or t is None for t in (y, outputs))
+    if plain and one and y.shape in (outputs.shape, outputs.shape[:-1]):
+        loss.build(y, outputs)
+    else:  # which also finds targets that don't go with the outputs
         compute_output_spec(
             model._compute_loss, x, y, outputs, sample_weight=sample_weight, training=False
         )

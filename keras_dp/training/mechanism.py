@@ -88,8 +88,8 @@ class Clipped:
 
     @property
     def evidence(self) -> list[Any]:
-        """Tensors that are there only once the batch was seen: sums alone may be constants."""
-        return [*self.sums, self.norms, self.real]
+        """Tensors that are there only once the batch was seen; sums may be constants."""
+        return [self.norms, self.real]
 
 
 class Mechanism:

@@ -93,9 +93,9 @@ def prepared_quickly() -> Iterator[None]:
     """Spares what TensorFlow does to a step's graph before its first run, and that gains nothing.
 
     Three passes over graphs of thousands of operations: one orders them and infers shapes once
-    more, the others arrange images for GPUs and make room in their memory. And the others run once, not twice: what
-    they find the second time made no step faster. All that makes a step faster remains, and
-    so do options that the user has set. It must surround every call, as
+    more, the others arrange images for GPUs and make room in their memory. And the others run
+    once, not twice: what they find the second time made no step faster. All that makes a step
+    faster remains, and so do options that the user has set. It must surround every call, as
     TensorFlow prepares a function anew for other options.
     """
     options = context.context().function_call_options
