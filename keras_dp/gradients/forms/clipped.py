@@ -100,17 +100,24 @@ def clipped_sums(
             every = zip(full, columns(clip_weights), types, strict=True)
             return [ops.cast(g.weighted_sum(c), type_) for g, c, type_ in every]
 
-        computed, most = backend.seldom(norms, [real, *tensors], [(shape, dtype)] * 2)
-        bad = ops.logical_not(ops.all(ops.isfinite(most), axis=1))
-        clip_weights = ops.cast(weights_for(most), "float64")
-        given = [bad, clip_weights, *tensors]
+        def weights(most: Any, real: Any) -> list[Any]:
+            bad = ops.logical_not(ops.all(ops.isfinite(most), axis=1))
+            return [bad, ops.cast(mean_of(arithmetic.masked(clip(most), real)), "float64")]
+
+        def all_at_once(tensors: list[Any]) -> list[Any]:
+            computed, most = norms(tensors)
+            real, *tensors = tensors
+            return [computed, *sums([*weights(most, real), *tensors])]
+
         pairs = zip(gradients, variables, strict=True)
         like = [(getattr(v, "shape", None), g.dtype) for g, v in pairs if g is not None]
-        summed = backend.seldom(sums, given, like)
+        if getattr(clip, "can_run_at_once", False):
+            wanted = [(shape, dtype), *like]
+            computed, *summed = backend.seldom(all_at_once, [real, *tensors], wanted)
+        else:
+            computed, most = backend.seldom(norms, [real, *tensors], [(shape, dtype)] * 2)
+            summed = backend.seldom(sums, [*weights(most, real), *tensors], like)
         return [*every_sum(summed), computed]
-
-    def weights_for(norms: Any) -> Any:
-        return mean_of(arithmetic.masked(clip(norms), real))
 
     computed, most = norms_from(once.squares(found), real)
     rows = ops.shape(real)[0]
