@@ -15,6 +15,7 @@ from typing import Any
 
 import keras
 from keras import tree
+from keras.src.applications.convnext import LayerScale
 from keras.src.backend import compute_output_spec
 from keras.src.backend import core as backend_core
 from keras.src.backend.common import global_state
@@ -28,6 +29,7 @@ from keras.src.utils.io_utils import print_msg
 
 __all__ = [
     "ConvLSTMCell",
+    "LayerScale",
     "all_layers",
     "applied_as_they_are",
     "as_int",

@@ -28,7 +28,7 @@ from reference import (
 
 import keras_dp
 from keras_dp import arithmetic, backend, keras_private
-from keras_dp.gradients import Batch, Engine, EngineOptions, ExampleLoss, capture, ghost
+from keras_dp.gradients import Batch, Engine, EngineOptions, ExampleLoss, capture, ghost, trial
 from keras_dp.gradients.forms import Instantiated, OuterProducts, Rows, Squares, combined
 from keras_dp.gradients.rules import convolution, registry
 from keras_dp.gradients.rules.convolution import Filters
@@ -534,6 +534,23 @@ def test_prelu(shape, shared, mode):
     assume(shared is None or max(shared) <= len(shape))
     x = normal(*shape)
     require_as_one_at_a_time(after(x, layers.PReLU(shared_axes=shared)), x, mode)
+
+
+@over(8, shape=((4,), (3, 4), (2, 3, 4)))
+def test_layer_scale(shape, mode):
+    x = normal(*shape)
+    require_as_one_at_a_time(after(x, keras_private.LayerScale(0.5, 4)), x, mode)
+
+
+def test_verdicts_do_not_tell_weights_without_a_name_apart(monkeypatch):
+    """Keras numbers them through."""
+    kinds = []
+    monkeypatch.setattr(
+        trial, "require_right_gradients", lambda ghost, _: kinds.append(ghost.plan.kinds)
+    )
+    for _ in range(2):
+        engine_for(after(normal(4), keras_private.LayerScale(0.5, 4)), normal(4))
+    assert kinds[0] == kinds[1] and None not in kinds[0]
 
 
 # -- recurrent layers --------------------------------------------------------------------
