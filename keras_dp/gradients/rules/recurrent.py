@@ -229,7 +229,11 @@ class _Simple(_Cell):
 
 class _LSTM(_Cell):
     gates = 4
-    axis = 1  # of the gates
+
+    @property
+    def axis(self) -> int:
+        """That of the gates, in one step."""
+        return 1
 
     def step(self, projected: Any, states: Any) -> Any:
         hidden, carry = states
