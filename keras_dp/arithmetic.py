@@ -119,8 +119,12 @@ def norms_in(squares: Any, dtype: str) -> Any:
 def total_norms(norms: Any) -> Any:
     """Norms of whole gradients, (rows,), from those of their parts, (rows, parts).
 
-    Scaled by the largest, so that no square leaves the range of its type.
+    No square leaves the range of its type: those of float32 are taken in float64, which has room
+    for them, and others of norms scaled by the largest.
     """
+    if keras.backend.standardize_dtype(norms.dtype) == "float32":
+        squares = ops.sum(ops.square(ops.cast(norms, "float64")), axis=1)
+        return ops.cast(ops.sqrt(squares), "float32")
     largest = ops.max(ops.abs(norms), axis=1, initial=0)  # of no rows at all, too
     usual = ops.logical_and(largest > 0, ops.isfinite(largest))
     scale = ops.where(usual, largest, ops.ones_like(largest))

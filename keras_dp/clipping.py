@@ -227,6 +227,11 @@ class Clip:
     strategy: Clipping
     max_grad_norm: Any
 
+    @property
+    def can_run_at_once(self) -> bool:
+        """Whether it can also run operation by operation, in the middle of a step."""
+        return _is_ours(self.strategy) and not ops.is_tensor(self.max_grad_norm)
+
     def __call__(self, norms: Any) -> Any:
         """Clip weights, (rows,) or (rows, variables), from norms, (rows, variables)."""
         given = self.max_grad_norm

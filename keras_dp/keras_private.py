@@ -15,16 +15,21 @@ from typing import Any
 
 import keras
 from keras import tree
+from keras.src.applications.convnext import LayerScale
 from keras.src.backend import compute_output_spec
 from keras.src.backend import core as backend_core
 from keras.src.backend.common import global_state
+from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
 from keras.src.models.functional import Functional
 from keras.src.random.seed_generator import global_seed_generator
+from keras.src.trainers.compile_utils import CompileLoss
 from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
 from keras.src.trainers.data_adapters.tf_dataset_adapter import make_class_weight_map_fn
 from keras.src.utils.io_utils import print_msg
 
 __all__ = [
+    "ConvLSTMCell",
+    "LayerScale",
     "all_layers",
     "applied_as_they_are",
     "as_int",
@@ -145,7 +150,8 @@ def settings_of(layer: keras.Layer, *, order: bool = True) -> Any:
 
 def _own_settings_of(layer: keras.Layer, *, order: bool) -> Any:
     """`settings_of` a layer without those inside of it."""
-    cls, attributes = type(layer), vars(layer)
+    cls = type(layer)
+    attributes = {k: v for k, v in vars(layer).items() if not _is_a_private_step(k, v)}
     code = [c for v in attributes.values() if callable(v) for c in _code_of(v)]
     if not all(map(_is_known, (cls, *code))) or not _has_known_methods(cls):
         return None
@@ -174,6 +180,19 @@ def _own_settings_of(layer: keras.Layer, *, order: bool) -> Any:
             config = None  # it has objects, which attributes have, too
     graph = _graph_of(layer) if isinstance(layer, Functional) else ()
     return cls, cls.call, repr(config), others, graph, layer.compute_dtype
+
+
+_STEPS = ("train_step", "make_train_function", "train_function")  # around what a model computes
+
+
+def _is_a_private_step(name: str, value: Any) -> bool:
+    """Whether an attribute is what `compile` has put there for private training."""
+    if name not in _STEPS:
+        return False
+    step = value.func if isinstance(value, functools.partial) else value
+    step = inspect.unwrap(getattr(step, "__func__", step))
+    module = step.__globals__.get("__name__") if inspect.isfunction(step) else type(step).__module__
+    return str(module).partition(".")[0] == "keras_dp"
 
 
 def _graph_of(model: Functional) -> tuple[Any, ...]:
@@ -406,7 +425,13 @@ def _build_around(model: keras.Model, outputs: Any, x: Any, y: Any, sample_weigh
     metrics, loss = model._compile_metrics, model._compile_loss
     if metrics is not None and not metrics.built:
         compute_output_spec(model.compute_metrics, x, y, outputs, sample_weight=sample_weight)
-    if loss is not None and not loss.built:
+    if loss is None or loss.built:
+        return
+    plain = type(model).compute_loss is keras.Model.compute_loss and type(loss) is CompileLoss
+    one = not any(tree.is_nested(t) or t is None for t in (y, outputs))
+    if plain and one and y.shape in (outputs.shape, outputs.shape[:-1]):
+        loss.build(y, outputs)
+    else:  # which also finds targets that don't go with the outputs
         compute_output_spec(
             model._compute_loss, x, y, outputs, sample_weight=sample_weight, training=False
         )

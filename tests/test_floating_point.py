@@ -29,7 +29,7 @@ from keras_dp.gradients.forms import (
     clipped_sums,
     combined,
 )
-from keras_dp.gradients.rules.convolution import Filters
+from keras_dp.gradients.rules.convolution import Filters, filters_of_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore::keras_dp.PrivacyWarning")
 
@@ -127,6 +127,22 @@ def images(channels, filters, groups=1, size=3):
     return arrays, lambda x, g: Filters(x, g, shape, (1, 1), "valid", (1, 1), groups)
 
 
+def two_steps(channels, filters):
+    """The same filters on each of two images, one after the other."""
+
+    def arrays(**how):
+        x, _ = outer(18, channels, 1, **how)
+        _, g = outer(8, 1, filters, **how)
+        if "cancel" in how:
+            noise = np.random.default_rng(1).normal(size=x.shape)
+            x = x[:, :1] * (1 + how["cancel"] * noise)
+        x = x.reshape(B, 2, 3, 3, channels).astype("float32")
+        return [x, g.reshape(B, 2, 2, 2, filters)]
+
+    shape = (2, 2, channels, filters)
+    return arrays, lambda x, g: filters_of_steps(x, g, shape, (1, 1), "valid", (1, 1))
+
+
 def products(length, d, p, **fixed):
     return functools.partial(outer, length, d, p, **fixed), OuterProducts
 
@@ -173,6 +189,8 @@ FORMS = {
     "filters written out": images(2, 3),
     "filters by pairs": images(32, 24),
     "filters in groups": images(64, 48, groups=2),
+    "filters of two steps": two_steps(2, 3),
+    "filters of two steps by pairs": two_steps(64, 48),
 }
 
 HOW = {
@@ -210,7 +228,7 @@ def test_rule_15_what_is_added_is_at_most_c(form):
 def exact_norms(name, how):
     """In float64; of what is written out, from what is written."""
     arrays, build = FORMS[name]
-    written = name in ("written out", "filters written out")
+    written = name in ("written out", "filters written out", "filters of two steps")
     tensors = [tf.constant(t, "float32" if written else "float64") for t in arrays(**how)]
     form = build(*tensors)
     form = form.gradients if isinstance(form, Scaled) else form

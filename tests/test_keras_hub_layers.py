@@ -15,6 +15,7 @@ from reference import (
     relative_error,
 )
 
+import keras_dp
 from keras_dp import keras_private
 from keras_dp.gradients import capture, trial
 from keras_dp.gradients.rules import registry
@@ -203,6 +204,25 @@ def test_models_of_keras_hub_that_are_alike_are_tried_once(monkeypatch):
     model.compile("sgd", loss=loss_from_outside)  # it could see more than what the model returns
     start(model)
     assert tried == [True, True, True]
+
+
+@pytest.mark.filterwarnings("ignore::keras_dp.PrivacyWarning")
+def test_private_training_itself_is_no_code_from_outside(monkeypatch):
+    """It was, so that models compiled with a DP optimizer were tried together every time."""
+    tried = []
+    monkeypatch.setattr(trial, "_right", set())
+    monkeypatch.setattr(trial, "_try", lambda *_, together: tried.append(together))
+    for changed in (False, False, True):
+        model = llama()
+        model.compile(keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=1.0), loss="mse")
+        model.train_step_of_mine = (lambda: None) if changed else None
+        model.train_on_batch([np.ones((ROWS, 4), "int32")] * 2, np.zeros((ROWS, 8)))
+    assert tried == [True, True]
+    assert keras_private.settings_of(llama(), order=False) is not None
+    for name in ("train_step", "call", "compute_loss"):
+        other = llama()
+        vars(other)[name] = lambda *_: None
+        assert keras_private.settings_of(other, order=False) is None, name
 
 
 class FromOutside(layers.Layer):

@@ -301,10 +301,6 @@ def example(name):
     return model, x, y
 
 
-# XLA can't compile the vectorized loop of a layer without a rule: the loop over examples it is.
-NOT_GHOST = {("ConvLSTM2D", "xla")}
-
-
 # Every time some in graphs, and one eagerly: `test_rules` has the
 # families over their options.
 EVERY_TIME = {
@@ -328,7 +324,7 @@ def test_norms_and_clipped_sum_are_those_of_a_loop_over_examples(name, mode):
     engine = require_as_in_a_loop(
         name, gradients="ghost", jit_compile=mode == "xla", eagerly=mode == "eager"
     )
-    assert (engine == "ghost") == ((name, mode) not in NOT_GHOST)
+    assert engine == "ghost"
 
 
 @pytest.mark.parametrize("name", list(LAYERS)[2::4])

@@ -28,7 +28,7 @@ from reference import (
 
 import keras_dp
 from keras_dp import arithmetic, backend, keras_private
-from keras_dp.gradients import Batch, Engine, EngineOptions, ExampleLoss, capture, ghost
+from keras_dp.gradients import Batch, Engine, EngineOptions, ExampleLoss, capture, ghost, trial
 from keras_dp.gradients.forms import Instantiated, OuterProducts, Rows, Squares, combined
 from keras_dp.gradients.rules import convolution, registry
 from keras_dp.gradients.rules.convolution import Filters
@@ -537,6 +537,23 @@ def test_prelu(shape, shared, mode):
     require_as_one_at_a_time(after(x, layers.PReLU(shared_axes=shared)), x, mode)
 
 
+@over(8, shape=((4,), (3, 4), (2, 3, 4)))
+def test_layer_scale(shape, mode):
+    x = normal(*shape)
+    require_as_one_at_a_time(after(x, keras_private.LayerScale(0.5, 4)), x, mode)
+
+
+def test_verdicts_do_not_tell_weights_without_a_name_apart(monkeypatch):
+    """Keras numbers them through."""
+    kinds = []
+    monkeypatch.setattr(
+        trial, "require_right_gradients", lambda ghost, _: kinds.append(ghost.plan.kinds)
+    )
+    for _ in range(2):
+        engine_for(after(normal(4), keras_private.LayerScale(0.5, 4)), normal(4))
+    assert kinds[0] == kinds[1] and None not in kinds[0]
+
+
 # -- recurrent layers --------------------------------------------------------------------
 
 RECURRENT = {"SimpleRNN": layers.SimpleRNN, "LSTM": layers.LSTM, "GRU": layers.GRU}
@@ -596,7 +613,104 @@ def test_recurrent(
     if initial_state:
         inputs.append(normal(2))
     model = functional(call, *inputs)
-    require_as_one_at_a_time(model, inputs if initial_state else inputs[0], mode)
+    by_rule = not (masked and go_backwards and unroll and zero_output_for_mask)
+    require_as_one_at_a_time(model, inputs if initial_state else inputs[0], mode, by_rule=by_rule)
+
+
+CONVOLUTIONAL = {1: layers.ConvLSTM1D, 2: layers.ConvLSTM2D, 3: layers.ConvLSTM3D}
+
+
+@over(
+    30,
+    rank=(1, 1, 2, 2, 2, 3),
+    kernel=(1, 2, 3),
+    strides=(1, 2),
+    dilation=(1, 2),
+    padding=("valid", "same"),
+    data_format=("channels_last", "channels_first"),
+    use_bias=BOTH,
+    go_backwards=BOTH,
+    return_sequences=BOTH,
+    return_state=BOTH,
+    unroll=BOTH,
+    masked=BOTH,
+    zero_output_for_mask=BOTH,
+    initial_state=BOTH,
+)
+def test_convolutional_lstm(
+    rank,
+    kernel,
+    strides,
+    dilation,
+    padding,
+    data_format,
+    use_bias,
+    go_backwards,
+    return_sequences,
+    return_state,
+    unroll,
+    masked,
+    zero_output_for_mask,
+    initial_state,
+    mode,
+):
+    assume(min(strides, dilation) == 1)
+    space = sizes(rank, 3 if dilation == 1 else 5)
+    layer = CONVOLUTIONAL[rank](
+        2,
+        kernel,
+        strides=strides,
+        dilation_rate=dilation,
+        padding=padding,
+        data_format=data_format,
+        use_bias=use_bias,
+        bias_initializer="glorot_uniform",
+        go_backwards=go_backwards,
+        return_sequences=return_sequences,
+        return_state=return_state,
+        unroll=unroll,
+        zero_output_for_mask=zero_output_for_mask,
+    )
+    last = data_format == "channels_last"
+    x = normal(3, *space, 2) if last else normal(3, 2, *space)
+    # Some steps of each example, none of the last one; the first one, too.
+    mask = np.array([[True, False, True], [False, True, True], [False, False, False]])
+
+    def call(x, *more):
+        more = list(more)
+        h = x * layers.Dense(1)(more.pop()[:, None])[(slice(None), *[None] * (rank + 1))]
+        states = {}
+        if initial_state:
+            states["initial_state"] = [layers.Dense(2)(t) for t in (more[-1], more[-1] ** 2)]
+            more.pop()
+            if not last:
+                states["initial_state"] = [ops.moveaxis(t, -1, 1) for t in states["initial_state"]]
+        outputs = layer(h, mask=more[0] if masked else None, **states)
+        # Without its mask, which Keras' losses can't use for images.
+        return keras.tree.map_structure(lambda t: 1.0 * t, outputs)
+
+    inputs = [x]
+    if masked:
+        inputs.append(mask)
+    if initial_state:
+        out = layer.compute_output_shape((None, *x.shape[1:]))
+        out = out[0] if return_state else out
+        out = out[2:] if return_sequences else out[1:]
+        inputs.append(normal(*(out[:-1] if last else out[1:]), 1, seed=2))
+    inputs.append(normal(seed=3))
+    by_rule = not (masked and go_backwards and unroll and zero_output_for_mask)
+    require_as_one_at_a_time(functional(call, *inputs), inputs, mode, by_rule=by_rule)
+
+
+@pytest.mark.parametrize("cls", [layers.SimpleRNN, layers.LSTM, layers.GRU])
+@pytest.mark.one_in(3)
+def test_outputs_that_keras_zeros_are_not_the_states(cls):
+    """Unrolled backwards, Keras zeros the outputs of other steps than those that are masked."""
+    options = {"unroll": True, "go_backwards": True, "zero_output_for_mask": True}
+    layer = cls(2, return_sequences=True, **options)
+    x = tokens(4)
+    model = functional(lambda t: layer(layers.Embedding(5, 3, mask_zero=True)(t)), x)
+    require_as_one_at_a_time(model, x, "rules alone", by_rule=False)
 
 
 CELLS = {
@@ -634,7 +748,21 @@ def test_bidirectional(kind, merge_mode, return_sequences, masked, mode):
     require_as_one_at_a_time(model, x, mode)
 
 
+@over(
+    6,
+    merge_mode=("concat", "sum", None),
+    return_sequences=BOTH,
+    data_format=("channels_last", "channels_first"),
+)
+def test_bidirectional_convolutional_lstm(merge_mode, return_sequences, data_format, mode):
+    x = normal(3, 4, 2)
+    inner = layers.ConvLSTM1D(2, 2, data_format=data_format, return_sequences=return_sequences)
+    layer = layers.Bidirectional(inner, merge_mode=merge_mode)
+    require_as_one_at_a_time(functional(lambda h: layer(layers.Dense(2)(h)), x), x, mode)
+
+
 TIMED = {
+    "ConvLSTM1D": (lambda: layers.ConvLSTM1D(2, 2, padding="same"), (2, 3, 4, 2)),
     "Dense": (lambda: layers.Dense(2, "tanh"), (3, 4)),
     "Dense on more": (lambda: layers.Dense(2), (3, 2, 4)),
     "Conv1D": (lambda: layers.Conv1D(2, 2), (3, 4, 2)),
@@ -778,6 +906,20 @@ DROPPING = {
     "LSTM without dropped states": lambda: [layers.LSTM(5, dropout=0.4)],
     "GRU": lambda: [layers.GRU(5, dropout=0.4, recurrent_dropout=0.4, implementation=1)],
     "GRU, implementation 2": lambda: [layers.GRU(5, dropout=0.4, recurrent_dropout=0.4)],
+    "ConvLSTM1D": lambda: [
+        layers.Reshape((4, 4, 1)),
+        layers.ConvLSTM1D(3, 2, dropout=0.4, recurrent_dropout=0.4),
+    ],
+    "ConvLSTM1D, channels first": lambda: [
+        layers.Reshape((4, 2, 2)),
+        layers.ConvLSTM1D(
+            3, 2, dropout=0.4, recurrent_dropout=0.3, data_format="channels_first", strides=2
+        ),
+    ],
+    "ConvLSTM2D, inputs dropped": lambda: [
+        layers.Reshape((2, 4, 2, 1)),
+        layers.ConvLSTM2D(3, 2, dropout=0.4, return_sequences=True, go_backwards=True),
+    ],
     "GRU without reset_after": lambda: [
         layers.GRU(
             5,
@@ -858,6 +1000,11 @@ FIXED = {
     ),
     "LSTM, masked and backwards": lambda: (masked_recurrent(layers.LSTM), tokens(4)),
     "GRU, masked and backwards": lambda: (masked_recurrent(layers.GRU), tokens(4)),
+    "ConvLSTM2D": lambda: (
+        after(normal(3, 4, 4, 1), layers.ConvLSTM2D(2, 3, strides=2, padding="same"), width=1),
+        normal(3, 4, 4, 1),
+    ),
+    "ConvLSTM1D, masked and backwards": lambda: (masked_convolutional(), tokens(4)),
     "GroupQueryAttention": lambda: (
         functional(lambda x: layers.GroupQueryAttention(2, 2, 1)(x, x), normal(3, 4)),
         normal(3, 4),
@@ -882,6 +1029,13 @@ def masked_recurrent(cls):
             cls(2, return_sequences=True, go_backwards=True),
         ]
     )
+
+
+def masked_convolutional():
+    x = keras.Input((4,), dtype="int32")
+    split = layers.Reshape((4, 3, 2))(layers.Embedding(5, 6)(x))
+    layer = layers.ConvLSTM1D(2, 2, return_sequences=True, go_backwards=True)
+    return keras.Model(x, 1.0 * layer(split, mask=ops.not_equal(x, 0)))
 
 
 @pytest.mark.parametrize(
@@ -956,6 +1110,9 @@ UNKNOWN = {
     "GroupNormalization": lambda: unknown(layers.GroupNormalization(2), None, 4),
     "LSTM": lambda: unknown(
         lambda x: layers.LSTM(2, return_sequences=True)(embedded(x)), None, dtype="int32"
+    ),
+    "ConvLSTM1D": lambda: unknown(
+        layers.ConvLSTM1D(2, 2, strides=2, padding="same", return_sequences=True), None, 4, 2
     ),
     "GRU": lambda: unknown(
         lambda x: layers.GRU(2, go_backwards=True)(embedded(x)), None, dtype="int32"

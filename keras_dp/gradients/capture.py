@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -427,7 +428,7 @@ class Capture:
         flat = tree.flatten((args, kwargs))
         given = tuple(look(t, m) for t, m in zip(flat, arguments.mapped, strict=True))
         places = {id(v): k for k, v in enumerate(layer.variables)}  # names need not differ
-        trained = tuple((places.get(id(v)), v.name, tuple(v.shape), v.dtype) for v in variables)
+        trained = tuple((places.get(id(v)), _name(v), tuple(v.shape), v.dtype) for v in variables)
         return (type(layer), settings, how, arguments, given, trained)
 
     def _compare_losses(self, unit: Unit, mapped: tuple[bool, ...], args: Any, kwargs: Any) -> None:
@@ -548,6 +549,11 @@ class Capture:
             steps.append(([g for g in upstream if ops.is_tensor(g)], made))
         backend.one_after_another(steps)
         return list(uses.values())
+
+
+def _name(variable: Any) -> str:
+    """A variable's name, without the number that Keras gives it if it isn't named."""
+    return re.sub(r"^variable_\d+$", "variable", variable.name)
 
 
 def tensors_in(structure: Any) -> list[Any]:

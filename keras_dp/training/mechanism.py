@@ -88,8 +88,8 @@ class Clipped:
 
     @property
     def evidence(self) -> list[Any]:
-        """Tensors that are there only once the batch was seen: sums alone may be constants."""
-        return [*self.sums, self.norms, self.real]
+        """Tensors that are there only once the batch was seen; sums may be constants."""
+        return [self.norms, self.real]
 
 
 class Mechanism:
@@ -148,7 +148,8 @@ class Mechanism:
         if self._watcher is not None and found.norms_by_variable is not None:
             noised = functools.partial(self._watcher.noised, self.strategy)
         sums = noised(self.noise.add_to, list(found.sums), now.noise_multiplier, seen)
-        return [s / ops.cast(divisor, s.dtype) for s in sums]
+        divisors = {dtype: ops.cast(divisor, dtype) for dtype in {s.dtype for s in sums}}
+        return [s / divisors[s.dtype] for s in sums]
 
     @property
     def looks_at_norms(self) -> bool:

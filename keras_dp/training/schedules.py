@@ -258,5 +258,5 @@ class StepSettings:
         To be read before the step is counted.
         """
         if not self.scheduled:
-            return self._tables[name].at(ops.convert_to_tensor(0, "int64"))
+            return self._tables[name].at()
         return self._tables[name].at(self._count.tensor - self._window.tensor)

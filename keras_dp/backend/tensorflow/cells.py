@@ -111,14 +111,15 @@ class Table:
         with tf.init_scope():
             self._variable.assign(tf.constant([*values, *([math.nan] * empty)], tf.float64))
 
-    def at(self, index: Tensor) -> Tensor:
-        """The number at a place.
+    def at(self, index: Tensor | None = None) -> Tensor:
+        """The number at a place; without one, the first.
 
         Raises:
             tf.errors.InvalidArgumentError: When the step runs, if there is none.
         """
         values = self._variable.read_value()
-        value = tf.gather(values, tf.minimum(index, tf.size(values, tf.int64) - 1))
+        place = 0 if index is None else tf.minimum(index, tf.size(values, tf.int64) - 1)
+        value = tf.gather(values, place)
         known = tf.debugging.Assert(
             tf.logical_not(tf.math.is_nan(value)),
             ["keras_dp: a step that nothing announced. Train with `fit` or `train_on_batch`."],

@@ -92,10 +92,10 @@ def compiled_candidate(
 def prepared_quickly() -> Iterator[None]:
     """Spares what TensorFlow does to a step's graph before its first run, and that gains nothing.
 
-    Two passes over graphs of thousands of operations: one orders them and infers shapes once
-    more, the other makes room in the memory of GPUs. And the others run once, not twice: what
-    they find the second time made no step faster. All that makes a step faster remains, and
-    so do options that the user has set. It must surround every call, as
+    Three passes over graphs of thousands of operations: one orders them and infers shapes once
+    more, the others arrange images for GPUs and make room in their memory. And the others run
+    once, not twice: what they find the second time made no step faster. All that makes a step
+    faster remains, and so do options that the user has set. It must surround every call, as
     TensorFlow prepares a function anew for other options.
     """
     options = context.context().function_call_options
@@ -116,6 +116,8 @@ def _quicker(serialized: bytes, executor_type: str) -> Any:
     with_gpu = tf.config.list_physical_devices("GPU")
     if rewriting.memory_optimization == rewriting.DEFAULT_MEM_OPT and not with_gpu:
         rewriting.memory_optimization = rewriting.NO_MEM_OPT
+    if rewriting.layout_optimizer == rewriting.DEFAULT and not with_gpu:
+        rewriting.layout_optimizer = rewriting.OFF
     if rewriting.meta_optimizer_iterations == rewriting.DEFAULT_NUM_ITERS:
         rewriting.meta_optimizer_iterations = rewriting.ONE
     return context.FunctionCallOptions(executor_type=executor_type, config_proto=config)

@@ -49,7 +49,8 @@ class NoiseGenerator:
         pairs = self._generator.normal(tf.TensorShape([2, sum(sizes)]), dtype=dtype)
         numbers = tf.reduce_sum(pairs, axis=0) * (tf.cast(stddev, dtype) * 0.5**0.5)
         return [
-            tf.reshape(n, shape) for n, shape in zip(tf.split(numbers, sizes), shapes, strict=True)
+            n if len(shape) == 1 else tf.reshape(n, shape)
+            for n, shape in zip(tf.split(numbers, sizes), shapes, strict=True)
         ]
 
 

@@ -52,14 +52,17 @@ def clipped_sums(
     dtype = "float64" if any(g.dtype == "float64" for g in found) else "float32"
     once = OnceForEachKind(found)
 
+    def mean_of(total: Any) -> Any:
+        return total if views == 1 else total / views
+
     def norms_from(squares: Sequence[Squares], real: Any) -> tuple[Any, Any]:
         """As computed, and the most that they may be."""
         remaining = iter(squares)
         every = [None if g is None else next(remaining) for g in gradients]
         computed, most = Squares.columns(every, real)
-        return arithmetic.norms_in(computed, dtype) / views, arithmetic.norms_in(
-            most, dtype
-        ) / views
+        return mean_of(arithmetic.norms_in(computed, dtype)), mean_of(
+            arithmetic.norms_in(most, dtype)
+        )
 
     def every_sum(sums: Sequence[Any]) -> list[Any]:
         remaining = iter(sums)
@@ -97,22 +100,29 @@ def clipped_sums(
             every = zip(full, columns(clip_weights), types, strict=True)
             return [ops.cast(g.weighted_sum(c), type_) for g, c, type_ in every]
 
-        computed, most = backend.seldom(norms, [real, *tensors], [(shape, dtype)] * 2)
-        bad = ops.logical_not(ops.all(ops.isfinite(most), axis=1))
-        clip_weights = ops.cast(weights_for(most), "float64")
-        given = [bad, clip_weights, *tensors]
+        def weights(most: Any, real: Any) -> list[Any]:
+            bad = ops.logical_not(ops.all(ops.isfinite(most), axis=1))
+            return [bad, ops.cast(mean_of(arithmetic.masked(clip(most), real)), "float64")]
+
+        def all_at_once(tensors: list[Any]) -> list[Any]:
+            computed, most = norms(tensors)
+            real, *tensors = tensors
+            return [computed, *sums([*weights(most, real), *tensors])]
+
         pairs = zip(gradients, variables, strict=True)
         like = [(getattr(v, "shape", None), g.dtype) for g, v in pairs if g is not None]
-        summed = backend.seldom(sums, given, like)
+        if getattr(clip, "can_run_at_once", False):
+            wanted = [(shape, dtype), *like]
+            computed, *summed = backend.seldom(all_at_once, [real, *tensors], wanted)
+        else:
+            computed, most = backend.seldom(norms, [real, *tensors], [(shape, dtype)] * 2)
+            summed = backend.seldom(sums, [*weights(most, real), *tensors], like)
         return [*every_sum(summed), computed]
-
-    def weights_for(norms: Any) -> Any:
-        return arithmetic.masked(clip(norms), real) / views
 
     computed, most = norms_from(once.squares(found), real)
     rows = ops.shape(real)[0]
     both = clip(ops.concatenate([most, computed], axis=0))
-    clip_weights = arithmetic.masked(both[:rows], real) / views
+    clip_weights = mean_of(arithmetic.masked(both[:rows], real))
     known = both[:rows] >= (1 - _HARDER) * both[rows:]
     known = ops.logical_or(known, ops.logical_not(column_like(real, known)))
     fine = ops.logical_and(ops.all(ops.isfinite(most)), ops.all(known))

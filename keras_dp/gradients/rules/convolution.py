@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from keras import layers, ops
@@ -203,6 +204,42 @@ def _under_kernel(
         yield x[(slice(None), *cut * copies)]
 
 
+def filters_of_steps(
+    x: Any, g: Any, shape: tuple[int, ...], strides: Any, padding: str, dilation: Any
+) -> Filters:
+    """Gradients of filters that each step of a sequence is convolved with.
+
+    The steps stand one below the other, as one large input, with zeros for g wherever a filter
+    would reach from one into the next.
+
+    Args:
+        x: Inputs, (B, T, *space, channels); sizes in space are known.
+        g: The gradient at the outputs, (B, T, *space', filters).
+        shape: The filters' (*kernel, channels, filters).
+        strides, padding, dilation: Of the convolution.
+    """
+    kernel, (first, *others) = shape[:-2], g.shape[2:-1]
+    padded = _padded(ops.reshape(x, (-1, *x.shape[2:])), kernel, strides, padding, dilation)
+    height, *widths = padded.shape[1:-1]
+    each = max(first, -(-height // strides[0]))
+
+    def below(t: Any, steps: Any, size: int, sizes: Sequence[int]) -> Any:
+        """(B T, n, *sizes, channels) as (B, T size, *sizes, channels)."""
+        wanted = [[0, 0], [0, size - t.shape[1]], *([0, 0] for _ in t.shape[2:])]
+        t = ops.pad(t, wanted) if size > t.shape[1] else t
+        length = steps * size if isinstance(steps, int) else -1
+        rows = -1 if isinstance(steps, int) else ops.shape(x)[0]
+        return ops.reshape(t, (rows, length, *sizes, t.shape[-1]))
+
+    steps = x.shape[1]
+    inputs = below(padded, steps, each * strides[0], widths)
+    upstream = below(ops.reshape(g, (-1, *g.shape[2:])), steps, each, others)
+    over = -(-((kernel[0] - 1) * dilation[0] + 1) // strides[0]) - 1  # the last has none after it
+    if over:
+        upstream = upstream[:, :-over]
+    return Filters(inputs, upstream, shape, strides, "valid", dilation, 1)
+
+
 class Filters(PerExample):
     """Gradients of a convolution's filters, `G_i = sum_t patch_t (x) g_t`.
 
@@ -255,16 +292,19 @@ class Filters(PerExample):
         # numbers at a time, and the rest in float64.
         count = -(-numbers // 512)
         each = -(-numbers // count)
-        ones = ops.ones((1, each), written.dtype)
-        total = sum(
-            ops.cast(
-                backend.exactly(ops.matmul, ones[:, : min(each, numbers - k)], ops.square(part)),
-                "float64",
-            )
-            for k, part in (
-                (k, written[k : k + each] if count > 1 else written)
-                for k in range(0, numbers, each)
-            )
+        starts = range(0, numbers, each)
+        parts = [written[k : k + each] for k in starts] if count > 1 else [written]
+        total = functools.reduce(
+            ops.add,
+            (
+                ops.cast(
+                    backend.exactly(
+                        ops.matmul, ops.ones((1, min(each, numbers - k)), t.dtype), ops.square(t)
+                    ),
+                    "float64",
+                )
+                for k, t in zip(starts, parts, strict=True)
+            ),
         )
         value = ops.sum(ops.reshape(total, (-1, self.shape[-1])), axis=1)
         off = (each + 8) * backend.roundoff(written) + backend.products_off(written)

@@ -1,4 +1,4 @@
-"""SimpleRNN, LSTM and GRU, and RNN around one of their cells.
+"""SimpleRNN, LSTM, GRU and ConvLSTM, and RNN around one of their cells.
 
 Before its gates a cell adds `x_t K + b` to a product of the last state with the
 recurrent kernel R. Here `u_t = x_t K + b` is made for all steps at once and
@@ -9,8 +9,10 @@ handed to the cell, so that the gradient d_t of u_t tells of every weight:
 
 A GRU resets the state for its candidate: with `reset_after`, the last third of
 R sees r_t d_t instead of d_t; without, it multiplies r_t h_{t-1}. A step that is
-masked leaves the state as it was and has d_t = 0. (For the recurrent kernel in
-Keras' own loop: Bu et al. 2022, arXiv 2210.00038, treat a matrix used T times.)
+masked leaves the state as it was and has d_t = 0. In a ConvLSTM both products are
+convolutions: the same sums, of patches of x_t and h_{t-1} and of d_t at each place.
+(For the recurrent kernel in Keras' own loop: Bu et al. 2022, arXiv 2210.00038, treat
+a matrix used T times.)
 """
 
 from __future__ import annotations
@@ -20,11 +22,21 @@ from typing import Any
 
 from keras import layers, ops
 
-from ..forms import OuterProducts
-from .registry import NoRule, Unit, double_of, register_rule
+from ... import backend, keras_private
+from ..forms import OuterProducts, PerExample
+from .convolution import filters_of_steps
+from .registry import NoRule, Unit, double_of, register_rule, summed_like
 
 
-@register_rule(layers.SimpleRNN, layers.LSTM, layers.GRU, layers.RNN)
+@register_rule(
+    layers.SimpleRNN,
+    layers.LSTM,
+    layers.GRU,
+    layers.ConvLSTM1D,
+    layers.ConvLSTM2D,
+    layers.ConvLSTM3D,
+    layers.RNN,
+)
 def recurrent(
     unit: Unit,
     sequences: Any,
@@ -37,16 +49,18 @@ def recurrent(
     kind = _KINDS.get(type(layer.cell))
     if kind is None:
         raise NoRule("its cell has no rule")
+    if mask is not None and layer.unroll and layer.go_backwards and layer.zero_output_for_mask:
+        # Keras zeros other steps' outputs than those that are masked: states would be missing.
+        raise NoRule("it is unrolled backwards, and zeros its outputs by a mask")
     double = double_of(layer.cell)
     cell = kind(unit, double, sequences, training)
-    double.__dict__["call"] = cell.step
     states: list[Any] = []
 
     def inner_loop(
         sequences: Any, initial_state: Any, mask: Any, training: bool = False
     ) -> tuple[Any, Any, Any]:
         last, every, final = layers.RNN.inner_loop(
-            double_of(layer, cell=double, return_sequences=True),
+            double_of(layer, cell=cell.step, return_sequences=True),
             sequences,
             initial_state,
             mask,
@@ -70,11 +84,11 @@ def recurrent(
 
 
 def _states_before(first: Any, every: Any, mask: Any, *, backwards: bool) -> Any:
-    """The state that each step started from, (B, T, units), in the order of the inputs.
+    """The state that each step started from, (B, T, ...), in the order of the inputs.
 
     Args:
-        first: The initial state, (B, units).
-        every: The output of each step, (B, T, units), in the order of the steps.
+        first: The initial state, (B, ...).
+        every: The output of each step, (B, T, ...), in the order of the steps.
         mask: (B, T), in the order of the inputs, or `None`. The output of a
             masked step is not the state.
         backwards: Whether the steps went through the inputs backwards.
@@ -91,17 +105,18 @@ def _states_before(first: Any, every: Any, mask: Any, *, backwards: bool) -> Any
         slots = ops.concatenate([ops.zeros_like(slots[:, :1]), slots], axis=1)
         so_far = ops.cumsum(taken, axis=1) - taken
         latest = ops.take_along_axis(slots, so_far, axis=1)
-        before = ops.take_along_axis(before, ops.expand_dims(latest, -1), axis=1)
+        latest = ops.expand_dims(latest, tuple(range(2, len(every.shape))))
+        before = ops.take_along_axis(before, latest, axis=1)
     return ops.flip(before, 1) if backwards else before
 
 
 class _Cell:
-    """What the three kinds of cell have in common.
+    """What all kinds of cells have in common.
 
     Args:
         unit: The call of the layer around the cell.
         cell: The cell, or a double of it.
-        sequences: Its inputs, (B, T, d).
+        sequences: Its inputs, (B, T, ...).
         training: Whether dropout is on.
     """
 
@@ -117,7 +132,7 @@ class _Cell:
         if training and 0.0 < cell.dropout < 1.0:
             self.masks = self._per_gate(cell.get_dropout_mask(sequences[:, 0]))
         if training and 0.0 < cell.recurrent_dropout < 1.0 and self._drops_states():
-            like = ops.broadcast_to(sequences[:, 0, :1], (ops.shape(sequences)[0], cell.units))
+            like = self._like_state(sequences)
             self.recurrent_masks = self._per_gate(cell.get_recurrent_dropout_mask(like))
         self.sequences = sequences
         self.projected = self._project()
@@ -126,8 +141,11 @@ class _Cell:
         """Whether the cell uses `recurrent_dropout`: a fused implementation doesn't."""
         return getattr(self.cell, "implementation", 1) == 1
 
+    def _like_state(self, sequences: Any) -> Any:
+        return ops.broadcast_to(sequences[:, 0, :1], (ops.shape(sequences)[0], self.cell.units))
+
     def _per_gate(self, masks: Any) -> list[Any]:
-        """One mask, (B, size), for each gate, or one for all."""
+        """One mask, (B, ...), for each gate, or one for all."""
         return list(masks) if isinstance(masks, (list, tuple)) else [masks]
 
     def _project(self) -> Any:
@@ -165,7 +183,7 @@ class _Cell:
             [ops.matmul(state * m, k) for m, k in zip(masks, kernel, strict=True)], axis=-1
         )
 
-    def step(self, projected: Any, states: Any, training: bool = False) -> Any:
+    def step(self, projected: Any, states: Any) -> Any:
         raise NotImplementedError
 
     def gradients(self, d: Any, previous: Any) -> list[tuple[Any, Any]]:
@@ -181,9 +199,12 @@ class _Cell:
         ]
 
     def _products(self, inputs: list[Any], d: Any) -> OuterProducts:
+        return OuterProducts(*self._factors(inputs, d))
+
+    def _factors(self, inputs: list[Any], d: Any) -> tuple[Any, Any]:
         """One input for all gates, or one for each: then each with the other gates' d at 0."""
         if len(inputs) == 1:
-            return OuterProducts(inputs[0], d)
+            return inputs[0], d
         parts = ops.split(d, self.gates, axis=-1)
         alone = [
             ops.concatenate(
@@ -191,14 +212,14 @@ class _Cell:
             )
             for gate in range(self.gates)
         ]
-        return OuterProducts(ops.concatenate(inputs, axis=1), ops.concatenate(alone, axis=1))
+        return ops.concatenate(inputs, axis=1), ops.concatenate(alone, axis=1)
 
 
 class _Simple(_Cell):
     def _drops_states(self) -> bool:
         return True
 
-    def step(self, projected: Any, states: Any, training: bool = False) -> Any:
+    def step(self, projected: Any, states: Any) -> Any:
         state = states[0] if isinstance(states, (list, tuple)) else states
         output = projected + self._recur(state)
         if self.cell.activation is not None:
@@ -209,13 +230,93 @@ class _Simple(_Cell):
 class _LSTM(_Cell):
     gates = 4
 
-    def step(self, projected: Any, states: Any, training: bool = False) -> Any:
+    @property
+    def axis(self) -> int:
+        """That of the gates, in one step."""
+        return 1
+
+    def step(self, projected: Any, states: Any) -> Any:
         hidden, carry = states
-        i, f, c, o = ops.split(projected + self._recur(hidden), 4, axis=1)
+        i, f, c, o = ops.split(projected + self._recur(hidden), 4, axis=self.axis)
         gate, activation = self.cell.recurrent_activation, self.cell.activation
         carry = gate(f) * carry + gate(i) * activation(c)
         hidden = gate(o) * activation(carry)
         return hidden, [hidden, carry]
+
+
+class _ConvLSTM(_LSTM):
+    @property
+    def axis(self) -> int:
+        return 1 if self._channels_first() else -1
+
+    def _channels_first(self) -> bool:
+        return bool(self.cell.data_format == "channels_first")
+
+    def _like_state(self, sequences: Any) -> Any:
+        return self.cell.get_initial_state(batch_size=ops.shape(sequences)[0])[0]
+
+    def _convolved(self, inputs: Any, kernel: Any, function: Callable[[Any, Any], Any]) -> Any:
+        """All gates at once, or each with a mask of its own."""
+        if len(inputs) == 1:
+            return function(inputs[0], kernel)
+        parts = ops.split(kernel, self.gates, axis=-1)
+        found = [function(x, k) for x, k in zip(inputs, parts, strict=True)]
+        return ops.concatenate(found, axis=self.axis)
+
+    def _project(self) -> Any:
+        cell = self.cell
+        space = cell.spatial_dims
+        channels = self.kernel.shape[-2]
+        one = (channels, *space) if self._channels_first() else (*space, channels)
+        shape = backend.of_known_sizes(self.sequences, [None, None, *one]).shape
+        inputs = [
+            ops.reshape(t, (-1, *shape[2:])) for t in self._dropped(self.sequences, self.masks)
+        ]
+        found = self._convolved(
+            inputs,
+            self.kernel,
+            lambda x, k: self.cell.input_conv(x, k, padding=self.cell.padding),
+        )
+        if self.bias is not None:
+            sizes = [1 for _ in found.shape]
+            sizes[self.axis] = -1
+            found = found + ops.reshape(self.bias, sizes)
+        steps = (-1, shape[1]) if shape[1] is not None else (ops.shape(self.sequences)[0], -1)
+        return ops.reshape(found, (*steps, *found.shape[1:]))
+
+    def _recur(self, state: Any, gates: slice = slice(None)) -> Any:
+        masks = self.recurrent_masks
+        states = [state] if masks is None else [state * m for m in masks]
+        return self._convolved(states, self.recurrent_kernel, self.cell.recurrent_conv)
+
+    def gradients(self, d: Any, previous: Any) -> list[tuple[Any, Any]]:
+        cell, rank = self.cell, self.cell.rank
+        state = self.projected.shape[2:]
+        first = self._channels_first()
+        state = (cell.filters, *state[1:]) if first else (*state[:-1], cell.filters)
+        previous = backend.of_known_sizes(previous, [None, None, *state])
+        d = self._channels_last(d)
+
+        def filters(kernel: Any, inputs: Any, masks: Any, *settings: Any) -> PerExample:
+            dropped = [self._channels_last(t) for t in self._dropped(inputs, masks)]
+            return filters_of_steps(*self._factors(dropped, d), tuple(kernel.shape), *settings)
+
+        ones = (1,) * rank
+        how = cell.strides, cell.padding, cell.dilation_rate
+        return [
+            (cell.kernel, filters(cell.kernel, self.sequences, self.masks, *how)),
+            (
+                cell.recurrent_kernel,
+                filters(cell.recurrent_kernel, previous, self.recurrent_masks, ones, "same", ones),
+            ),
+            *([] if cell.bias is None else [(cell.bias, summed_like(d, (-1,)))]),
+        ]
+
+    def _channels_last(self, tensor: Any) -> Any:
+        """(B, T, channels, *space) as (B, T, *space, channels)."""
+        if not self._channels_first():
+            return tensor
+        return ops.transpose(tensor, (0, 1, *range(3, len(tensor.shape)), 2))
 
 
 class _GRU(_Cell):
@@ -241,7 +342,7 @@ class _GRU(_Cell):
         z, r = cell.recurrent_activation(x_z + h_z), cell.recurrent_activation(x_r + h_r)
         return z, r, x_h, r * h_h if cell.reset_after else self._recur(r * state, slice(2, 3))
 
-    def step(self, projected: Any, states: Any, training: bool = False) -> Any:
+    def step(self, projected: Any, states: Any) -> Any:
         state = states[0] if isinstance(states, (list, tuple)) else states
         z, _, x_h, h_h = self._gates(projected, state)
         new = z * state + (1 - z) * self.cell.activation(x_h + h_h)
@@ -282,5 +383,6 @@ class _GRU(_Cell):
 _KINDS: dict[type, Callable[..., _Cell]] = {
     layers.SimpleRNNCell: _Simple,
     layers.LSTMCell: _LSTM,
+    keras_private.ConvLSTMCell: _ConvLSTM,
     layers.GRUCell: _GRU,
 }
