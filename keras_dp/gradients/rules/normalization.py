@@ -42,7 +42,7 @@ def normalization(unit: Unit, inputs: Any) -> Any:
             given[name] = ops.broadcast_to(ops.reshape(value, (1, *spread)), (rows, *spread))
             if unit.trains(weight):
                 trained.append(weight)
-                unit.watch(given[name])
+                given[name] = unit.watch(given[name])
     outputs = unit.call_with(given, inputs)
 
     def gradients(*upstream: Any) -> list[tuple[Any, Any]]:
