@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -88,8 +89,13 @@ class Clipped:
 
     @property
     def evidence(self) -> list[Any]:
-        """Tensors that are there only once the batch was seen; sums may be constants."""
-        return [self.norms, self.real]
+        """Tensors that are there only once the batch was seen; sums may be constants.
+
+        The largest sum is among them, so that no noise is drawn, and kept, while what it is
+        made of is still there.
+        """
+        largest = sorted(self.sums, key=lambda s: math.prod(s.shape))[-1:]
+        return [*largest, self.norms, self.real]
 
 
 class Mechanism:
