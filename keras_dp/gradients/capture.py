@@ -176,6 +176,7 @@ class Capture:
         self._containers: list[keras.Layer] = []
         self._settings: dict[int, Any] = {}
         self._inside: Unit | None = None
+        self._forward = 0  # how many operations there are once the model has run
         self._with_copies: set[int] = set()  # layers around a call that is given copies
 
     @contextlib.contextmanager
@@ -199,6 +200,7 @@ class Capture:
                 if self.failure is not None:
                     raise self.failure from None
                 raise
+            self._forward = backend.operation_count()
 
     def _call_of(self, layer: keras.Layer) -> Callable[..., Any]:
         original, regularizer = keras_private.call_of(layer), layer.activity_regularizer
@@ -546,8 +548,9 @@ class Capture:
                         gradient = gradient.folded(record.rows_each * views)
                         made += gradient.written_out()
                         uses[id(variable)].insert(0, gradient)
-            steps.append(([g for g in upstream if ops.is_tensor(g)], made))
-        backend.one_after_another(steps)
+            begins = [t for t, g in zip(given, upstream, strict=True) if g is not None]
+            steps.append((begins, made))
+        backend.one_after_another(steps, self._forward)
         return list(uses.values())
 
 
