@@ -230,7 +230,15 @@ def _has_known_methods(cls: type) -> bool:
     for base in cls.__mro__:
         for member in vars(base).values():
             function = getattr(member, "__func__", getattr(member, "fget", member))
-            if not inspect.isfunction(function) or function in _known_methods:
+            for inside in ("func", "python_function", "__wrapped__"):  # as of a `tf.function`
+                if not inspect.isfunction(function):
+                    function = getattr(function, inside, function)
+            if not inspect.isfunction(function):
+                plain = inspect.isroutine(function) or inspect.isclass(function)
+                if callable(function) and not plain and not _is_known(type(function)):
+                    return False
+                continue
+            if function in _known_methods:
                 continue
             if not hasattr(function, "_keras_dp") and not _is_known(function):
                 return False

@@ -167,6 +167,39 @@ def test_rule_19_a_layer_that_has_a_traced_function_from_outside_is_not_alike():
     assert keras_private.settings_of(layer) is None
 
 
+class Callable:
+    def __call__(self, *_):
+        return 0
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        lambda self, x: x,
+        tf.function(lambda self, x: x),
+        functools.partialmethod(lambda self, x: x),
+        functools.lru_cache(lambda self, x: x),
+        Callable(),
+    ],
+    ids=["function", "tf.function", "partialmethod", "lru_cache", "object"],
+)
+@pytest.mark.fast
+def test_rule_19_a_class_that_has_a_part_from_outside_is_not_known(member, monkeypatch):
+    """What is no plain function was passed over."""
+    layer = layers.GroupNormalization(2)
+    assert keras_private.settings_of(layer) is not None
+    monkeypatch.setattr(layers.GroupNormalization, "_apply_normalization", member)
+    assert keras_private.settings_of(layer) is None
+
+
+@pytest.mark.fast
+def test_all_layers_of_keras_are_known():
+    """A verdict is kept for them: else each would be tried in every start."""
+    every = [c for c in vars(layers).values() if isinstance(c, type)]
+    assert len(every) > 100
+    assert all(map(keras_private._has_known_methods, [*every, keras.Model, keras.Sequential]))
+
+
 def loss_settings(loss, **given):
     model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
     model.compile("sgd", loss=loss, **given)

@@ -30,22 +30,19 @@ def normalization(unit: Unit, inputs: Any) -> Any:
     if isinstance(layer, layers.GroupNormalization):
         shape_of = layer._create_broadcast_shape
         given["_create_broadcast_shape"] = lambda shape: [-1, *shape_of(shape)[1:]]
+        spread = [inputs.shape[a] for a in sorted(axes)]
+    else:
+        spread = [inputs.shape[a] if a in axes else 1 for a in range(1, rank)]
     rows = ops.shape(inputs)[0]
     trained = []
     for name in ("gamma", "beta"):
         weight = getattr(layer, name, None)
         if weight is not None:
             value = arithmetic.at_least_float32(unit.value(weight))
-            sizes = list(weight.shape)
-            if isinstance(layer, layers.GroupNormalization):
-                spread = sizes
-            else:  # what the inputs say may not be known, and is needed for several axes only
-                every = inputs.shape if len(sizes) > 1 else sizes * rank
-                spread = [every[a] if a in axes else 1 for a in range(1, rank)]
             given[name] = ops.broadcast_to(ops.reshape(value, (1, *spread)), (rows, *spread))
             if unit.trains(weight):
                 trained.append(weight)
-                unit.watch(given[name])
+                given[name] = unit.watch(given[name])
     outputs = unit.call_with(given, inputs)
 
     def gradients(*upstream: Any) -> list[tuple[Any, Any]]:
