@@ -42,6 +42,7 @@ __all__ = [
     "code_from_outside",
     "drawing_as_here",
     "innermost",
+    "is_changed",
     "is_keras_layer",
     "layers_with_lora",
     "layers_with_losses",
@@ -212,6 +213,15 @@ def _graph_of(model: Functional) -> tuple[Any, ...]:
             ]
             found.append((type(operation), number, tuple(given)))
     return tuple(found)
+
+
+def is_changed(layer: keras.Layer) -> bool:
+    """Whether code from outside is in the place of a method of a layer, or of a class of Keras."""
+    cls = type(layer)
+    own = [v for k, v in vars(layer).items() if callable(v) and callable(getattr(cls, k, None))]
+    if not all(_is_known(c) for v in own for c in _code_of(v)):
+        return True
+    return _is_keras_class(cls) and not _has_known_methods(cls)
 
 
 def _code_of(value: Any) -> list[Any]:

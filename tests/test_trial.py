@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 import tiny
 from keras import layers
+from reference import clipped_sum, example_gradients, private_clipped_sum, relative_error
 
 import keras_dp
 from keras_dp import keras_losses, keras_private
@@ -190,6 +191,40 @@ def test_rule_19_a_class_that_has_a_part_from_outside_is_not_known(member, monke
     assert keras_private.settings_of(layer) is not None
     monkeypatch.setattr(layers.GroupNormalization, "_apply_normalization", member)
     assert keras_private.settings_of(layer) is None
+
+
+def doubled(call):
+    def other(*args, **kwargs):
+        output, states = call(*args, **kwargs)
+        return 2 * output, states
+
+    return other
+
+
+@pytest.mark.parametrize("where", ["cell", "class", "loop"])
+@pytest.mark.parametrize("cls", [layers.LSTM, layers.SimpleRNN])
+@pytest.mark.one_in(3)
+def test_rule_19_a_cell_that_somebody_has_changed_computes_what_it_computes(
+    cls, where, monkeypatch
+):
+    """The rule computed what its class does, and trained something else in silence."""
+    layer = cls(2)
+    x = np.random.default_rng(0).normal(size=(4, 3, 2)).astype("float32")
+    y = np.ones((4, 2), "float32")
+    model = keras.Sequential([keras.Input((3, 2)), layer])
+    if where == "cell":
+        layer.cell.call = doubled(layer.cell.call)
+    elif where == "class":
+        monkeypatch.setattr(type(layer.cell), "call", doubled(type(layer.cell).call))
+    else:
+        last = layer.inner_loop
+        layer.inner_loop = lambda *a, **k: [
+            2 * t if i == 0 else t for i, t in enumerate(last(*a, **k))
+        ]
+    model.compile(loss="mse")
+    wanted = clipped_sum(example_gradients(model, x, y)[0], 0.1)
+    found = private_clipped_sum(model, x, y, loss="mse", max_grad_norm=0.1)
+    assert relative_error(found, wanted) < 1e-5
 
 
 @pytest.mark.fast
