@@ -16,6 +16,7 @@ Example:
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
@@ -232,10 +233,23 @@ class Clip:
         """Whether it can also run operation by operation, in the middle of a step."""
         return _is_ours(self.strategy) and not ops.is_tensor(self.max_grad_norm)
 
-    def __call__(self, norms: Any) -> Any:
-        """Clip weights, (rows,) or (rows, variables), from norms, (rows, variables)."""
+    def settled(self) -> Clip:
+        """The same, also once the strategy is built for other variables."""
+        return dataclasses.replace(self, strategy=copy.copy(self.strategy))
+
+    def bound(self, dtype: Any) -> Any:
+        """C of this step, a scalar tensor."""
         given = self.max_grad_norm
-        bound = self.strategy.norm(ops.cast(given() if callable(given) else given, norms.dtype))
+        return self.strategy.norm(ops.cast(given() if callable(given) else given, dtype))
+
+    def __call__(self, norms: Any, bound: Any = None) -> Any:
+        """Clip weights, (rows,) or (rows, variables), from norms, (rows, variables).
+
+        Args:
+            norms: The norms.
+            bound: C of this step, where it is known already.
+        """
+        bound = self.bound(norms.dtype) if bound is None else bound
         weights = ops.cast(weights_of(self.strategy, norms, bound), norms.dtype)
         finite = ops.all(ops.isfinite(norms), axis=1)
         if len(weights.shape) > 1:

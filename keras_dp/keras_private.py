@@ -42,6 +42,7 @@ __all__ = [
     "code_from_outside",
     "drawing_as_here",
     "innermost",
+    "is_changed",
     "is_keras_layer",
     "layers_with_lora",
     "layers_with_losses",
@@ -214,6 +215,15 @@ def _graph_of(model: Functional) -> tuple[Any, ...]:
     return tuple(found)
 
 
+def is_changed(layer: keras.Layer) -> bool:
+    """Whether code from outside is in the place of a method of a layer, or of a class of Keras."""
+    cls = type(layer)
+    own = [v for k, v in vars(layer).items() if callable(v) and callable(getattr(cls, k, None))]
+    if not all(_is_known(c) for v in own for c in _code_of(v)):
+        return True
+    return _is_keras_class(cls) and not _has_known_methods(cls)
+
+
 def _code_of(value: Any) -> list[Any]:
     """The functions and classes that something callable runs."""
     if inspect.isroutine(value) or inspect.isclass(value):
@@ -230,7 +240,15 @@ def _has_known_methods(cls: type) -> bool:
     for base in cls.__mro__:
         for member in vars(base).values():
             function = getattr(member, "__func__", getattr(member, "fget", member))
-            if not inspect.isfunction(function) or function in _known_methods:
+            for inside in ("func", "python_function", "__wrapped__"):  # as of a `tf.function`
+                if not inspect.isfunction(function):
+                    function = getattr(function, inside, function)
+            if not inspect.isfunction(function):
+                plain = inspect.isroutine(function) or inspect.isclass(function)
+                if callable(function) and not plain and not _is_known(type(function)):
+                    return False
+                continue
+            if function in _known_methods:
                 continue
             if not hasattr(function, "_keras_dp") and not _is_known(function):
                 return False

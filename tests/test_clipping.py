@@ -9,6 +9,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 import tiny
 from keras import layers, ops
 from reference import (
@@ -29,6 +30,7 @@ from keras_dp.clipping import (
     FlatClipping,
     PerLayerClipping,
 )
+from keras_dp.gradients.forms import Instantiated, clipped_sums
 
 STRATEGIES = [FlatClipping, PerLayerClipping, AutomaticClipping, AdaptiveClipping]
 MODES = {
@@ -397,3 +399,50 @@ def test_c_is_saved_and_goes_on(tmp_path):
 def test_a_strategy_that_is_not_there_is_refused_by_name():
     with pytest.raises(ValueError, match="clipping='quantile'"):
         tiny.sgd(clipping="quantile")
+
+
+# -- what is computed in float64 when the step runs ------------------------------------------
+
+
+def three_weights(clip):
+    """Clipped sums, traced, of three rows for each of three weights."""
+    variables = [ops.zeros((2,))] * 3
+
+    def sums(*gradients):
+        found = [Instantiated(g) for g in gradients]
+        return clipped_sums(found, variables, clip, ops.ones((3,), "bool"))[0]
+
+    gradients = np.random.default_rng(0).normal(size=(3, 3, 2)).astype("float32")
+    traced = tf.function(sums, autograph=False)
+    traced(*gradients)
+    gradients[:, 1] = np.nan
+    return traced, gradients
+
+
+@pytest.mark.fast
+def test_a_strategy_that_was_built_for_others_since_clips_by_its_own_layers():
+    """One that two optimizers share, or variables that take turns: the step failed."""
+    clip = built(PerLayerClipping, 0.1)
+    traced, gradients = three_weights(clip)
+    one_layer = [types.SimpleNamespace(path=f"layer/{name}") for name in "abc"]
+    for others in (one_layer, one_layer[:2]):
+        clip.strategy.build(others)
+        found = traced(*gradients)
+        lengths = np.linalg.norm(gradients[:, ::2], axis=-1, keepdims=True)
+        wanted = 0.1 / 3**0.5 * (gradients[:, ::2] / lengths).sum(1)
+        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+@pytest.mark.fast
+def test_c_is_read_once_in_a_step():
+    """Else another replica of the step could clip by the C of the next one."""
+    asked = []
+
+    def bound():
+        asked.append(None)
+        return 0.1
+
+    traced, gradients = three_weights(Clip(FlatClipping(), bound))
+    asked.clear()
+    assert np.all(np.isfinite(traced(*gradients)))
+    assert not asked

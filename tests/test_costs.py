@@ -183,6 +183,14 @@ def test_filters_of_examples_part_by_part_are_those_of_all_at_once(
         np.testing.assert_allclose(found, at_once, rtol=1e-5, atol=1e-5)
 
 
+def test_filters_in_float64_need_no_onednn():
+    """A model in float64 with a convolution was vectorized as a whole."""
+    x, g = ops.ones((2, 4, 4, 1), "float64"), ops.ones((2, 3, 3, 2), "float64")
+    found = backend.filter_gradients(x, g, (2, 2, 1, 2), (1, 1), "valid", (1, 1), 1)
+    assert found.dtype == "float64"
+    np.testing.assert_allclose(found, 9.0)
+
+
 @pytest.mark.parametrize(("set_to", "noted"), [(None, 1), ("0", 0)])
 def test_convolutions_without_onednn_are_noted_once(set_to, noted, monkeypatch, caplog):
     monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_dp.clipping import Clip, FlatClipping
 from keras_dp.gradients.forms import Instantiated, OuterProducts, Rows, Scaled, alike, clipped_sums
+from keras_dp.gradients.rules.convolution import Filters
 
 RANDOM = np.random.default_rng(0)
 B, COUNT = 4, 3
@@ -88,3 +90,16 @@ def test_rule_05_one_that_is_not_finite_spoils_no_other_form_or_example(bad, tra
             assert np.linalg.norm(total - wanted) <= 1 + 1e-4
         else:
             np.testing.assert_allclose(total, wanted, rtol=1e-5)
+
+
+def test_rule_05_filters_of_scaled_losses_are_emptied_by_example():
+    """As in float16. The kernel's first axis was taken for the examples."""
+    x = RANDOM.normal(size=(B, 6, 6, 2)).astype("float32")
+    x[1] = np.nan
+    g = tensor(B, 3, 3, 3)
+    settings = (4, 4, 2, 3), (1, 1), "valid", (1, 1), 1
+    form = Scaled(Filters(tf.constant(x), g, *settings), tf.ones(B))
+    alone = [Filters(tf.constant(x[k : k + 1]), g[k : k + 1], *settings) for k in (0, 2, 3)]
+    wanted = sum(f.instantiate()[0] / tf.norm(f.instantiate()) for f in alone)
+    ((total,), _) = clipped_sums([form], [wanted], Clip(FlatClipping(), 1e-3), tf.ones(B, "bool"))
+    np.testing.assert_allclose(total, 1e-3 * wanted, rtol=1e-4, atol=1e-8)

@@ -59,6 +59,66 @@ def test_no_step_waits_for_what_follows_from_it():
 
 
 @pytest.mark.fast
+def test_what_was_computed_before_the_way_back_waits_for_nothing():
+    """A gradient may be made in the forward pass, and what a step ends with may follow from it."""
+
+    @tf.function
+    def beforehand(x):
+        a = x + 1.0
+        b = a * 2.0
+        since = backend.operation_count()
+        made = [tf.reduce_sum(a * b), tf.reduce_sum(b)]
+        backend.one_after_another([([a], made[:1]), ([b], made[1:])], since)
+        return made
+
+    assert [float(t) for t in beforehand(tf.constant([1.0]))] == [8.0, 4.0]
+
+
+class Checked(keras.Layer):
+    """Whose operations TensorFlow runs in the order in which they were made."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+
+    def call(self, x):
+        return tf.debugging.check_numerics(x * self.scale, "bad")
+
+
+def test_operations_that_have_their_turn_and_steps_do_not_wait_for_each_other():
+    """It was a circle: a gradient for a layer's step, that for an operation of the way back."""
+    model = keras.Sequential(
+        [keras.Input((3,)), layers.Dense(3), Checked(), Checked(), layers.Dense(1)]
+    )
+    model.compile(noiseless_optimizer(1.0), "mse")
+    update_on_batch(model, np.ones((4, 3), "float32"), np.ones((4, 1), "float32"))
+    assert model.optimizer.engine == "ghost"
+
+
+@pytest.mark.parametrize("kind", ["Dense", "LSTM", "LayerNormalization"])
+def test_ordinary_layers_wait(kind, monkeypatch):
+    waited = []
+    original = backend.one_after_another
+
+    def noted(steps, since):
+        original(steps, since)
+        if backend.current_graph() is not None:
+            made = {t.op.name for _, ends in steps for t in ends}
+            begins = [t.op for first, _ in steps for t in first]
+            waited.append(any(op.name in made for b in begins for op in b.control_inputs))
+
+    monkeypatch.setattr(backend, "one_after_another", noted)
+    inner = {
+        "Dense": layers.Dense(3, "tanh"),
+        "LSTM": layers.LSTM(3, return_sequences=True),
+        "LayerNormalization": layers.LayerNormalization(),
+    }[kind]
+    model = keras.Sequential([keras.Input((2, 3)), inner, layers.Dense(3, "tanh"), layers.Dense(1)])
+    model.compile(noiseless_optimizer(1.0), "mse")
+    update_on_batch(model, np.ones((4, 2, 3), "float32"), np.ones((4, 2, 1), "float32"))
+    assert waited and all(waited)
+
+
+@pytest.mark.fast
 def test_outside_of_a_graph_there_is_nothing_to_order():
     x = tf.constant(1.0)
     backend.one_after_another([([x], [x])])

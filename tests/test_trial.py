@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 import tiny
 from keras import layers
+from reference import clipped_sum, example_gradients, private_clipped_sum, relative_error
 
 import keras_dp
 from keras_dp import keras_losses, keras_private
@@ -165,6 +166,73 @@ def test_rule_19_a_layer_that_has_a_traced_function_from_outside_is_not_alike():
     assert keras_private.settings_of(layer) is not None
     layer.call = tf.function(lambda x: x)
     assert keras_private.settings_of(layer) is None
+
+
+class Callable:
+    def __call__(self, *_):
+        return 0
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        lambda self, x: x,
+        tf.function(lambda self, x: x),
+        functools.partialmethod(lambda self, x: x),
+        functools.lru_cache(lambda self, x: x),
+        Callable(),
+    ],
+    ids=["function", "tf.function", "partialmethod", "lru_cache", "object"],
+)
+@pytest.mark.fast
+def test_rule_19_a_class_that_has_a_part_from_outside_is_not_known(member, monkeypatch):
+    """What is no plain function was passed over."""
+    layer = layers.GroupNormalization(2)
+    assert keras_private.settings_of(layer) is not None
+    monkeypatch.setattr(layers.GroupNormalization, "_apply_normalization", member)
+    assert keras_private.settings_of(layer) is None
+
+
+def doubled(call):
+    def other(*args, **kwargs):
+        output, states = call(*args, **kwargs)
+        return 2 * output, states
+
+    return other
+
+
+@pytest.mark.parametrize("where", ["cell", "class", "loop"])
+@pytest.mark.parametrize("cls", [layers.LSTM, layers.SimpleRNN])
+@pytest.mark.one_in(3)
+def test_rule_19_a_cell_that_somebody_has_changed_computes_what_it_computes(
+    cls, where, monkeypatch
+):
+    """The rule computed what its class does, and trained something else in silence."""
+    layer = cls(2)
+    x = np.random.default_rng(0).normal(size=(4, 3, 2)).astype("float32")
+    y = np.ones((4, 2), "float32")
+    model = keras.Sequential([keras.Input((3, 2)), layer])
+    if where == "cell":
+        layer.cell.call = doubled(layer.cell.call)
+    elif where == "class":
+        monkeypatch.setattr(type(layer.cell), "call", doubled(type(layer.cell).call))
+    else:
+        last = layer.inner_loop
+        layer.inner_loop = lambda *a, **k: [
+            2 * t if i == 0 else t for i, t in enumerate(last(*a, **k))
+        ]
+    model.compile(loss="mse")
+    wanted = clipped_sum(example_gradients(model, x, y)[0], 0.1)
+    found = private_clipped_sum(model, x, y, loss="mse", max_grad_norm=0.1)
+    assert relative_error(found, wanted) < 1e-5
+
+
+@pytest.mark.fast
+def test_all_layers_of_keras_are_known():
+    """A verdict is kept for them: else each would be tried in every start."""
+    every = [c for c in vars(layers).values() if isinstance(c, type)]
+    assert len(every) > 100
+    assert all(map(keras_private._has_known_methods, [*every, keras.Model, keras.Sequential]))
 
 
 def loss_settings(loss, **given):

@@ -24,8 +24,9 @@ CONTROL = {
         "the message. Where the compiler can't stop a step, false."
     ),
     "wait_for(tensors)": "A context in which nothing runs before these tensors are there.",
-    "one_after_another(steps)": (
-        "Has each step, of what it begins from and ends with, wait for those before, if it can."
+    "one_after_another(steps, since)": (
+        "Has each step, of what it begins from and ends with, wait for those before, if it can. "
+        "`since`: how many operations were there before the first."
     ),
     "added_up(compute, count, *, joined, carried)": (
         "A loop. `compute` makes of the scalar int32 numbers 0 to count - 1 tensors to add up, and "

@@ -175,7 +175,9 @@ class Capture:
         self._axis = None if self._graph is None else backend.BatchAxis(data, shared)
         self._containers: list[keras.Layer] = []
         self._settings: dict[int, Any] = {}
+        self._changed: set[int] = set()  # layers that don't compute what their class does
         self._inside: Unit | None = None
+        self._forward = 0  # how many operations there are once the model has run
         self._with_copies: set[int] = set()  # layers around a call that is given copies
 
     @contextlib.contextmanager
@@ -186,6 +188,7 @@ class Capture:
             # Now, because what takes over a `call` is code from outside, too.
             units = [x for x in every if self._unit_variables(x)]
             self._settings = {id(x): keras_private.settings_of(x) for x in units}
+            self._changed = {id(x) for x in every if keras_private.is_changed(x)}
             for layer in every:
                 name = keras_private.call_name_of(layer)
                 changes: dict[str, Any] = {name: self._call_of(layer)}
@@ -199,6 +202,7 @@ class Capture:
                 if self.failure is not None:
                     raise self.failure from None
                 raise
+            self._forward = backend.operation_count()
 
     def _call_of(self, layer: keras.Layer) -> Callable[..., Any]:
         original, regularizer = keras_private.call_of(layer), layer.activity_regularizer
@@ -277,7 +281,9 @@ class Capture:
                     self._compare_losses(unit, mapped, args, kwargs)
             return outputs, gradients
         rule = rule_for(layer)
-        if rule is not None and id(layer) not in self._plan.units:
+        # A rule may compute what it takes a layer inside to compute, as that of a cell.
+        inside = {id(x) for x in keras_private.all_layers(layer)} - {id(layer)}
+        if rule is not None and id(layer) not in self._plan.units and not inside & self._changed:
             try:
                 return rule(unit, *args, **kwargs)
             except NoRule:
@@ -546,8 +552,9 @@ class Capture:
                         gradient = gradient.folded(record.rows_each * views)
                         made += gradient.written_out()
                         uses[id(variable)].insert(0, gradient)
-            steps.append(([g for g in upstream if ops.is_tensor(g)], made))
-        backend.one_after_another(steps)
+            begins = [t for t, g in zip(given, upstream, strict=True) if g is not None]
+            steps.append((begins, made))
+        backend.one_after_another(steps, self._forward)
         return list(uses.values())
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import tensorflow as tf
 from tensorflow.python.framework import func_graph
+from tensorflow.python.framework.auto_control_deps import op_is_stateful
 
 from .compiling import is_for_xla
 from .operations import concrete_of, current_graph, note_as_ours
@@ -142,7 +143,9 @@ def wait_for(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[Non
     return tf.control_dependencies(read)
 
 
-def one_after_another(steps: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> None:
+def one_after_another(
+    steps: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]], since: int = 0
+) -> None:
     """Has each of some steps begin when those before it have ended, as far as may be.
 
     So that what a step is given can be freed before the next one's takes as much.
@@ -150,13 +153,20 @@ def one_after_another(steps: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]
     Args:
         steps: What each begins from, and what it ends with, which follows from that and
             from what was there before any of them.
+        since: How many operations were there before any of them. What begins from one of
+            these, as where a gradient was computed beforehand, waits for nothing.
     """
     graph = current_graph()
     if graph is None:
         return
+    operations = graph.get_operations()
+    ages = {id(op): age for age, op in enumerate(operations)}
+    first = min((ages[id(t.op)] for begins, _ in steps for t in begins), default=len(operations))
+    # TensorFlow has these wait for each other, in the order in which they were made.
+    if any(_has_its_turn(op) for op in operations[max(first, since) :]):
+        return
     # What is younger than all that the steps before begin from, none of them follows from.
-    ages = {id(op): age for age, op in enumerate(graph.get_operations())}
-    youngest, ends = -1, list[Any]()
+    youngest, ends = since - 1, list[Any]()
     for begins, made in steps:
         own = [ages[id(t.op)] for t in begins]
         if own and min(own) > youngest:
@@ -165,6 +175,10 @@ def one_after_another(steps: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]
             ends = []
         youngest = max([youngest, *own])
         ends += [t.op for t in made]
+
+
+def _has_its_turn(op: Any) -> bool:
+    return op_is_stateful(op) and not any(t.dtype == tf.resource for t in op.inputs)
 
 
 def require(condition: Tensor, flag: Tensor, message: str) -> Tensor:

@@ -47,7 +47,7 @@ def filter_gradients(
         strides, padding, dilation, groups: Of the convolution.
     """
     del groups  # the shapes tell
-    if x.shape.rank > 4 or not _folded_filter_gradients_work():
+    if x.shape.rank > 4 or not _folded_filter_gradients_work(x.dtype.name):
 
         def one(parts: list[Tensor]) -> Tensor:
             filters, alone, upstream = parts
@@ -163,11 +163,14 @@ def _examples_as_channels(tensor: Tensor) -> Tensor:
 
 
 @functools.cache
-def _folded_filter_gradients_work() -> bool:
-    """Whether this build has gradients of convolutions in groups: not without oneDNN."""
+def _folded_filter_gradients_work(dtype: str) -> bool:
+    """Whether this build has gradients of convolutions in groups: not without oneDNN.
+
+    Which on a processor has nothing of float64.
+    """
 
     def attempt() -> bool:
-        random = tf.random.stateless_normal([2, 5, 5, 3], [1, 2])
+        random = tf.random.stateless_normal([2, 5, 5, 3], [1, 2], dtype=dtype)
         try:
             found = tf.raw_ops.Conv2DBackpropFilter(
                 input=_examples_as_channels(random),
@@ -188,7 +191,7 @@ def _folded_filter_gradients_work() -> bool:
         return bool(tf.reduce_all(tf.abs(found[..., :2] - wanted) < 1e-4))
 
     works: bool = apart(attempt)
-    if not works and _ONEDNN not in os.environ:  # nobody turned it off
+    if not works and dtype == "float32" and _ONEDNN not in os.environ:  # nobody turned it off
         logger.warning(
             "TensorFlow runs convolutions without oneDNN on this processor, private and ordinary "
             "ones two to three times as slowly as with it. Set the environment variable "

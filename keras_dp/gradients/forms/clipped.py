@@ -100,20 +100,24 @@ def clipped_sums(
             every = zip(full, columns(clip_weights), types, strict=True)
             return [ops.cast(g.weighted_sum(c), type_) for g, c, type_ in every]
 
-        def weights(most: Any, real: Any) -> list[Any]:
+        def weights(most: Any, real: Any, *bound: Any) -> list[Any]:
             bad = ops.logical_not(ops.all(ops.isfinite(most), axis=1))
-            return [bad, ops.cast(mean_of(arithmetic.masked(clip(most), real)), "float64")]
+            found = arithmetic.masked(settled(most, *bound), real)
+            return [bad, ops.cast(mean_of(found), "float64")]
 
         def all_at_once(tensors: list[Any]) -> list[Any]:
-            computed, most = norms(tensors)
-            real, *tensors = tensors
-            return [computed, *sums([*weights(most, real), *tensors])]
+            bound, real, *tensors = tensors
+            computed, most = norms([real, *tensors])
+            return [computed, *sums([*weights(most, real, bound), *tensors])]
 
         pairs = zip(gradients, variables, strict=True)
         like = [(getattr(v, "shape", None), g.dtype) for g, v in pairs if g is not None]
+        settled: Any = clip
         if getattr(clip, "can_run_at_once", False):
-            wanted = [(shape, dtype), *like]
-            computed, *summed = backend.seldom(all_at_once, [real, *tensors], wanted)
+            # It runs when the step does, but with the layers and the C that are read here.
+            settled, bound = clip.settled(), clip.bound(dtype)  # type: ignore[attr-defined]
+            given = [ops.convert_to_tensor(bound), real, *tensors]
+            computed, *summed = backend.seldom(all_at_once, given, [(shape, dtype), *like])
         else:
             computed, most = backend.seldom(norms, [real, *tensors], [(shape, dtype)] * 2)
             summed = backend.seldom(sums, [*weights(most, real), *tensors], like)

@@ -165,6 +165,9 @@ class Scaled(PerExample):
     def with_tensors(self, tensors: list[Any]) -> PerExample:
         return Scaled(self.gradients.with_tensors(tensors), self.factors)
 
+    def emptied(self, bad: Any) -> list[Any]:
+        return self.gradients.emptied(bad)
+
     def folded(self, rows_each: int) -> PerExample:
         raise NotImplementedError("uses are folded before they are scaled back")
 

@@ -49,6 +49,8 @@ def recurrent(
     kind = _KINDS.get(type(layer.cell))
     if kind is None:
         raise NoRule("its cell has no rule")
+    if "inner_loop" in vars(layer):
+        raise NoRule("it has a loop of its own")
     if mask is not None and layer.unroll and layer.go_backwards and layer.zero_output_for_mask:
         # Keras zeros other steps' outputs than those that are masked: states would be missing.
         raise NoRule("it is unrolled backwards, and zeros its outputs by a mask")
