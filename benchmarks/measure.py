@@ -233,7 +233,7 @@ def about():
     return {
         "device": device(),
         "date": time.strftime("%Y-%m-%d"),
-        "onednn": _folded_filter_gradients_work(),
+        "onednn": _folded_filter_gradients_work("float32"),
         "settings": SETTINGS,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "versions": {
