@@ -81,11 +81,11 @@ def one_noise_for_all_variables_of_a_shape():
 
 
 def no_clip():
-    return Clip, "__call__", lambda self, norms: keras.ops.ones_like(norms)
+    return Clip, "__call__", lambda self, norms, *bound: keras.ops.ones_like(norms)
 
 
 def clip_that_spares_what_is_not_finite():
-    def weights(self, norms):
+    def weights(self, norms, *_):
         bound = self.max_grad_norm() if callable(self.max_grad_norm) else self.max_grad_norm
         bound = keras.ops.cast(bound, norms.dtype)
         return bound / keras.ops.maximum(arithmetic.total_norms(norms), bound)
@@ -96,7 +96,7 @@ def clip_that_spares_what_is_not_finite():
 def clip_of_gradients_of_a_scaled_loss():
     """Clipped while they are 128 times as long, and brought back afterwards."""
     clip = Clip.__call__
-    return Clip, "__call__", lambda self, norms: clip(self, 128 * norms)
+    return Clip, "__call__", lambda self, norms, *bound: clip(self, 128 * norms, *bound)
 
 
 def norm_that_omits_the_first_weight():

@@ -743,9 +743,9 @@ def test_rule_11_clipping_sees_unscaled_gradients_in_float32(name, gradients, mo
 
     dtypes, original = [], Clip.__call__
 
-    def watched(self, norms):
+    def watched(self, norms, *bound):
         dtypes.append(keras.backend.standardize_dtype(norms.dtype))
-        return original(self, norms)
+        return original(self, norms, *bound)
 
     monkeypatch.setattr(Clip, "__call__", watched)
     with policy(name):

@@ -460,8 +460,8 @@ def a_step_that_follows_the_norms():
 def a_branch_that_follows_the_norms():
     clip = clipping.Clip.__call__
 
-    def branching(self, norms):
-        weights = clip(self, norms)
+    def branching(self, norms, *bound):
+        weights = clip(self, norms, *bound)
         if tf.executing_eagerly() and float(ops.max(norms)) > 1e3:
             weights = weights * 1.0
         return weights
@@ -470,12 +470,12 @@ def a_branch_that_follows_the_norms():
 
 
 def no_clip():
-    return clipping.Clip, "__call__", lambda self, norms: ops.ones_like(norms)
+    return clipping.Clip, "__call__", lambda self, norms, *bound: ops.ones_like(norms)
 
 
 def a_clip_of_twice_the_norm():
     clip = clipping.Clip.__call__
-    return clipping.Clip, "__call__", lambda self, norms: 2 * clip(self, norms)
+    return clipping.Clip, "__call__", lambda self, norms, *bound: 2 * clip(self, norms, *bound)
 
 
 def the_exact_share_of_clipped_examples():
