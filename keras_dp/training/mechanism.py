@@ -94,7 +94,8 @@ class Clipped:
         The largest sum is among them, so that no noise is drawn, and kept, while what it is
         made of is still there.
         """
-        largest = sorted(self.sums, key=lambda s: math.prod(s.shape))[-1:]
+        sizes = [math.prod(v.shape) for v in self.variables]
+        largest = [self.sums[sizes.index(max(sizes))]] if sizes else []
         return [*largest, self.norms, self.real]
 
 

@@ -135,10 +135,10 @@ def wait_for(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[Non
     At the end of an epoch of unknown length TensorFlow still runs the parts of
     a step that don't depend on its data; this makes a part depend on them.
     """
-    # A control edge from a function's call is lost when the call is inlined; one from an
-    # operation that reads what the function returned is not.
     if tf.executing_eagerly():
         return contextlib.nullcontext()
+    # A control edge from a function's call is lost when the call is inlined; one from an
+    # operation that reads what the function returned is not.
     read = [tf.identity(t) for t in tensors]
     return tf.control_dependencies(read)
 

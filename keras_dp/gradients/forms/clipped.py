@@ -115,7 +115,7 @@ def clipped_sums(
         settled: Any = clip
         if getattr(clip, "can_run_at_once", False):
             # It runs when the step does, but with the layers and the C that are read here.
-            settled, bound = clip.settled(), clip.bound(dtype)  # type: ignore[attr-defined]
+            settled, bound = settled.settled(), settled.bound(dtype)
             given = [ops.convert_to_tensor(bound), real, *tensors]
             computed, *summed = backend.seldom(all_at_once, given, [(shape, dtype), *like])
         else:

@@ -2,8 +2,7 @@
 
 `z = x^ * gamma + beta`, x^ the normalized input: the gradient of gamma is
 `sum_t x^_t g_t` and that of beta `sum_t g_t`, over all positions that they were
-broadcast along. The layer itself is run for x^, without gamma and beta, or with 1 and 0 for
-them.
+broadcast along.
 """
 
 from __future__ import annotations
@@ -58,47 +57,20 @@ if hasattr(layers, "RMSNormalization"):
 
     @register_rule(layers.RMSNormalization)
     def rms_normalization(unit: Unit, inputs: Any) -> Any:
-        """With a scale alone."""
-        return _scale_and_shift(unit, inputs, unit.layer.scale, None)
-
-
-def _scale_and_shift(unit: Unit, inputs: Any, gamma: Any, beta: Any, normalized: Any = None) -> Any:
-    rank = len(inputs.shape)
-    axes = _axes(unit.layer, rank)
-    values = [None if w is None else unit.value(w) for w in (gamma, beta)]
-    if normalized is None:
-        neutral = [
-            (w, like(w.shape, w.dtype))
-            for w, like in ((gamma, ops.ones), (beta, ops.zeros))
-            if w is not None
-        ]
-        with unit.replaced(neutral):
+        """With a scale alone, which is 1 where the layer is run for x^."""
+        rank, scale = len(inputs.shape), unit.layer.scale
+        axes, value = _axes(unit.layer, rank), unit.value(scale)
+        with unit.replaced([(scale, ops.ones(scale.shape, scale.dtype))]):
             normalized = unit.call(inputs)
+        if axes != {rank - 1}:
+            value = ops.reshape(value, [inputs.shape[a] if a in axes else 1 for a in range(rank)])
+        outputs = unit.watch(normalized * ops.cast(value, normalized.dtype))
 
-    def spread(value: Any) -> Any:
-        if axes == {rank - 1}:
-            return ops.cast(value, normalized.dtype)
-        shape = [inputs.shape[a] if a in axes else 1 for a in range(rank)]
-        return ops.cast(ops.reshape(value, shape), normalized.dtype)
+        def gradients(g: Any) -> list[tuple[Any, Any]]:
+            total = summed_like(normalized * g, tuple(axes))
+            return [(scale, ops.reshape(total, (-1, *scale.shape)))]
 
-    outputs = normalized
-    if values[0] is not None:
-        outputs = outputs * spread(values[0])
-    if values[1] is not None:
-        outputs = outputs + spread(values[1])
-    outputs = unit.watch(outputs)
-
-    def gradients(g: Any) -> list[tuple[Any, Any]]:
-        found = []
-        for weight, product in ((gamma, normalized * g), (beta, g)):
-            if weight is not None:
-                total = summed_like(product, tuple(axes))
-                if tuple(total.shape[1:]) != tuple(weight.shape):
-                    total = ops.reshape(total, (-1, *weight.shape))
-                found.append((weight, total))
-        return found
-
-    return outputs, gradients
+        return outputs, gradients
 
 
 def _axes(layer: Any, rank: int) -> set[int]:
