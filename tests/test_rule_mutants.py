@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 from keras import layers, ops
 
+import keras_dp
 from keras_dp import backend, keras_private
 from keras_dp.errors import PrivacyError
 from keras_dp.gradients import Batch, ExampleLoss, trial
@@ -114,12 +115,17 @@ def traced(model, x):
     return engine, leaves, weights
 
 
-def mutated(rule, change):
+def mutated(rule, change, of_outputs=lambda outputs: outputs):
     def wrong(unit, *args, **kwargs):
         outputs, gradients = rule(unit, *args, **kwargs)
-        return outputs, lambda *g: change(gradients(*g))
+        return of_outputs(outputs), lambda *g: change(gradients(*g))
 
     return wrong
+
+
+def most_off(engine):
+    """Of what the rules returned in the last trial of each layer by itself."""
+    return max(off for _, off in engine.outputs_off)
 
 
 def test_every_class_with_a_rule_is_here():
@@ -134,12 +140,60 @@ def test_rule_19_each_layer_tried_by_itself_tells_every_wrong_rule(name, monkeyp
     model = keras.Model(inputs, layers.Flatten()(layer(inputs)))
     engine, leaves, weights = traced(model, x)
     assert np.max(engine.errors(leaves, weights, local=True)) < 1e-5
+    assert most_off(engine) < 1e-5
     cls = getattr(layers, name, None) or getattr(keras_private, name)
     rule = registry._rules[cls]
+    # Right gradients of another layer: plain back-propagation goes through the same outputs.
+    monkeypatch.setitem(registry._rules, cls, mutated(rule, lambda g: g, lambda t: 1.01 * t))
+    assert np.isfinite(engine.errors(leaves, weights, local=True)).all()
+    with pytest.raises(PrivacyError, match=r"rule for layer .* differs .* by 1\.00%"):
+        trial._require_small(engine, [], [])
     for what, change in MUTANTS.items():
         monkeypatch.setitem(registry._rules, cls, mutated(rule, change))
         off = np.max(engine.errors(leaves, weights, local=True))
         assert off > trial.tolerance(engine.example_loss), what
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.LSTM(2, dropout=0.5, recurrent_dropout=0.5),
+        layers.GRU(2, dropout=0.5, recurrent_dropout=0.5, implementation=2),
+        layers.ConvLSTM1D(2, 2, dropout=0.5, recurrent_dropout=0.5),
+        layers.AdditiveAttention(dropout=0.5),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_outputs_are_compared_with_the_same_random_numbers(layer):
+    attention = isinstance(layer, layers.AdditiveAttention)
+    x = data(6, 3, 2) if type(layer) is layers.ConvLSTM1D else data(6, 3)
+    inputs = keras.Input(x.shape[1:])
+    outputs = layer([inputs, 2 * inputs] if attention else inputs)
+    engine, leaves, weights = traced(keras.Model(inputs, layers.Flatten()(outputs)), x)
+    assert engine.draws_random
+    engine.errors(leaves, weights, local=True)
+    assert most_off(engine) < 1e-5
+
+
+def test_rule_19_a_rule_that_computes_another_layer_is_refused(monkeypatch):
+    monkeypatch.setattr(registry, "_rules", dict(registry._rules))
+
+    class Scale(layers.Layer):
+        def build(self, shape):
+            self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+
+        def call(self, x):
+            return x * self.scale
+
+    @keras_dp.register_rule(Scale)
+    def rule(unit, x):
+        outputs = unit.watch(unit.call(x) + 1)  # the layer adds nothing
+        return outputs, lambda g: [(unit.layer.scale, x * g)]
+
+    model = keras.Sequential([keras.Input((3,)), Scale(name="culprit")])
+    model.compile(keras_dp.DPSGD(0.1, max_grad_norm=1.0, noise_multiplier=1.0), loss="mse")
+    with pytest.raises(PrivacyError, match=r"culprit.*differs from what the layer itself"):
+        model.fit(data(3), data(3), batch_size=2, verbose=0)
 
 
 # -- what only all layers together tell -----------------------------------------------------

@@ -72,6 +72,8 @@ class GhostEngine:
         self.plan = Plan()
         self.draws_random = False
         self.used_outside: list[int] = []  # indices of weights
+        # Of each call of a layer by its rule, tried by itself: how far its outputs are off.
+        self.outputs_off: list[tuple[keras.Layer, float]] = []
         self.owners = keras_private.owners_of(example_loss.model, example_loss.variables)
 
     def __call__(
@@ -286,7 +288,8 @@ class GhostEngine:
 
         Compared are, of some made-up examples (not traced), a sum with uneven weights
         with the same sum by plain back-propagation, in one pass and from the same
-        numbers, and each example's norm with that of its gradient written out.
+        numbers, and each example's norm with that of its gradient written out. What
+        rules return for a layer is compared with what the layer returns: `outputs_off`.
 
         Args:
             leaves: The examples' tensors and seeds, a few rows.
@@ -308,6 +311,7 @@ class GhostEngine:
         capture = forward.capture
         watched = [t for r in capture.records for t in r.unit.watched]
         if local:
+            self.outputs_off = capture.outputs_off
             targets = [t for r in capture.records for t in r.outputs if arithmetic.is_float(t)]
             upstream = [made_up_gradient(t, k) for k, t in enumerate(targets)]
         else:

@@ -3,7 +3,8 @@
 A wrong norm would be a wrong clip, so neither the vectorizer's rewriting of a
 model nor a rule for a layer is taken on trust. The ghost engine is tried layer
 by layer, on made-up inputs and made-up gradients: nothing chaotic lies between,
-so that what is right agrees to rounding. Where a model has code from outside
+so that what is right agrees to rounding. What a rule returns is compared with
+what the layer itself does. Where a model has code from outside
 Keras, all layers together must give the gradient that back-propagation gives,
 in one pass and from the same numbers. That examples don't mix isn't tried
 here: it is proved while the model is traced (`Capture`). An engine that maps a
@@ -215,6 +216,15 @@ def _require_small(
 ) -> None:
     loss = ghost.example_loss
     most = tolerance(loss)
+    for layer, off in ghost.outputs_off:
+        if not off <= most:
+            raise PrivacyError(
+                f"What the rule for {named(layer)} returns for made-up examples, tried before "
+                f"training, differs from what the layer itself returns by {_percent(off)} of it: "
+                "training would be that of another layer. Its rule for the ghost engine "
+                "(keras_dp.register_rule) is wrong, or the layer's class was changed. Fix the "
+                "rule, or compile with gradients='vectorized'."
+            )
     for errors, how in ((local, _BY_ITSELF), (whole, _TOGETHER)):
         if not errors or (off := np.max(errors, axis=1)).max() <= most:
             continue
