@@ -44,6 +44,10 @@ CONTROL = {
         "The function, from a list of tensors to another, which may be traced once and then "
         "called: a saving, nothing else."
     ),
+    "for_any_size(function, fixed, tensors)": (
+        "`function(tensors, *fixed)`, a list, which may be traced once for tensors of all sizes "
+        "and then called: a saving, nothing else."
+    ),
     "seldom(function, tensors, like)": (
         "What a function makes of a list of tensors, prepared, where that can be, only when it is "
         "run: results of the shapes and types in `like`, pairs."
@@ -138,6 +142,10 @@ GRADIENTS = {
     ),
     "depthwise_filter_gradients(x, g, kernel, strides, padding, dilation)": (
         "The same of a depthwise convolution: (rows, *kernel, channels, multiplier)."
+    ),
+    "patches(x, kernel, strides, dilation)": (
+        "What lies under a convolution's kernel, copied bit by bit, (rows, *space, positions of the "
+        "kernel times channels); `None` where no operation does that."
     ),
 }
 

@@ -19,6 +19,7 @@ from .types import Tensor
 __all__ = [
     "apart",
     "branch",
+    "for_any_size",
     "once_traced",
     "one_after_another",
     "outside_graph",
@@ -75,6 +76,34 @@ class _Once:
             signature = [tf.TensorSpec(t.shape, t.dtype) for t in tensors]
             self._concrete = concrete_of(self._traced, signature)
         return list(self._concrete(tensors))
+
+
+def for_any_size(
+    function: Callable[..., list[Tensor]], fixed: tuple[Any, ...], tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """`function(tensors, *fixed)`, traced once in each graph for tensors of all sizes.
+
+    A deep network does the same to tensors of many sizes, and what takes long is to write it
+    down for each. XLA, which has to know all sizes, gets it for each.
+
+    Args:
+        function: One that is defined once. Of what it is given the sizes aren't known.
+        fixed: What else it follows from; hashable.
+        tensors: Tensors.
+    """
+    graph = current_graph()
+    if graph is None or is_for_xla():
+        return function(list(tensors), *fixed)
+    known = getattr(graph, "keras_dp_for_any_size", None)
+    if known is None:
+        graph.keras_dp_for_any_size = known = {}
+    kind = (function, fixed, *((t.dtype, t.shape.rank) for t in tensors))
+    if kind not in known:
+        traced = tf.function(lambda tensors: function(tensors, *fixed), autograph=False)
+        known[kind] = concrete_of(
+            traced, [tf.TensorSpec([None] * t.shape.rank, t.dtype) for t in tensors]
+        )
+    return list(known[kind](list(tensors)))
 
 
 def seldom(

@@ -18,7 +18,7 @@ from .mapping import map_rows
 from .random import runs_python
 from .types import Tensor
 
-__all__ = ["depthwise_filter_gradients", "filter_gradients"]
+__all__ = ["depthwise_filter_gradients", "filter_gradients", "patches"]
 
 _CACHED = 2**24  # bytes of filters' gradients, padded as oneDNN does, that stay in a cache
 _ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
@@ -239,3 +239,23 @@ def depthwise_filter_gradients(
     if scale is not None:
         found = found * tf.reshape(scale, [-1, 1, 1, 1])
     return tf.reshape(found, [rows, *kernel, channels, multiplier])
+
+
+def patches(x: Tensor, kernel: Any, strides: Any, dilation: Any) -> Tensor | None:
+    """What lies under a convolution's kernel; `None` where no operation copies it as it is.
+
+    XLA makes a convolution of it, which may round.
+
+    Args:
+        x: Inputs, (B, *space, channels), padded.
+        kernel, strides, dilation: Of the convolution.
+
+    Returns:
+        Shape (B, *space', positions of the kernel times channels).
+    """
+    if len(kernel) > 2 or is_for_xla():
+        return None
+    sizes, steps, rates = ((1, 1, *n)[-2:] for n in (kernel, strides, dilation))
+    images = x if len(kernel) == 2 else x[:, tf.newaxis]
+    found = tf.image.extract_patches(images, [1, *sizes, 1], [1, *steps, 1], [1, *rates, 1], "VALID")
+    return found if len(kernel) == 2 else found[:, 0]

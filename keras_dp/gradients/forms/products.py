@@ -31,7 +31,7 @@ class OuterProducts(PerExample):
         right: Shape (B, p), (B, T, p) or (B, K, T, p).
         shape: The shape of [d, p] or [K, d, p] with its axes taken apart, if
             the weight's differs.
-        order: Then the order in which the weight has these axes.
+        order: The order in which the weight has these axes, if it is another.
 
     Example:
 
@@ -53,7 +53,8 @@ class OuterProducts(PerExample):
         self.left = left
         self.right = right
         self.shape = None if shape is None else tuple(shape)
-        self.order = None if order is None else tuple(order)
+        in_order = order is None or list(order) == list(range(len(order)))
+        self.order = None if in_order else tuple(order)  # type: ignore[arg-type]
 
     @property
     def form(self) -> tuple[Any, ...]:
@@ -147,10 +148,7 @@ class OuterProducts(PerExample):
                 for t in (left, right * column_like(c, right))
             )
             found = backend.exactly(ops.matmul, ops.swapaxes(left, 1, 2), right)
-        if self.shape is None:
-            return found
-        order = (0, *(1 + k for k in self.order or ()))
-        return ops.transpose(ops.reshape(found, (-1, *self.shape)), order)
+        return self._arranged_each(found)
 
     def needed(self) -> PerExample:
         if "_products" not in self.__dict__:
@@ -160,16 +158,22 @@ class OuterProducts(PerExample):
         return other
 
     def instantiate(self) -> Any:
-        products = self._multiplied()
-        if self.shape is None:
-            return products
-        products = ops.reshape(products, (-1, *self.shape))
-        return ops.transpose(products, (0, *(1 + k for k in self.order or ())))
+        return self._arranged_each(self._multiplied())
 
     def _arranged(self, total: Any) -> Any:
         if self.shape is None:
             return total
-        return ops.transpose(ops.reshape(total, self.shape), self.order)
+        total = ops.reshape(total, self.shape)
+        return total if self.order is None else ops.transpose(total, self.order)
+
+    def _arranged_each(self, several: Any) -> Any:
+        """The same of several, along the first axis."""
+        if self.shape is None:
+            return several
+        several = ops.reshape(several, (-1, *self.shape))
+        if self.order is None:
+            return several
+        return ops.transpose(several, (0, *(1 + k for k in self.order)))
 
     def _exact(self) -> tuple[Any, Any]:
         return arithmetic.at_least_float32(self.left), arithmetic.at_least_float32(self.right)

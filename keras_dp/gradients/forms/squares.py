@@ -123,6 +123,14 @@ def squares_of_pairs(left: Any, right: Any, left_off: float, right_off: float) -
     """
     if len(left.shape) == 4:
         left, right = (ops.reshape(t, (-1, *ops.shape(t)[2:])) for t in (left, right))
+    offs = ops.convert_to_tensor([left_off, right_off], dtype="float64")
+    found = backend.for_any_size(_squares_of_pairs, (), [left, right, offs])
+    value, slack, linear = (backend.of_known_sizes(t, left.shape[:1]) for t in found)
+    return Squares(value, 0.0, slack, linear)
+
+
+def _squares_of_pairs(tensors: list[Any]) -> list[Any]:
+    left, right, (left_off, right_off) = *tensors[:2], ops.unstack(tensors[2], 2)
     value = sum_of_sums(left * right)
     unit, least = backend.roundoff(left), backend.least_square(left)
     # So large that what is lost of small numbers is no more than rounding.
@@ -142,7 +150,7 @@ def squares_of_pairs(left: Any, right: Any, left_off: float, right_off: float) -
     slack = slack + 4 * left_off * right_off * ops.square(together)
     slack = OF_A_BOUND * slack + 4 * least * length * length
     linear = sum_off_of(left_sizes, right_sizes, left)
-    return Squares(ops.maximum(value, 0.0), 0.0, slack, linear)
+    return [ops.maximum(value, 0.0), slack, linear]
 
 
 def sum_off_of(left_sizes: Any, right_sizes: Any, like: Any) -> Any:

@@ -59,7 +59,7 @@ def convolution(unit: Unit, inputs: Any) -> Any:
             high = OuterProducts(positions_of(reduced), positions_of(g))
             found += lora.pairs(low, high)
         if unit.trains(layer._kernel):
-            found.append((layer._kernel, Filters(x, g, (*shape, g.shape[-1]), *settings)))
+            found.append((layer._kernel, _of_filters(x, g, (*shape, g.shape[-1]), *settings)))
         return found
 
     return outputs, gradients
@@ -148,6 +148,19 @@ def separable_convolution(unit: Unit, inputs: Any) -> Any:
     return outputs, gradients
 
 
+def _of_filters(x: Any, g: Any, shape: tuple[int, ...], *settings: Any) -> PerExample:
+    """`Filters`, or where each sees one position alone, the products of a matrix."""
+    strides, _, _, groups = settings
+    kernel = shape[:-2]
+    if math.prod(kernel) > 1 or groups > 1 or None in (*x.shape[1:], *g.shape[1:]):
+        return Filters(x, g, shape, *settings)
+    if max(strides) > 1:
+        x = x[(slice(None), *(slice(None, None, s) for s in strides))]
+    one = math.prod(g.shape[1:-1]) == 1
+    left, right = (ops.reshape(t, (-1, t.shape[-1])) if one else positions_of(t) for t in (x, g))
+    return OuterProducts(left, right, shape=shape, order=range(len(shape)))
+
+
 def _channels_last(layer: Any, tensor: Any) -> Any:
     if layer.data_format == "channels_last":
         return tensor
@@ -166,16 +179,19 @@ def _depthwise_gradients(layer: Any, x: Any, g: Any) -> PerExample:
         )
     if not known:
         raise NoRule("it has strides and dilation, and inputs of a size that isn't known")
-    # One position of the kernel at a time: what lies under it, times g.
     channels = x.shape[-1]
     x = _padded(x, kernel, strides, layer.padding, dilation)
     g = ops.reshape(g, (-1, *g.shape[1:-1], channels, g.shape[-1] // channels))
+    (found,) = backend.for_any_size(_depthwise_products, (kernel, strides, dilation), [x, g])
+    return Instantiated(ops.reshape(found, (-1, *kernel, *g.shape[-2:])))
+
+
+def _depthwise_products(tensors: list[Any], kernel: Any, strides: Any, dilation: Any) -> list[Any]:
+    """One position of the kernel at a time, (B, positions, C, m): what lies under it, times g."""
+    x, g = tensors
     space = tuple(range(1, len(kernel) + 1))
-    parts = [
-        ops.sum(ops.expand_dims(under, -1) * g, axis=space)
-        for under in _under_kernel(x, g.shape[1:-2], kernel, strides, dilation)
-    ]
-    return Instantiated(ops.reshape(ops.stack(parts, 1), (-1, *kernel, *parts[0].shape[1:])))
+    under = _under_kernel(x, ops.shape(g)[1:-2], kernel, strides, dilation)
+    return [ops.stack([ops.sum(ops.expand_dims(t, -1) * g, axis=space) for t in under], 1)]
 
 
 def _padded(x: Any, kernel: Any, strides: Any, padding: str, dilation: Any) -> Any:
@@ -329,8 +345,10 @@ class Filters(PerExample):
 
         def products(t: Any, sizes: Any) -> tuple[Any, float]:
             """Those of all pairs of positions, in each group: (B groups, *sizes twice)."""
-            t = ops.reshape(t, (-1, math.prod(sizes), groups, t.shape[-1] // groups))
-            t = ops.reshape(ops.swapaxes(t, 1, 2), (-1, math.prod(sizes), t.shape[-1]))
+            t = ops.reshape(t, (-1, math.prod(sizes), t.shape[-1]))
+            if groups > 1:
+                t = ops.reshape(t, (-1, t.shape[1], groups, t.shape[-1] // groups))
+                t = ops.reshape(ops.swapaxes(t, 1, 2), (-1, t.shape[1], t.shape[-1]))
             found, off = pairs(t)
             return ops.reshape(found, (-1, *sizes, *sizes)), off
 
@@ -348,20 +366,31 @@ class Filters(PerExample):
 
     def unfolded(self) -> OuterProducts | None:
         """The same gradients from patches, where these are smaller than what is written out."""
+        *_, groups = self.settings
+        return self._unfolded() if groups == 1 and self._gram_is_smaller() else None
+
+    def _unfolded(self) -> OuterProducts:
+        """The same gradients, from patches: of all groups together, or of a block for each."""
         strides, padding, dilation, groups = self.settings
-        if groups > 1 or not self._gram_is_smaller():
-            return None
         x, g = self._exact()
-        kernel = self.shape[:-2]
-        padded = _padded(x, kernel, strides, padding, dilation)
-        parts = _under_kernel(padded, g.shape[1:-1], kernel, strides, dilation)
-        patches = ops.stack(list(parts), -2)
-        numbers, positions = math.prod(self.shape[:-1]), math.prod(g.shape[1:-1])
+        *kernel, channels, filters = self.shape
+        x = _padded(x, kernel, strides, padding, dilation)
+        patches = backend.patches(x, tuple(kernel), strides, dilation)
+        if patches is None:
+            under = _under_kernel(x, g.shape[1:-1], kernel, strides, dilation)
+            patches = ops.stack(list(under), -2)
+        positions, numbers = math.prod(g.shape[1:-1]), math.prod(self.shape[:-1])
+        if groups == 1:
+            left = ops.reshape(patches, (-1, positions, numbers))
+            right = ops.reshape(g, (-1, positions, filters))
+            return OuterProducts(left, right, shape=self.shape, order=range(len(self.shape)))
+        each, blocks = filters // groups, (-1, positions, math.prod(kernel), groups, channels)
+        left = ops.transpose(ops.reshape(patches, blocks), (0, 3, 1, 2, 4))
         return OuterProducts(
-            ops.reshape(patches, (-1, positions, numbers)),
-            ops.reshape(g, (-1, positions, g.shape[-1])),
-            shape=self.shape,
-            order=range(len(self.shape)),
+            ops.reshape(left, (-1, groups, positions, numbers)),
+            ops.swapaxes(ops.reshape(g, (-1, positions, groups, each)), 1, 2),
+            shape=(groups, *kernel, channels, each),
+            order=(*range(1, len(kernel) + 2), 0, len(kernel) + 2),
         )
 
     def weighted_sum(self, clip_weights: Any) -> Any:
@@ -371,33 +400,9 @@ class Filters(PerExample):
             c = ops.cast(clip_weights, written.dtype)
             c = ops.broadcast_to(c, (numbers, 1, ops.shape(c)[0]))
             return ops.reshape(backend.exactly(ops.matmul, c, written), self.shape)
-        return self._summed(ops.cast(clip_weights, self._exact()[1].dtype))
-
-    def _summed(self, c: Any) -> Any:
-        """One position of the kernel at a time: a product of what lies under it with c g.
-
-        Not the framework's own gradient, which may be a fast algorithm (Winograd's,
-        Fourier's) that rounds more than a sum of products.
-        """
-        strides, padding, dilation, groups = self.settings
-        x, g = self._exact()
-        g = g * ops.reshape(c, (-1, *(1 for _ in g.shape[1:])))
-        kernel = self.shape[:-2]
-        x = _padded(x, kernel, strides, padding, dilation)
-
-        def by_group(t: Any) -> Any:
-            """(B, *space, channels) as (groups, B positions, channels / groups)."""
-            t = ops.reshape(t, (-1, groups, t.shape[-1] // groups))
-            return ops.swapaxes(t, 0, 1)
-
-        right = by_group(g)
-        parts = [
-            backend.exactly(ops.matmul, ops.swapaxes(by_group(under), 1, 2), right)
-            for under in _under_kernel(x, g.shape[1:-1], kernel, strides, dilation)
-        ]
-        # (positions of the kernel, groups, channels / groups, filters / groups)
-        total = ops.transpose(ops.stack(parts), (0, 2, 1, 3))
-        return ops.reshape(total, self.shape)
+        # Not the framework's own gradient, which may be a fast algorithm (Winograd's, Fourier's)
+        # that rounds more than a sum of products.
+        return ops.reshape(self._unfolded().weighted_sum(clip_weights), self.shape)
 
     def instantiate(self) -> Any:
         written = self._written_out
