@@ -46,7 +46,7 @@ import keras_dp
 from keras_dp.backend.tensorflow.filters import _folded_filter_gradients_work
 from keras_dp.noise import NoiseSource
 
-XLA = ", XLA"
+XLA, AUTO = ", XLA", ", auto"  # variants: compiled, and in microbatches of a size that is found
 SETTINGS = json.loads(os.environ.get("KERAS_DP_BENCHMARKS", '{"clock": "wall"}'))  # of run.py
 
 
@@ -68,7 +68,8 @@ def make_step(name, variant, sizes, microbatch_size=None):
     model, x, y, loss = ZOO[name](random, **sizes)
     if variant == "noise":
         return noise_draw(model.trainable_variables), model
-    gradients = variant.removesuffix(XLA)
+    gradients = variant.removesuffix(XLA).removesuffix(AUTO)
+    finds_size = variant.endswith(AUTO)
     optimizer = (
         keras.optimizers.SGD(0.1)
         if gradients == "ordinary"
@@ -77,22 +78,26 @@ def make_step(name, variant, sizes, microbatch_size=None):
             max_grad_norm=1.0,
             noise_multiplier=1.0,
             gradients=gradients,
-            microbatch_size=microbatch_size,
+            microbatch_size="auto" if finds_size else microbatch_size,
         )
     )
     model.compile(optimizer, loss, jit_compile=variant.endswith(XLA))
-    return training_step(model, x, y), model
+    return training_step(model, x, y, known=finds_size), model
 
 
-def training_step(model, x, y):
-    """A call of the model's train function, on an iterator that yields the same batch."""
+def training_step(model, x, y, *, known=False):
+    """A call of the model's train function, on an iterator that yields the same batch.
+
+    `known` is whether it says the batch's size, as the expected one is known in `fit`.
+    """
 
     def of_unknown_size(*tensors):
         return tuple(
             tf.compat.v1.placeholder_with_default(t, [None, *t.shape[1:]]) for t in tensors
         )
 
-    iterator = iter(tf.data.Dataset.from_tensors((x, y)).map(of_unknown_size).repeat())
+    batches = tf.data.Dataset.from_tensors((x, y))
+    iterator = iter((batches if known else batches.map(of_unknown_size)).repeat())
     model.make_train_function()
     session = getattr(model.optimizer, "session", None)
     if session is not None:  # as for `train_on_batch`

@@ -1,6 +1,6 @@
 """How much a private training step costs, in time and memory, next to an ordinary one.
 
-    python benchmarks/run.py [--models mlp,cnn] [--rounds 15] [--xla] [--growth]
+    python benchmarks/run.py [--models mlp,cnn] [--rounds 15] [--xla] [--auto] [--growth]
         [--json results.json] [--picture docs/benchmarks.png]
 
 For each model of `zoo.py`, in one process, these take turns: an ordinary step;
@@ -49,7 +49,7 @@ from tables import (
     run_measure,
 )
 
-XLA = ", XLA"
+XLA, AUTO = ", XLA", ", auto"
 MICROBATCH = 64
 LOGICAL_BATCHES = (256, 1024, 4096, 16384)
 COLUMNS = ("model", "variant", "ms", "× ordinary", "r", "compile s", "peak MiB", "note")
@@ -101,6 +101,7 @@ def arguments():
     parser.add_argument("--engines", default="ghost,vectorized", help="private engines to measure")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--xla", action="store_true", help="also with jit_compile=True")
+    parser.add_argument("--auto", action="store_true", help="also with microbatch_size='auto'")
     parser.add_argument("--growth", action="store_true", help="also while sizes double")
     parser.add_argument("--only-growth", action="store_true", help="nothing else than that")
     parser.add_argument(
@@ -130,6 +131,8 @@ def arguments():
 def measure_models(names, private, options):
     """Measures and prints model after model; returns the figures by model and variant."""
     variants = ["ordinary", "noise", *private]
+    if options.auto:
+        variants += [v + AUTO for v in private]
     if options.xla:
         variants += [v + XLA for v in ("ordinary", *private)]
     print_head(*COLUMNS)
@@ -181,7 +184,7 @@ def figures_of(variant, times):
 
 def note_of(variant, engine):
     """Says so if another engine ran than the variant asked for."""
-    asked = variant.removesuffix(XLA)
+    asked = variant.removesuffix(XLA).removesuffix(AUTO)
     if asked in ("ordinary", "noise", "auto") or engine == asked:
         return ""
     return f"not what was asked for: {engine} ran."

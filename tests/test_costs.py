@@ -15,22 +15,33 @@ import keras_dp
 from keras_dp import backend
 from keras_dp.backend.tensorflow import filters
 from keras_dp.gradients import engine, mapped
-from keras_dp.gradients.microbatches import rows_that_fit
+from keras_dp.gradients.microbatches import Ordinary, Step, rows_that_fit
 
 # -- microbatch_size="auto" -----------------------------------------------------------------------
 
 
-def on_a_processor(monkeypatch, *, left, each, always=0, counted=True):
-    """Memory of which each row takes some, and each run some; which rows were run."""
-    ran = []
+class Machine:
+    """A processor of made-up memory: what the rows of the last run take of it."""
 
-    def taken(compute):
+    def __init__(self, monkeypatch, *, left, counted=True):
+        self.ran = []
+        self._taken = 0
+        monkeypatch.setattr(backend, "memory_left", lambda: left)
+        monkeypatch.setattr(backend, "memory_taken", self._measured if counted else self._unknown)
+
+    def run(self, each, always=0):
+        def run(rows):
+            self.ran.append(rows)
+            self._taken = always + each * rows
+
+        return run
+
+    def _measured(self, compute):
         compute()
-        return always + each * ran[-1] if counted else None
+        return self._taken
 
-    monkeypatch.setattr(backend, "memory_left", lambda: left)
-    monkeypatch.setattr(backend, "memory_taken", taken)
-    return ran
+    def _unknown(self, compute):
+        compute()
 
 
 @pytest.mark.parametrize(
@@ -39,19 +50,70 @@ def on_a_processor(monkeypatch, *, left, each, always=0, counted=True):
         (10**9, 1000, 1000),  # all fit
         (10**5, 1000, 48),  # 49 rows take half of it less the 100; 21 times 48 make 1000
         (10**5, 20, 20),
+        (10**4, 1000, 4),
         (100, 1000, 1),
+        (10**9, 3, 3),
     ],
 )
 def test_what_fits_follows_from_how_memory_grows(left, most, wanted, monkeypatch):
-    ran = on_a_processor(monkeypatch, left=left, each=1000, always=100)
-    assert rows_that_fit(ran.append, most) == wanted
-    assert len(ran) <= 4
-    assert max(ran) <= min(most, 32)  # nothing is run that might not fit
+    machine = Machine(monkeypatch, left=left)
+    assert rows_that_fit(Step(machine.run(1000, always=100)), most) == wanted
+    assert len(machine.ran) <= 4
+    assert max(machine.ran) <= min(most, 64)
+    beyond_the_first = [rows for rows in machine.ran if rows > 4]
+    assert all(100 + 1000 * rows <= left / 2 for rows in beyond_the_first)  # they are sure to fit
 
 
 def test_what_fits_is_not_known_where_memory_cannot_be_measured(monkeypatch):
-    ran = on_a_processor(monkeypatch, left=10**9, each=1, counted=False)
-    assert rows_that_fit(ran.append, 100) is None
+    machine = Machine(monkeypatch, left=10**9, counted=False)
+    assert rows_that_fit(Step(machine.run(1)), 100) is None
+
+
+# An ordinary step takes 100 for each row, and 1,000 whatever the rows: of 256 rows 26,600.
+@pytest.mark.parametrize(
+    ("each", "always", "held", "wanted"),
+    [
+        (100, 1000, 1000, 352),  # as an ordinary one: even the largest batch at once
+        (103, 0, 0, 352),
+        (150, 1000, 1000, 128),
+        (200, 1000, 0, 128),
+        (250, 1000, 1000, 86),  # three parts take 1,000 + 21,500, and the sums once more
+        (350, 1000, 1000, 64),
+        (900, 1000, 1000, 64),  # no four parts do, but they take a third of what the whole does
+        (30, 60_000, 0, 352),  # nothing that rows take is worth to be spared
+        (110, 30_000, 30_000, 352),  # another 30,000 for the sums
+    ],
+)
+def test_microbatches_bring_a_step_to_the_memory_of_an_ordinary_one(
+    each, always, held, wanted, monkeypatch
+):
+    machine = Machine(monkeypatch, left=10**9)
+    ordinary = Ordinary(machine.run(100, always=1000), held=1000, rows=256)
+    assert rows_that_fit(Step(machine.run(each, always), held), 352, ordinary) == wanted
+    assert len(machine.ran) <= 4
+    assert max(machine.ran) <= 64
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [(128, 43), (32, 16), (30, 30), (1, 1)])
+def test_microbatches_have_rows_enough(rows, wanted, monkeypatch):
+    machine = Machine(monkeypatch, left=10**9)
+    ordinary = Ordinary(machine.run(100), held=0, rows=rows)
+    assert rows_that_fit(Step(machine.run(280)), rows, ordinary) == wanted
+
+
+def test_what_fits_comes_before_what_an_ordinary_step_takes(monkeypatch):
+    machine = Machine(monkeypatch, left=20_000)
+    ordinary = Ordinary(machine.run(100), held=0, rows=256)
+    assert rows_that_fit(Step(machine.run(200)), 256, ordinary) == 43  # 50 fit
+
+
+@pytest.mark.parametrize("multiple", [32, 256])
+def test_made_up_rows_are_as_many_as_can_be_run(multiple, monkeypatch):
+    machine = Machine(monkeypatch, left=10**9)
+    ordinary = Ordinary(machine.run(100), held=0, rows=256)
+    found = rows_that_fit(Step(machine.run(150), multiple=multiple), 256, ordinary)
+    assert not any(rows % multiple for rows in machine.ran)
+    assert found == (128 if multiple == 32 else 256)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +128,7 @@ def test_what_fits_on_a_gpu_is_what_still_runs(room, wanted, monkeypatch):
             raise backend.OutOfMemory(None, None, "no room")
 
     monkeypatch.setattr(backend, "memory_left", lambda: None)
-    assert rows_that_fit(run, 1000) == wanted <= room
+    assert rows_that_fit(Step(run), 1000) == wanted <= room
     assert len(ran) <= 4
 
 
@@ -76,7 +138,7 @@ def test_a_model_of_which_nothing_fits_is_refused(monkeypatch):
 
     monkeypatch.setattr(backend, "memory_left", lambda: None)
     with pytest.raises(MemoryError, match="even 15 examples"):
-        rows_that_fit(run, 1000)
+        rows_that_fit(Step(run), 1000)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says")
@@ -84,6 +146,8 @@ def test_the_memory_that_is_taken_and_left():
     taken = backend.memory_taken(lambda: np.ones(2**24))  # 128 MiB
     assert 0.9 < taken / 2**27 < 1.5
     assert backend.memory_taken(lambda: None) < 2**24
+    kept = []
+    assert backend.memory_taken(lambda: kept.append(np.ones(2**23))) < 2**24  # it stays
     assert backend.memory_left() > 2**24
 
 
@@ -96,20 +160,22 @@ def test_microbatches_of_a_size_that_was_found_change_no_number(mode, monkeypatc
     chunks = []
     whole, chunked = engine.rows_that_fit, mapped.chunked_sum
 
-    def few(run, most):
-        run(5)  # on made-up examples
-        assert whole(run, most) is None or whole(run, most) <= most
+    def few(step, most, ordinary):
+        step.run(5)  # on made-up examples
+        ordinary.run(5)
+        assert ordinary.held == 4 * sum(w.size for w in model.get_weights())
+        assert whole(step, most, ordinary) in (None, most)
         return 4
 
-    def seen(run, leaves, size):
-        chunks.append(size)
-        return chunked(run, leaves, size)
+    def seen(run, leaves, size, *, fixed):
+        chunks.append((size, fixed))
+        return chunked(run, leaves, size, fixed=fixed)
 
     wanted, _ = engine_outcome(model, x, y, max_grad_norm=0.3, **mode)
     monkeypatch.setattr(engine, "rows_that_fit", few)
     monkeypatch.setattr(mapped, "chunked_sum", seen)
     got, _ = engine_outcome(model, x, y, max_grad_norm=0.3, microbatch_size="auto", **mode)
-    assert set(chunks) == {4}
+    assert set(chunks) == {(4, bool(mode.get("jit_compile")))}
     assert relative_error(got.sums, wanted.sums) < 1e-5
     np.testing.assert_allclose(got.norms[:11], wanted.norms[:11], rtol=1e-5)
 
@@ -123,9 +189,10 @@ def test_fit_finds_a_size_before_the_first_step(people, monkeypatch):
     model.compile(optimizer, "mse")
     asked = []
 
-    def few(run, most):
+    def few(step, most, ordinary):
         asked.append((most, optimizer.ledger.steps))
-        run(6)
+        step.run(6)
+        assert people or ordinary.rows == 10
         return 3
 
     monkeypatch.setattr(engine, "rows_that_fit", few)

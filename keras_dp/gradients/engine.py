@@ -20,13 +20,14 @@ from .example import Batch, ExampleLoss, MeanOfViews, Outcome
 from .forms import Instantiated, clipped_sums
 from .ghost import GhostEngine, Replanned
 from .made_up import made_up_like
-from .microbatches import rows_that_fit
+from .microbatches import Ordinary, Step, rows_that_fit
 
 __all__ = ["ENGINES", "Engine", "EngineOptions", "Run"]
 
 ENGINES = ("auto", "ghost", "vectorized", "loop")
 _BATCH = 256  # examples where no batch size is known
 _LENGTH = 128  # of what has a length that isn't known
+_BYTES = 4  # of a number in a gradient
 
 Run = Callable[[list[Any]], Any]
 
@@ -42,7 +43,7 @@ class EngineOptions:
     Attributes:
         gradients: The engine to start from; `"auto"` is `"ghost"`.
         microbatch_size: How many examples are in memory at once, or `None` for all;
-            `"auto"`: as many as fit.
+            `"auto"`: as many as `rows_that_fit` finds.
         batch_size: The expected number of examples in a batch; 0 where it isn't known.
         views: How often each example is run, with random numbers of its own each
             time; its gradient, before it is clipped, is the mean.
@@ -109,12 +110,16 @@ class Engine:
 
     @property
     def padding(self) -> int:
-        """What the number of rows is padded to a multiple of.
+        """What the number of rows is padded to a multiple of."""
+        return -(-self._batch_capacity // self._multiple) * self._multiple
+
+    @property
+    def _multiple(self) -> int:
+        """What the engine runs a multiple of.
 
         XLA compiles once for every number of rows, so it is given few of them.
         """
-        each = (self._microbatch_size or 32) if self._jit_compile and not self._eagerly else 1
-        return -(-self._batch_capacity // each) * each
+        return (self._microbatch_size or 32) if self._jit_compile and not self._eagerly else 1
 
     @property
     def _options(self) -> tuple[Any, ...]:
@@ -238,19 +243,24 @@ class Engine:
             return run
 
     def _in_microbatches(self, run: Run, leaves: list[Any]) -> Run:
-        """The traced engine, on as many examples at once as fit into memory."""
+        """The traced engine, on as many examples at once as `rows_that_fit` finds."""
         known = leaves[0].shape[0]
         expected = self._batch_size or known or _BATCH
         # Nearly no Poisson sample is larger.
         most = int(known or expected + 6 * math.sqrt(expected) * (self._batch_capacity == 1))
         most = -(-most // self.padding) * self.padding
 
-        def on_made_up(rows: int) -> None:
-            results = run(self._made_up(leaves, -(-rows // self.padding) * self.padding))
+        def private(rows: int) -> None:
+            results = run(self._made_up(leaves, rows))
             ops.convert_to_numpy(results[1])  # waits for it
 
+        def find() -> int | None:
+            held = sum(_BYTES * math.prod(v.shape) for v in self.example_loss.variables)
+            step = Step(private, held, self._multiple)
+            return rows_that_fit(step, most, self._ordinary(leaves, round(known or expected)))
+
         try:
-            found = backend.apart(lambda: rows_that_fit(on_made_up, most))
+            found = backend.apart(find)
         except (MemoryError, PrivacyError):
             raise
         except Exception as error:  # made-up values mean nothing to this model
@@ -271,6 +281,29 @@ class Engine:
             )
             self._microbatch_size = found
         return self._whole(run)
+
+    def _ordinary(self, leaves: list[Any], rows: int) -> Ordinary | None:
+        """An ordinary gradient on made-up examples, where that can be traced."""
+        dense: list[Any] = []  # shapes of gradients that are not sparse
+
+        def whole(leaves: list[Any]) -> Any:
+            gradients, loss = self.example_loss.ordinary_gradients(leaves[:-1])
+            pairs = zip(self.example_loss.variables, gradients, strict=True)
+            there = [(v, g) for v, g in pairs if g is not None]
+            dense[:] = [v.shape for v, g in there if backend.dense(g) is g]
+            return [g for _, g in there], loss, loss, []
+
+        try:
+            like = self._one_view(self._made_up(leaves, 1))
+            run = backend.compiled_candidate(whole, like, jit_compile=False)
+        except Exception as error:
+            logger.debug("No ordinary gradient to compare memory with.", exc_info=error)
+            return None
+
+        def on_made_up(rows: int) -> None:
+            ops.convert_to_numpy(run(self._one_view(self._made_up(leaves, rows)))[1])
+
+        return Ordinary(on_made_up, sum(_BYTES * math.prod(shape) for shape in dense), rows)
 
     def _made_up(self, leaves: list[Any], rows: int) -> list[Any]:
         """Leaves of that many made-up examples."""
@@ -331,4 +364,5 @@ class Engine:
         size = self._microbatch_size
         if size is None:
             return chunk
-        return lambda leaves: mapped.chunked_sum(chunk, leaves, size)
+        fixed = not self._finds_size or self._jit_compile
+        return lambda leaves: mapped.chunked_sum(chunk, leaves, size, fixed=fixed)

@@ -216,6 +216,27 @@ class ExampleLoss:
             outputs = self._with_masks([ops.expand_dims(t, 0) for t in flat])
             return self.loss(scope, data, outputs)
 
+    def ordinary_gradients(self, leaves: list[Any]) -> tuple[list[Any], Any]:
+        """The gradients of a batch's loss as an ordinary step has them, and the loss.
+
+        Args:
+            leaves: The examples' tensors and seeds, each (rows, ...).
+
+        Returns:
+            Of each weight, `None` where the loss doesn't reach it; those of lookups are sparse.
+        """
+        data, seeds = self.split(leaves)
+        weights = [backend.copy_of(backend.read(v.value)) for v in self.variables]
+        with backend.gradient_tape() as tape:
+            tape.watch(weights)
+            with self.stateless(weights, [s[0] for s in seeds]):
+                batch = self._batch_of(data, of_one_example=False)
+                outputs = self.predict(data)
+                loss = keras_losses.loss_of(
+                    self.model, batch.x, batch.y, outputs, batch.sample_weight, training=True
+                )
+        return tape.gradient(loss, weights), loss
+
     def losses_of_rows(self, leaves: list[Any], flat: list[Any]) -> Any:
         """The losses of all examples at once, (rows,), without what layers have added.
 

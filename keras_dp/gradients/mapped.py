@@ -289,22 +289,33 @@ def loop_engine(
 
 
 def chunked_sum(
-    engine: Callable[[list[Any]], EngineResult], leaves: list[Any], size: int
+    engine: Callable[[list[Any]], EngineResult],
+    leaves: list[Any],
+    size: int,
+    *,
+    fixed: bool = True,
 ) -> EngineResult:
     """Runs `engine` over consecutive chunks of `size` rows and adds up the sums.
 
     Only one chunk's per-example gradients are in memory at a time, and of the
-    batch no copy. The last chunk is filled up with rows that are not real.
+    batch no copy.
 
     Args:
         engine: What takes the leaves of a chunk.
         leaves: Tensors of at least one row; the last one says which rows are real.
         size: The number of rows of a chunk.
+        fixed: Whether the last one is filled up, with rows that are not real; else it has
+            fewer.
     """
     rows = ops.shape(leaves[0])[0]
 
     def chunk(k: Any) -> Any:
-        wanted = k * size + ops.arange(size)
+        first = k * size
+        if not fixed:
+            *data, real = (t[first : first + size] for t in leaves)
+            sums, *rest = engine([*data, real])
+            return sums, tree.flatten(rest)
+        wanted = first + ops.arange(size)
         # A slice with a moving start has no static shape under XLA; what is gathered has.
         *data, real = (ops.take(t, ops.minimum(wanted, rows - 1), axis=0) for t in leaves)
         sums, *rest = engine([*data, ops.logical_and(real, wanted < rows)])

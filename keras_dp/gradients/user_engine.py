@@ -64,6 +64,10 @@ class UserEngine(Engine):
         return -(-room // each) * each
 
     @property
+    def _multiple(self) -> int:
+        return self.padding
+
+    @property
     def _options(self) -> tuple[Any, ...]:
         return *super()._options, self._most
 
@@ -158,6 +162,9 @@ class UserEngine(Engine):
                 f"gradients of two made-up people are off by {off:.1%}, as they are for a layer "
                 "that draws random numbers without a keras.random.SeedGenerator"
             )
+
+    def _ordinary(self, leaves: list[Any], rows: int) -> None:
+        """Nothing: microbatches of people hold fewer rows than there is room for, so are few."""
 
     def _made_up(self, leaves: list[Any], rows: int) -> list[Any]:
         """As many people as rows, one each."""
