@@ -144,8 +144,8 @@ GRADIENTS = {
         "The same of a depthwise convolution: (rows, *kernel, channels, multiplier)."
     ),
     "patches(x, kernel, strides, dilation)": (
-        "What lies under a convolution's kernel, copied bit by bit, (rows, *space, positions of the "
-        "kernel times channels); `None` where no operation does that."
+        "What lies under a convolution's kernel, copied bit by bit: (rows, *space, positions of "
+        "the kernel times channels). `None` where no operation does that."
     ),
 }
 

@@ -257,5 +257,7 @@ def patches(x: Tensor, kernel: Any, strides: Any, dilation: Any) -> Tensor | Non
         return None
     sizes, steps, rates = ((1, 1, *n)[-2:] for n in (kernel, strides, dilation))
     images = x if len(kernel) == 2 else x[:, tf.newaxis]
-    found = tf.image.extract_patches(images, [1, *sizes, 1], [1, *steps, 1], [1, *rates, 1], "VALID")
+    found = tf.image.extract_patches(
+        images, [1, *sizes, 1], [1, *steps, 1], [1, *rates, 1], "VALID"
+    )
     return found if len(kernel) == 2 else found[:, 0]
