@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +19,16 @@ from .example import ExampleLoss
 from .forms import Instantiated, PerExample
 from .made_up import made_up_gradient, within_vocabulary
 from .mapped import map_examples
-from .rules import NoRule, Unit, alone, keeps_apart, overridden, rule_for, vectorized
+from .rules import (
+    NoRule,
+    Unit,
+    alone,
+    keeps_apart,
+    outputs_off,
+    overridden,
+    rule_for,
+    vectorized,
+)
 
 __all__ = ["Apart", "Capture", "NotPossible", "Plan", "Record", "named", "patching", "tensors_in"]
 
@@ -300,8 +308,10 @@ class Capture:
                 )
             else:
                 if self._local:
-                    off = self._outputs_off(unit, outputs, before, args, kwargs)
-                    self.outputs_off.append((layer, off))
+                    seeds = dict(zip(self._seeds, before, strict=True))
+                    self.outputs_off.append(
+                        (layer, outputs_off(unit, outputs, seeds, args, kwargs))
+                    )
                 return outputs, gradients
         self.mapped = True
         before = self._seeds_now()
@@ -475,31 +485,6 @@ class Capture:
         if not any(np.isclose(together, f(alone), rtol=1e-2) for f in (np.mean, np.sum)):
             self._plan.of_batches[id(unit.layer)] = named(unit.layer)
 
-    def _outputs_off(
-        self, unit: Unit, outputs: Any, seeds: list[Any], args: Any, kwargs: Any
-    ) -> float:
-        """How far what a rule returned is off what the layer itself returns, relative to it.
-
-        Args:
-            unit: The layer.
-            outputs: What the rule returned; not traced.
-            seeds: The states of all seed generators before it ran.
-            args: Positional arguments.
-            kwargs: Named arguments.
-        """
-        states = self._scope.state_mapping
-        after = dict(states)
-        states.update((k, s) for k, s in zip(self._seeds, seeds, strict=True) if s is not None)
-        try:
-            own = tensors_in(unit.call(*args, **kwargs))
-        finally:
-            states.clear()
-            states.update(after)
-        found = tensors_in(outputs)
-        if [tuple(t.shape) for t in found] != [tuple(t.shape) for t in own]:
-            return math.inf
-        return max((_relative_to(b, a) for a, b in zip(found, own, strict=True)), default=0.0)
-
     # -- random numbers -------------------------------------------------------------------------
 
     def _seeds_now(self) -> list[Any]:
@@ -594,13 +579,6 @@ class Capture:
 def _name(variable: Any) -> str:
     """A variable's name, without the number that Keras gives it if it isn't named."""
     return re.sub(r"^variable_\d+$", "variable", variable.name)
-
-
-def _relative_to(wanted: Any, found: Any) -> float:
-    """How far apart two tensors (not traced) are, relative to the first."""
-    a, b = (np.asarray(ops.convert_to_numpy(t), "f8") for t in (found, wanted))
-    same = np.array_equal(a, b, equal_nan=True)
-    return 0.0 if same else float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-30))
 
 
 def tensors_in(structure: Any) -> list[Any]:

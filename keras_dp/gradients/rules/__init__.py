@@ -12,7 +12,7 @@ from . import (
 )
 from .apart import keeps_apart
 from .fallback import alone, vectorized
-from .registry import NoRule, Unit, overridden, register_rule, rule_for
+from .registry import NoRule, Unit, outputs_off, overridden, register_rule, rule_for
 
 __all__ = [
     "NoRule",
@@ -26,6 +26,7 @@ __all__ = [
     "keeps_apart",
     "keras_hub",
     "normalization",
+    "outputs_off",
     "overridden",
     "recurrent",
     "register_rule",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
-from keras import ops
+import numpy as np
+from keras import ops, tree
 
 from ..forms import PerExample
 
-__all__ = ["NoRule", "Rule", "Unit", "register_rule", "rule_for"]
+__all__ = ["NoRule", "Rule", "Unit", "outputs_off", "register_rule", "rule_for"]
 
 # The gradients of what a rule watched, in the order of watching, to pairs of a
 # weight and its per-example gradients.
@@ -105,6 +107,39 @@ class Unit:
                     self.scope.state_mapping.pop(key)
                 else:
                     self.scope.state_mapping[key] = value
+
+
+def outputs_off(unit: Unit, outputs: Any, seeds: dict[int, Any], args: Any, kwargs: Any) -> float:
+    """How far what a rule returned is off what the layer itself returns, relative to that.
+
+    Args:
+        unit: The call; nothing of it is traced.
+        outputs: What the rule returned.
+        seeds: The states of the seed generators before the rule ran, by id.
+        args: Positional arguments of the call.
+        kwargs: Named ones.
+    """
+    states = unit.scope.state_mapping
+    after = dict(states)
+    states.update((k, s) for k, s in seeds.items() if s is not None)
+    try:
+        own = unit.call(*args, **kwargs)
+    finally:
+        states.clear()
+        states.update(after)
+    found, wanted = (
+        [np.asarray(ops.convert_to_numpy(t), "f8") for t in tree.flatten(s) if ops.is_tensor(t)]
+        for s in (outputs, own)
+    )
+    if [a.shape for a in found] != [b.shape for b in wanted]:
+        return math.inf
+    return max((_apart(a, b) for a, b in zip(found, wanted, strict=True)), default=0.0)
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> float:
+    if np.array_equal(a, b, equal_nan=True):
+        return 0.0
+    return float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-30))
 
 
 def double_of(owner: Any, **attributes: Any) -> Any:
