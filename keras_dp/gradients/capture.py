@@ -302,16 +302,13 @@ class Capture:
             except (Apart, NotPossible):
                 raise
             except Exception as error:
-                kind = type(error).__name__
-                self._fail(
-                    NotPossible(f"{named(layer)}: its rule raised {kind}: {first_line(error)}")
-                )
+                reason = f"its rule raised {type(error).__name__}: {first_line(error)}"
+                self._fail(NotPossible(f"{named(layer)}: {reason}"))
             else:
                 if self._local:
                     seeds = dict(zip(self._seeds, before, strict=True))
-                    self.outputs_off.append(
-                        (layer, outputs_off(unit, outputs, seeds, args, kwargs))
-                    )
+                    off = outputs_off(unit, outputs, seeds, args, kwargs)
+                    self.outputs_off.append((layer, off))
                 return outputs, gradients
         self.mapped = True
         before = self._seeds_now()
