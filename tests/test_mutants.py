@@ -126,11 +126,11 @@ def division_by_the_drawn_size():
 def padding_that_counts():
     whole = mapped.chunked_sum
 
-    def counted(engine, leaves, size):
+    def counted(engine, leaves, size, **settings):
         def all_real(chunk):
             return engine([*chunk[:-1], keras.ops.ones_like(chunk[-1])])
 
-        return whole(all_real, leaves, size)
+        return whole(all_real, leaves, size, **settings)
 
     return mapped, "chunked_sum", counted
 
