@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_dp import backend
 from keras_dp.clipping import Clip, FlatClipping
 from keras_dp.gradients.forms import Instantiated, OuterProducts, Rows, Scaled, alike, clipped_sums
 from keras_dp.gradients.rules.convolution import Filters
@@ -103,3 +104,55 @@ def test_rule_05_filters_of_scaled_losses_are_emptied_by_example():
     wanted = sum(f.instantiate()[0] / tf.norm(f.instantiate()) for f in alone)
     ((total,), _) = clipped_sums([form], [wanted], Clip(FlatClipping(), 1e-3), tf.ones(B, "bool"))
     np.testing.assert_allclose(total, 1e-3 * wanted, rtol=1e-4, atol=1e-8)
+
+
+# -- traced once for all sizes ---------------------------------------------------------------
+
+
+def test_what_is_traced_for_any_size_is_traced_once_in_a_graph():
+    traced = []
+
+    def times(tensors, factor):
+        traced.append(tuple(tensors[0].shape))
+        return [factor * tensors[0]]
+
+    @tf.function
+    def step(a, b, c):
+        found = [backend.for_any_size(times, (2,), [t])[0] for t in (a, b)]
+        other = backend.for_any_size(times, (3,), [a])[0]
+        return *found, other, backend.for_any_size(times, (2,), [c])[0]
+
+    a, b, c = tensor(3, 4), tensor(2, 5), tf.ones((2, 2), "float64")
+    found = step(a, b, c)
+    for one, wanted in zip(found, (2 * a, 2 * b, 3 * a, 2 * c), strict=True):
+        np.testing.assert_array_equal(one, wanted)
+    # One for both sizes; another factor and another type have their own.
+    assert traced == [(None, None)] * 3
+    assert backend.for_any_size(times, (2,), [a])[0].shape == a.shape
+
+
+@pytest.mark.parametrize(
+    ("x", "g", "shape", "settings"),
+    [
+        ((2, 2, 96), (2, 2, 96), (3, 3, 48, 96), ((1, 1), "same", (1, 1), 2)),
+        ((2, 3, 90), (2, 2, 120), (3, 2, 30, 120), ((1, 2), "same", (1, 1), 3)),
+        ((5, 5, 60), (5, 5, 60), (3, 3, 60, 60), ((1, 1), "same", (2, 2), 1)),
+        ((4, 60), (4, 60), (3, 60, 60), ((1,), "same", (2,), 1)),
+        ((2, 2, 2, 80), (2, 2, 2, 80), (2, 3, 2, 40, 80), ((1, 1, 1), "same", (1, 1, 1), 2)),
+    ],
+    ids=["groups", "groups and strides", "dilation", "one dimension", "three dimensions"],
+)
+def test_sums_and_norms_of_filters_from_patches_are_those_written_out(x, g, shape, settings):
+    form = Filters(tensor(B, *x), tensor(B, *g), shape, *settings)
+    assert form._gram_is_smaller()
+    weights = tf.abs(tensor(B))
+
+    @tf.function
+    def found():
+        return form.weighted_sum(weights), form.squares().value
+
+    total, squares = found()
+    written = form.instantiate().numpy().astype("f8")
+    np.testing.assert_allclose(squares, np.sum(written**2, tuple(range(1, written.ndim))), 1e-5)
+    wanted = np.tensordot(weights.numpy().astype("f8"), written, 1)
+    assert np.linalg.norm(total - wanted) < 1e-5 * np.linalg.norm(wanted)
