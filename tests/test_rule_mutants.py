@@ -175,6 +175,57 @@ def test_outputs_are_compared_with_the_same_random_numbers(layer):
     assert most_off(engine) < 1e-5
 
 
+class Counting(layers.Layer):
+    """Returns more at every call."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+        self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, x):
+        self.calls.assign_add(1.0)
+        return x * self.scale * self.calls
+
+
+def rule_of_counting(unit, x):
+    outputs, calls = unit.watch(unit.call(x)), unit.value(unit.layer.calls)
+    return outputs, lambda g: [(unit.layer.scale, x * g * calls)]
+
+
+class Masking(layers.Layer):
+    """Hides half of what it returns."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+
+    def call(self, x):
+        return ops.concatenate([x * self.scale, ops.full_like(x, -np.inf)], axis=-1)
+
+
+def rule_of_masking(unit, x):
+    """Rounds otherwise than the layer."""
+    scaled = unit.watch(unit.value(unit.layer.scale) * x * (1 + 2e-7))
+    outputs = ops.concatenate([scaled, ops.full_like(x, -np.inf)], axis=-1)
+    return outputs, lambda g: [(unit.layer.scale, x * g)]
+
+
+@pytest.mark.parametrize(
+    ("cls", "rule"), [(Counting, rule_of_counting), (Masking, rule_of_masking)]
+)
+def test_outputs_are_compared_from_the_same_states_and_where_some_are_infinite(
+    cls, rule, monkeypatch
+):
+    monkeypatch.setattr(registry, "_rules", {**registry._rules, cls: rule})
+    inputs = keras.Input((3,))
+    engine, leaves, weights = traced(keras.Model(inputs, cls()(inputs)), data(3))
+    assert np.max(engine.errors(leaves, weights, local=True)) < 1e-5
+    assert most_off(engine) < 1e-5
+    wrong = mutated(rule, lambda g: g, lambda t: 1.01 * t)
+    monkeypatch.setitem(registry._rules, cls, wrong)
+    engine.errors(leaves, weights, local=True)
+    assert np.isclose(most_off(engine), 0.01, rtol=1e-3)
+
+
 def test_rule_19_a_rule_that_computes_another_layer_is_refused(monkeypatch):
     monkeypatch.setattr(registry, "_rules", dict(registry._rules))
 

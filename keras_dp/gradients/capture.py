@@ -294,7 +294,7 @@ class Capture:
         # A rule may compute what it takes a layer inside to compute, as that of a cell.
         inside = {id(x) for x in keras_private.all_layers(layer)} - {id(layer)}
         if rule is not None and id(layer) not in self._plan.units and not inside & self._changed:
-            before = self._seeds_now()
+            values = dict(self._scope.state_mapping) if self._local else {}
             try:
                 outputs, gradients = rule(unit, *args, **kwargs)
             except NoRule:
@@ -306,8 +306,7 @@ class Capture:
                 self._fail(NotPossible(f"{named(layer)}: {reason}"))
             else:
                 if self._local:
-                    seeds = dict(zip(self._seeds, before, strict=True))
-                    off = outputs_off(unit, outputs, seeds, args, kwargs)
+                    off = outputs_off(unit, outputs, values, args, kwargs)
                     self.outputs_off.append((layer, off))
                 return outputs, gradients
         self.mapped = True

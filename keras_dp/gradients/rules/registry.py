@@ -109,26 +109,27 @@ class Unit:
                     self.scope.state_mapping[key] = value
 
 
-def outputs_off(unit: Unit, outputs: Any, seeds: dict[int, Any], args: Any, kwargs: Any) -> float:
+def outputs_off(unit: Unit, outputs: Any, before: dict[int, Any], args: Any, kwargs: Any) -> float:
     """How far what a rule returned is off what the layer itself returns, relative to that.
 
     Args:
         unit: The call; nothing of it is traced.
         outputs: What the rule returned.
-        seeds: The states of the seed generators before the rule ran, by id.
+        before: The values of all variables before the rule ran, those of seeds too, by id.
         args: Positional arguments of the call.
         kwargs: Named ones.
     """
     states = unit.scope.state_mapping
     after = dict(states)
-    states.update((k, s) for k, s in seeds.items() if s is not None)
+    states.clear()
+    states.update(before)
     try:
         own = unit.call(*args, **kwargs)
     finally:
         states.clear()
         states.update(after)
     found, wanted = (
-        [np.asarray(ops.convert_to_numpy(t), "f8") for t in tree.flatten(s) if ops.is_tensor(t)]
+        [np.asarray(ops.convert_to_numpy(t), "f8") for t in tree.flatten(s) if _is_number(t)]
         for s in (outputs, own)
     )
     if [a.shape for a in found] != [b.shape for b in wanted]:
@@ -136,10 +137,16 @@ def outputs_off(unit: Unit, outputs: Any, seeds: dict[int, Any], args: Any, kwar
     return max((_apart(a, b) for a, b in zip(found, wanted, strict=True)), default=0.0)
 
 
+def _is_number(value: Any) -> bool:
+    return ops.is_tensor(value) and keras.backend.standardize_dtype(value.dtype) != "string"
+
+
 def _apart(a: np.ndarray, b: np.ndarray) -> float:
-    if np.array_equal(a, b, equal_nan=True):
+    same = (a == b) | (np.isnan(a) & np.isnan(b))  # infinite ones, too, which a mask may be
+    if same.all():
         return 0.0
-    return float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-30))
+    size = float(np.linalg.norm(b[np.isfinite(b)]))
+    return float(np.linalg.norm(a[~same] - b[~same])) / max(size, 1e-30)
 
 
 def double_of(owner: Any, **attributes: Any) -> Any:
