@@ -85,7 +85,7 @@ class DPOptimizer(Described, OptimizerWrapper):
             sigma is calibrated when `fit` starts.
         target_delta: The delta that belongs to `target_epsilon`.
         microbatch_size: How many examples are in memory at once. Changes no
-            number. `None`: the whole batch. `"auto"`: as many as fit, and on a
+            number, but for layers that draw random ones. `None`: the whole batch. `"auto"`: as many as fit, and on a
             processor, where up to four microbatches come to it, no more than
             take the memory of an ordinary step.
         augmentation_multiplicity: How many times each example runs through the
