@@ -53,8 +53,7 @@ class OuterProducts(PerExample):
         self.left = left
         self.right = right
         self.shape = None if shape is None else tuple(shape)
-        in_order = order is None or list(order) == list(range(len(order)))
-        self.order = None if in_order else tuple(order)  # type: ignore[arg-type]
+        self.order = None if order is None or list(order) == sorted(order) else tuple(order)
 
     @property
     def form(self) -> tuple[Any, ...]:
