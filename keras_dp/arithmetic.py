@@ -93,9 +93,9 @@ def sum_of_squares(tensor: Any) -> tuple[Any, float]:
             each = 256
             tensor = ops.pad(tensor, [[0, 0], [0, -numbers % each]])
         tensor = ops.reshape(tensor, (-1, -(-numbers // each), each))
-    found = ops.cast(ops.sum(ops.square(tensor), axis=-1), "float64")
+    found = backend.squared_lengths(tensor)
     rest = tuple(range(1, len(found.shape)))
-    return ops.sum(found, axis=rest) if rest else found, (each + 4) * backend.roundoff(tensor)
+    return ops.sum(found, axis=rest) if rest else found, (each + 8) * backend.roundoff(tensor)
 
 
 def numbers_each(tensor: Any) -> Any:

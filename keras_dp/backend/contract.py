@@ -155,6 +155,10 @@ ROUNDING = {
     "exactly(product, a, b)": (
         "`product(a, b)`, linear in both, as exact as float32, whatever the device multiplies by."
     ),
+    "squared_lengths(tensor)": (
+        "The squared length of each vector along the last axis, in float64. Its sum, in any order, "
+        "and a root are taken in the tensor's own type: off by n + 6 roundings at most."
+    ),
     "products_off(tensor)": "By how much, relatively, a product in it is off at most.",
     "require_exact_arithmetic()": (
         "Raises PrivacyError where a setting computes float32 in half precision unseen."

@@ -20,7 +20,7 @@ from .types import Tensor
 
 __all__ = ["depthwise_filter_gradients", "filter_gradients", "patches"]
 
-_CACHED = 2**24  # bytes of filters' gradients, padded as oneDNN does, that stay in a cache
+_CACHED = 2**23  # bytes of filters' gradients, padded as oneDNN does, that stay in a cache
 _ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 
 logger = logging.getLogger("keras_dp")

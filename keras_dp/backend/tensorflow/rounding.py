@@ -18,6 +18,7 @@ __all__ = [
     "products_off",
     "require_exact_arithmetic",
     "roundoff",
+    "squared_lengths",
 ]
 
 
@@ -39,6 +40,16 @@ def least_square(tensor: Tensor) -> float:
     TensorFlow sets what is smaller than this to 0.
     """
     return float(np.finfo("float64" if tensor.dtype == tf.float64 else "float32").tiny)
+
+
+def squared_lengths(tensor: Tensor) -> Tensor:
+    """The squared length of each vector along the last axis, (...,), in float64.
+
+    Squared, added up in any order and rooted in its own type, which is off by at most as many
+    roundings as a vector has numbers, and six; no tensor of squares is ever there.
+    """
+    lengths = tf.raw_ops.EuclideanNorm(input=tensor, axis=[-1])
+    return tf.square(tf.cast(lengths, tf.float64))
 
 
 def multiplies_coarsely() -> bool:

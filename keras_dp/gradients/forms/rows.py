@@ -36,7 +36,8 @@ class Rows(PerExample):
         if length == 1:
             return Squares.of(right)
         lost = width * backend.least_square(right) / backend.roundoff(right)
-        sizes = ops.sqrt(ops.sum(ops.square(right), axis=2, keepdims=True) + lost)
+        sizes = ops.cast(backend.squared_lengths(right), right.dtype)
+        sizes = ops.expand_dims(ops.sqrt(sizes + lost), 2)
         if length is not None and length <= 2 * width:
             same = ops.equal(ops.expand_dims(self.ids, 1), ops.expand_dims(self.ids, 2))
             same = ops.cast(same, right.dtype)
@@ -51,12 +52,12 @@ class Rows(PerExample):
             of_sizes = _merged(slots, sizes)[..., 0]
             times = _merged(slots, ops.ones_like(sizes))[..., 0]
             share = ops.ones_like(ops.cast(times, "float64"))
-        value = ops.sum(ops.cast(ops.sum(ops.square(merged), axis=2), "float64") * share, axis=1)
+        value = ops.sum(backend.squared_lengths(merged) * share, axis=1)
         # A row that n positions took is off by n roundings, here and again in the sum.
         times, of_sizes = ops.cast(times, "float64"), ops.cast(of_sizes, "float64")
         off = ops.sum(ops.square((times + 3) * of_sizes) * share, axis=1)
         linear = 2 * OF_A_BOUND * backend.products_off(right) * ops.sqrt(off)
-        relative = (width + 8) * backend.roundoff(right)
+        relative = (width + 12) * backend.roundoff(right)
         lost = arithmetic.numbers_each(right) * (2 * backend.least_square(right))
         return Squares(value, relative, lost, linear)
 

@@ -302,28 +302,10 @@ class Filters(PerExample):
     def squares(self) -> Squares:
         if "_written_out" not in self.__dict__ and self._gram_is_smaller():
             return self._gram()
-        numbers = math.prod(self.shape[:-1])
-        written = ops.reshape(self._written_out, (numbers, -1))
-        # A product, because TensorFlow is slow to sum over any axis but the last; of some 512
-        # numbers at a time, and the rest in float64.
-        count = -(-numbers // 512)
-        each = -(-numbers // count)
-        starts = range(0, numbers, each)
-        parts = [written[k : k + each] for k in starts] if count > 1 else [written]
-        total = functools.reduce(
-            ops.add,
-            (
-                ops.cast(
-                    backend.exactly(
-                        ops.matmul, ops.ones((1, min(each, numbers - k)), t.dtype), ops.square(t)
-                    ),
-                    "float64",
-                )
-                for k, t in zip(starts, parts, strict=True)
-            ),
-        )
-        value = ops.sum(ops.reshape(total, (-1, self.shape[-1])), axis=1)
-        off = (each + 8) * backend.roundoff(written) + backend.products_off(written)
+        *others, filters = self.shape
+        written = ops.reshape(self._written_out, (-1, filters))
+        found, off = arithmetic.sum_of_squares(written)
+        value = ops.sum(ops.reshape(found, (math.prod(others), -1)), axis=0)
         lost = 2 * math.prod(self.shape) * backend.least_square(written)
         return Squares(value, off, lost)
 

@@ -70,6 +70,8 @@ def recurrent(
         )
         first = initial_state[0] if isinstance(initial_state, (list, tuple)) else initial_state
         states[:] = [first, every]
+        if mask is None:  # the last output is the last state, whose gradient costs less
+            last = final[0]
         return last, every, final
 
     arguments = {"initial_state": initial_state, "mask": mask, "training": training}
@@ -77,9 +79,9 @@ def recurrent(
     attributes = {"cell": double, "inner_loop": inner_loop}
     outputs = unit.call_with(attributes, projected, **arguments)
     first, every = states
-    previous = _states_before(first, every, mask, backwards=layer.go_backwards)
 
     def gradients(d: Any) -> list[tuple[Any, Any]]:
+        previous = _states_before(first, every, mask, backwards=layer.go_backwards)
         return cell.gradients(d, previous)
 
     return outputs, gradients
