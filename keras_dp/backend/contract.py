@@ -135,6 +135,10 @@ GRADIENTS = {
         "output_gradients)`, of which each is `None` where nothing leads to it."
     ),
     "dense(gradient)": "A gradient as a tensor, also where it is that of a lookup.",
+    "examples_can_be_channels()": (
+        "Whether what is traced, or done, now may put examples among a convolution's channels at "
+        "no loss."
+    ),
     "filter_gradients(x, g, shape, strides, padding, dilation, groups)": (
         "Each example's gradient of a convolution's filters, (*kernel, channels, rows, filters), "
         "from inputs, (rows, *space, channels), and the gradient at the outputs, "

@@ -18,12 +18,26 @@ from .mapping import map_rows
 from .random import runs_python
 from .types import Tensor
 
-__all__ = ["depthwise_filter_gradients", "filter_gradients", "patches"]
+__all__ = [
+    "depthwise_filter_gradients",
+    "examples_can_be_channels",
+    "filter_gradients",
+    "patches",
+]
 
 _CACHED = 2**23  # bytes of filters' gradients, padded as oneDNN does, that stay in a cache
 _ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 
 logger = logging.getLogger("keras_dp")
+
+
+def examples_can_be_channels() -> bool:
+    """Whether a convolution with the examples among its channels takes no longer than others.
+
+    XLA has no convolution in groups for a processor, and takes seconds where others take
+    milliseconds.
+    """
+    return not is_for_xla() or bool(tf.config.list_physical_devices("GPU"))
 
 
 def filter_gradients(

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from ...errors import PrivacyError
+from .compiling import is_for_xla
 from .types import Tensor
 
 __all__ = [
@@ -48,6 +49,8 @@ def squared_lengths(tensor: Tensor) -> Tensor:
     Squared, added up in any order and rooted in its own type, which is off by at most as many
     roundings as a vector has numbers, and six; no tensor of squares is ever there.
     """
+    if is_for_xla():  # it lacks that operation, and makes one of these
+        return tf.cast(tf.reduce_sum(tf.square(tensor), axis=-1), tf.float64)
     lengths = tf.raw_ops.EuclideanNorm(input=tensor, axis=[-1])
     return tf.square(tf.cast(lengths, tf.float64))
 

@@ -173,7 +173,8 @@ def _depthwise_gradients(layer: Any, x: Any, g: Any) -> PerExample:
     x, g = arithmetic.at_least_float32(x), arithmetic.at_least_float32(g)
     kernel, strides, dilation = layer.kernel_size, layer.strides, layer.dilation_rate
     known, both = None not in x.shape[1:-1], max(strides) > 1 and max(dilation) > 1
-    if not both and (math.prod(kernel) <= 16 or not known):
+    few = math.prod(kernel) <= 16 and backend.examples_can_be_channels()
+    if not both and (few or not known):
         return Instantiated(
             backend.depthwise_filter_gradients(x, g, kernel, strides, layer.padding, dilation)
         )
@@ -287,7 +288,26 @@ class Filters(PerExample):
     @functools.cached_property
     def _written_out(self) -> Any:
         """(..., B, filters): the order in which they are computed."""
-        return backend.filter_gradients(*self._exact(), self.shape, *self.settings)
+        if backend.examples_can_be_channels() or not self._sizes_are_known():
+            return backend.filter_gradients(*self._exact(), self.shape, *self.settings)
+        return self._by_position()
+
+    def _by_position(self) -> Any:
+        """One position of the kernel at a time: what lies under it, times the gradient."""
+        strides, padding, dilation, groups = self.settings
+        x, g = self._exact()
+        *kernel, channels, filters = self.shape
+        out = g.shape[1:-1]
+
+        def in_groups(t: Any) -> Any:
+            return ops.reshape(t, (-1, math.prod(out), groups, t.shape[-1] // groups))
+
+        product = functools.partial(ops.einsum, "btgc,btgf->cbgf")
+        under = _under_kernel(
+            _padded(x, kernel, strides, padding, dilation), out, kernel, strides, dilation
+        )
+        found = [backend.exactly(product, in_groups(t), in_groups(g)) for t in under]
+        return ops.reshape(ops.stack(found), (*kernel, channels, -1, filters))
 
     def written_out(self) -> list[Any]:
         return [] if self._gram_is_smaller() else [self._written_out]
@@ -309,8 +329,11 @@ class Filters(PerExample):
         lost = 2 * math.prod(self.shape) * backend.least_square(written)
         return Squares(value, off, lost)
 
+    def _sizes_are_known(self) -> bool:
+        return None not in (*self.x.shape[1:], *self.g.shape[1:])
+
     def _gram_is_smaller(self) -> bool:
-        if None in (*self.x.shape[1:], *self.g.shape[1:]):
+        if not self._sizes_are_known():
             return False
         *_, groups = self.settings
         pixels, positions = math.prod(self.x.shape[1:-1]), math.prod(self.g.shape[1:-1])
