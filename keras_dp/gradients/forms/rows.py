@@ -42,8 +42,8 @@ class Rows(PerExample):
             same = ops.equal(ops.expand_dims(self.ids, 1), ops.expand_dims(self.ids, 2))
             same = ops.cast(same, right.dtype)
             merged = backend.exactly(ops.matmul, same, right)
-            of_sizes = ops.matmul(same, sizes)[..., 0]
-            times = ops.sum(same, axis=2)
+            both = ops.matmul(same, ops.concatenate([sizes, ops.ones_like(sizes)], axis=2))
+            of_sizes, times = both[..., 0], both[..., 1]
             # Each of the positions that took a row has its share of that row.
             share = 1 / ops.cast(times, "float64")
         else:
