@@ -3,6 +3,7 @@
     python benchmarks/measure.py '{"do": "about"}'
     python benchmarks/measure.py '{"do": "time", "model": "mlp", "variants": ["ordinary",
         "noise", "vectorized"], "rounds": 5}'
+    python benchmarks/measure.py '{"do": "fits", "model": "mlp", "engine": "ghost", "rounds": 3}'
     python benchmarks/measure.py '{"do": "memory", "model": "mlp", "variants": ["ordinary"]}'
 
 Prints one line of JSON.
@@ -47,6 +48,7 @@ from keras_dp.backend.tensorflow.filters import _folded_filter_gradients_work
 from keras_dp.noise import NoiseSource
 
 XLA, AUTO = ", XLA", ", auto"  # variants: compiled, and in microbatches of a size that is found
+_FIT_STEPS = 30  # in an epoch
 SETTINGS = json.loads(os.environ.get("KERAS_DP_BENCHMARKS", '{"clock": "wall"}'))  # of run.py
 
 
@@ -55,8 +57,8 @@ def main():
     keras.config.set_dtype_policy(SETTINGS.get("policy", "float32"))
     tf.config.experimental.enable_tensor_float_32_execution(SETTINGS.get("tf32", True))
     logging.getLogger("keras_dp").setLevel(logging.ERROR)  # the table names what engine ran
-    do = {"about": about, "time": measure_time, "memory": measure_memory}[request.pop("do")]
-    print(json.dumps(do(**request)), flush=True)
+    do = {"about": about, "time": measure_time, "memory": measure_memory, "fits": measure_fits}
+    print(json.dumps(do[request.pop("do")](**request)), flush=True)
 
 
 # -- one step ------------------------------------------------------------------------------
@@ -162,6 +164,27 @@ def measure_time(model, variants, rounds, sizes=None):
         if "ms" in result:
             later = statistics.median(result["ms"])
             result["compile_s"] = (result.pop("first_ms") - later) / 1e3
+    return results
+
+
+def measure_fits(model, engine, rounds):
+    """Milliseconds of a step in `fit`, by whether its Poisson batches are whole, in turns."""
+    make, x, y, loss = ZOO[model](np.random.default_rng(0))
+    batch, epochs = len(x), {}
+    x, y = (np.concatenate([t] * _FIT_STEPS) for t in (x, y))
+    for size in (None, "auto"):
+        copy = keras.models.clone_model(make)
+        optimizer = keras_dp.DPSGD(
+            0.1, max_grad_norm=1.0, noise_multiplier=1.0, gradients=engine, microbatch_size=size
+        )
+        copy.compile(optimizer, loss)
+        epochs[size or "whole"] = functools.partial(copy.fit, x, y, batch_size=batch, verbose=0)
+    results = {name: [] for name in epochs}
+    for k in range(rounds + 1):
+        for name, epoch in epochs.items():
+            ms = timed(epoch) / _FIT_STEPS
+            if k:
+                results[name].append(ms)
     return results
 
 

@@ -5,8 +5,9 @@
 
 For each model of `zoo.py`, in one process, these take turns: an ordinary step;
 the draw of the noise alone (one Gaussian for each trained weight); a private
-step by each engine. `--xla` adds the steps with `jit_compile=True`. A model
-takes under a minute on two cores.
+step by each engine. `--xla` adds the steps with `jit_compile=True`, `--auto` those
+with `microbatch_size="auto"`, and a table of steps in `fit`, whose Poisson batches
+have other sizes each time. A model takes under a minute on two cores.
 
 Printed are, as tables in Markdown:
 
@@ -83,6 +84,8 @@ def main():
     if not options.only_growth:
         results["models"] = measure_models(names, private, options)
         print_summary(results["models"])
+        if options.auto:
+            results["fits"] = measure_fits(names, private[0], options.rounds)
     if options.growth or options.only_growth:
         results["growth"] = measure_growth(names, private[0], options)
     if options.json:
@@ -210,6 +213,23 @@ def print_summary(models):
     print_head("r", *private)
     for name, found in models.items():
         print_row(name, *(number(found[v].get("r")) for v in private))
+
+
+def measure_fits(names, engine, rounds):
+    """Measures and prints steps in `fit`, whole and with `microbatch_size="auto"`."""
+    print_head("model", "whole batch, ms", "auto, ms", "auto ÷ whole")
+    found = {}
+    for name in names:
+        found[name] = run_measure(
+            {"do": "fits", "model": name, "engine": engine, "rounds": max(rounds // 3, 3)}
+        )
+        if "error" in found[name]:
+            print_row(name, "", "", found[name]["error"])
+        else:
+            whole, auto = found[name]["whole"], found[name]["auto"]
+            ms = (number(statistics.median(times)) for times in (whole, auto))
+            print_row(name, *ms, number(median_ratio(auto, whole)))
+    return found
 
 
 # -- growth ----------------------------------------------------------------------------------

@@ -70,16 +70,17 @@ def test_what_fits_is_not_known_where_memory_cannot_be_measured(monkeypatch):
 
 
 # An ordinary step takes 100 for each row, and 1,000 whatever the rows: of 256 rows 26,600.
+# A fifth more rows are for batches that happen to be larger.
 @pytest.mark.parametrize(
     ("each", "always", "held", "wanted"),
     [
         (100, 1000, 1000, 352),  # as an ordinary one: even the largest batch at once
         (103, 0, 0, 352),
-        (150, 1000, 1000, 128),
-        (200, 1000, 0, 128),
-        (250, 1000, 1000, 86),  # three parts take 1,000 + 21,500, and the sums once more
-        (350, 1000, 1000, 64),
-        (900, 1000, 1000, 64),  # no four parts do, but they take a third of what the whole does
+        (150, 1000, 1000, 153),
+        (200, 1000, 0, 153),
+        (250, 1000, 1000, 103),  # three parts take 1,000 + 21,500, and the sums once more
+        (350, 1000, 1000, 76),
+        (900, 1000, 1000, 76),  # no four parts do, but they take a third of what the whole does
         (30, 60_000, 0, 352),  # nothing that rows take is worth to be spared
         (110, 30_000, 30_000, 352),  # another 30,000 for the sums
     ],
@@ -94,17 +95,42 @@ def test_microbatches_bring_a_step_to_the_memory_of_an_ordinary_one(
     assert max(machine.ran) <= 64
 
 
-@pytest.mark.parametrize(("rows", "wanted"), [(128, 43), (32, 16), (30, 30), (1, 1)])
+@pytest.mark.parametrize(("rows", "wanted"), [(128, 51), (32, 19), (30, 30), (1, 1)])
 def test_microbatches_have_rows_enough(rows, wanted, monkeypatch):
     machine = Machine(monkeypatch, left=10**9)
     ordinary = Ordinary(machine.run(100), held=0, rows=rows)
     assert rows_that_fit(Step(machine.run(280)), rows, ordinary) == wanted
 
 
-def test_what_fits_comes_before_what_an_ordinary_step_takes(monkeypatch):
-    machine = Machine(monkeypatch, left=20_000)
+@pytest.mark.parametrize(
+    ("left", "wanted"),
+    [
+        (20_000, 43),  # 50 fit
+        (56_000, 140),  # the batch in halves; 140 fit, and of a larger one 153 would be wanted
+    ],
+)
+def test_what_fits_comes_before_what_an_ordinary_step_takes(left, wanted, monkeypatch):
+    machine = Machine(monkeypatch, left=left)
     ordinary = Ordinary(machine.run(100), held=0, rows=256)
-    assert rows_that_fit(Step(machine.run(200)), 256, ordinary) == 43  # 50 fit
+    assert rows_that_fit(Step(machine.run(200)), 256, ordinary) == wanted
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 9, 12, 13])
+def test_microbatches_are_about_equal_and_none_is_empty(rows):
+    sizes = []
+
+    def engine(leaves):
+        sizes.append(len(leaves[0]))
+        total, real = keras.ops.sum(leaves[0]), leaves[1]
+        return [total], leaves[0], leaves[0], [real]
+
+    x = keras.ops.arange(rows, dtype="float32")
+    (total,), norms, *_ = mapped.chunked_sum(engine, [x, x > 0], 4, fixed=False)
+    assert float(total) == sum(range(rows))
+    np.testing.assert_array_equal(norms, x)
+    assert len(sizes) == -(-rows // 4)
+    assert min(sizes) > 0
+    assert max(sizes) - min(sizes) < len(sizes)
 
 
 @pytest.mark.parametrize("multiple", [32, 256])

@@ -275,7 +275,8 @@ class Engine:
             )
         elif found < most:
             logger.info(
-                "The model '%s' is trained on %d examples at a time (microbatch_size='auto').",
+                "The model '%s' is trained on at most %d examples at a time "
+                "(microbatch_size='auto').",
                 name,
                 found,
             )

@@ -295,7 +295,7 @@ def chunked_sum(
     *,
     fixed: bool = True,
 ) -> EngineResult:
-    """Runs `engine` over consecutive chunks of `size` rows and adds up the sums.
+    """Runs `engine` over consecutive chunks of at most `size` rows and adds up the sums.
 
     Only one chunk's per-example gradients are in memory at a time, and of the
     batch no copy.
@@ -303,16 +303,17 @@ def chunked_sum(
     Args:
         engine: What takes the leaves of a chunk.
         leaves: Tensors of at least one row; the last one says which rows are real.
-        size: The number of rows of a chunk.
-        fixed: Whether the last one is filled up, with rows that are not real; else it has
-            fewer.
+        size: The most rows of a chunk.
+        fixed: Whether each has as many, the last one being filled up with rows that are not
+            real; else all have about the same.
     """
     rows = ops.shape(leaves[0])[0]
+    each = size if fixed else _divided(rows, _divided(rows, size))
 
     def chunk(k: Any) -> Any:
-        first = k * size
+        first = k * each
         if not fixed:
-            *data, real = (t[first : first + size] for t in leaves)
+            *data, real = (t[first : first + each] for t in leaves)
             sums, *rest = engine([*data, real])
             return sums, tree.flatten(rest)
         wanted = first + ops.arange(size)
@@ -321,6 +322,11 @@ def chunked_sum(
         sums, *rest = engine([*data, ops.logical_and(real, wanted < rows)])
         return sums, tree.flatten(rest)
 
-    sums, rest = backend.added_up(chunk, (rows + size - 1) // size, joined=True)
+    sums, rest = backend.added_up(chunk, _divided(rows, each), joined=True)
     norms, losses, *extra = (t[:rows] for t in rest)
     return sums, norms, losses, extra
+
+
+def _divided(rows: Any, by: Any) -> Any:
+    """Rounded up."""
+    return (rows + by - 1) // by

@@ -14,6 +14,7 @@ _FEW, _MORE = 4, 64  # rows from which it follows how memory grows
 _SHARE = 0.5  # of the memory that is left
 _MICROBATCHES = 4  # more of them cost time, and so do such as have fewer rows
 _ROWS = 16
+_LARGER = 1.2  # a Poisson batch that is larger by less than this is cut into as many
 _WORTH = 0.8  # what is cut further, and takes more than this of the memory, isn't
 
 
@@ -48,11 +49,12 @@ class Step:
 
 
 def rows_that_fit(step: Step, most: int, ordinary: Ordinary | None = None) -> int | None:
-    """How many rows a step should take at once, found in at most four runs.
+    """How many rows a step should take at once at most, found in at most four runs.
 
     On a processor, where memory grows with the rows by a constant amount for each: such as
     fit into half of the memory that is left, and, where up to four microbatches come to it, no
-    more than take what an ordinary step of the whole batch takes. On a GPU, which says so when
+    more than take what an ordinary step of the whole batch takes, and a fifth, so that a batch
+    that happens to be larger is cut into as many. On a GPU, which says so when
     it is full, the most that still run.
 
     Args:
@@ -104,7 +106,10 @@ def _by_growth(step: Step, most: int, left: int, ordinary: Ordinary | None) -> i
     assert taken is not None
     grown = max(taken - ordinary.held, 0) / more * ordinary.rows
     wanted = _no_more_than(ordinary.held + grown, each, always, step.held, ordinary.rows)
-    return _rounded(fit, most) if fit < wanted or wanted == ordinary.rows else wanted
+    if fit < wanted or wanted == ordinary.rows:
+        return _rounded(fit, most)
+    # Where the last one is filled up, a larger size is that of all.
+    return wanted if step.multiple > 1 else min(fit, int(_LARGER * wanted))
 
 
 def _no_more_than(aim: float, each: float, always: float, held: float, rows: int) -> int:

@@ -87,8 +87,8 @@ class DPOptimizer(Described, OptimizerWrapper):
         microbatch_size: How many examples are in memory at once. Changes no
             number, but for layers that draw random ones. `None`: the whole
             batch. `"auto"`: as many as fit, and on a processor, where up to four
-            microbatches come to it, no more than take the memory of an ordinary
-            step.
+            microbatches come to it, about as many as take the memory of an
+            ordinary step.
         augmentation_multiplicity: How many times each example runs through the
             model in a step, with dropout and augmentation of its own each time.
             Its gradients are averaged before they are clipped (De et al. 2022,
