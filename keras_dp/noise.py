@@ -13,10 +13,11 @@ import numpy as np
 from keras import KerasTensor, ops
 from keras.backend import standardize_dtype
 
-from .backend import NoiseGenerator, call_numpy, runs_python
+from .backend import NoiseGenerator, call_numpy, runs_python, wait_for
 
 _MANY = 2**14  # numbers: from here on NumPy draws them faster, for all that Python costs
 _BLOCK = 2**14  # numbers drawn at a time: what they are made of stays in the processor's cache
+_PART, _PARTS = 2**18, 16  # numbers that are drawn at once at least, and how often at most
 _FINER = 2**8  # lengths of less than so many units have further random bits
 _SECURE_BLOCK = 2**12
 _SECURE_CHUNK = 2**15  # numbers that a thread takes at a time
@@ -110,8 +111,31 @@ class NoiseSource:
 
     def add_to(self, sums: Sequence[Any], stddev: Any) -> list[Any]:
         """The sums, each with independent noise of standard deviation `stddev`."""
-        noise = self.draw([(s.shape, s.dtype) for s in sums], stddev)
-        return [s + n for s, n in zip(sums, noise, strict=True)]
+
+        def noised(sums: Sequence[Any]) -> list[Any]:
+            noise = self.draw([(s.shape, s.dtype) for s in sums], stddev)
+            return [s + n for s, n in zip(sums, noise, strict=True)]
+
+        return _in_parts(noised, sums)
+
+
+def _in_parts(noised: Callable[[Sequence[Any]], list[Any]], sums: Sequence[Any]) -> list[Any]:
+    """What `noised` makes of sums, a part of them at a time.
+
+    Noise takes as much memory as what it is added to: so it is that of a part.
+    """
+    sizes = [math.prod(s.shape) for s in sums]
+    most = max([_PART, *sizes, sum(sizes) // _PARTS])
+    found, last, start = list[Any](), list[Any](), 0
+    while start < len(sums):
+        end = start + 1
+        while end < len(sums) and (sum(sizes[start : end + 1]) <= most or sum(sizes[end:]) < _MANY):
+            end += 1
+        with wait_for(last):
+            last = noised(sums[start:end])
+        found += last
+        start = end
+    return found
 
 
 def _drawn_together(
@@ -245,7 +269,8 @@ class SecureNoiseSource:
         runs, in Python. XLA refuses that: only what comes before it, the
         gradients, can be compiled with `jit_compile=True`.
         """
-        return call_numpy(_noised, [ops.convert_to_tensor(stddev, "float64"), *sums], sums)
+        size = ops.convert_to_tensor(stddev, "float64")
+        return _in_parts(lambda part: call_numpy(_noised, [size, *part], part), sums)
 
 
 def _noised(stddev: np.ndarray, *sums: np.ndarray) -> list[np.ndarray]:

@@ -153,6 +153,37 @@ def test_variables_steps_and_sources_share_nothing_whatever_the_seeds():
     assert all(unrelated(a, b) for i, a in enumerate(found) for b in found[:i])
 
 
+LARGE = [(700, 500), (3,), (300, 1000), (2**18,), (), (5,), (0, 4), (100, 900), (7,)]
+
+
+def added(source, sums, stddev):
+    """Noise that a traced step adds, and how many operations of NumPy's it has for that."""
+    step = tf.function(lambda sums: source.add_to(sums, tf.constant(stddev, "float64")))
+    graph = step.get_concrete_function(sums).graph
+    return step(sums), sum(op.type == "PyFunc" for op in graph.get_operations())
+
+
+@pytest.mark.parametrize("source", [NoiseSource, noise.SecureNoiseSource])
+def test_a_large_model_has_its_noise_a_part_at_a_time(source):
+    """Beside the sums there is no more noise than their largest has, or a sixteenth of them all."""
+    random = np.random.default_rng(0)
+    sums = [tf.constant(random.normal(size=shape), "float32") for shape in LARGE]
+    same, parts = added(source(), sums, 0.0)
+    assert parts == 4  # 350,000; 300,003; 262,150; 90,007
+    for got, wanted in zip(same, sums, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    noised, _ = added(source(), sums, 2.0)
+    found = [np.ravel(a - b) for a, b in zip(noised, sums, strict=True)]
+    for z in found:
+        assert z.size < 1000 or abs(z.std() / 2 - 1) < 5.1 / np.sqrt(2 * z.size)
+    first, second, third = (found[k][:90_000] for k in (0, 2, 7))
+    assert unrelated(first, second)
+    assert unrelated(first, third)
+    assert unrelated(second, third)
+    _, parts = added(source(), [tf.zeros(200_000), tf.zeros(60_000)], 1.0)
+    assert parts == 1
+
+
 def test_every_shape_and_size_is_filled():
     shapes = [(3, 5), (), (0, 4), (1,), (20001,), (7, 11, 13)]
     dtypes = ["float32", "float64", "float32", "float64", "float32", "float64"]
