@@ -1,6 +1,6 @@
 """The cost of a private step in keras_dp, Opacus and JAX Privacy, on the CPU.
 
-    python benchmarks/peers.py [--models mlp,cnn,transformer] [--rounds 15]
+    python benchmarks/peers.py [--models mlp,cnn,...] [--rounds 15]
         [--environments DIR] [--json peers.json]
 
 keras_dp runs in the Python that runs this command, each peer in a virtual
@@ -12,7 +12,10 @@ installed is left out, and a line says so.
 Every variant is a process; they take their steps in turn, one at a time, on all
 cores. Each turn is one step that isn't timed and one that is. All have the same
 model sizes, batch, SGD without momentum, clipping norm 1, noise multiplier 1,
-and a fixed batch. Columns:
+and a fixed batch. The models are those of `zoo.py`, all of them unless
+`--models` names some; their numbers of trained weights are compared, and a note
+says where one isn't keras_dp's. A variant whose first steps or whose step takes
+longer than half an hour is ended, and so noted. Columns:
 
 - `ms`: the median;
 - `× ordinary`: divided by the ordinary step in the same framework;
@@ -45,7 +48,7 @@ from tables import (
     run_measure,
 )
 
-MODELS = ("mlp", "cnn", "transformer")
+MODELS = ("mlp", "cnn", "transformer", "lstm", "text", "resnet", "lora")
 PEERS = {  # what is installed, and the variants of the worker
     "keras_dp": ((), ("ordinary", "noise", "ghost", "vectorized")),
     "opacus": (("torch==2.13.0", "opacus==1.6.*"), ("ordinary", "noise", "hooks", "ghost")),
@@ -53,6 +56,15 @@ PEERS = {  # what is installed, and the variants of the worker
 }
 COLUMNS = ("model", "by", "variant", "ms", "× ordinary", "r", "÷ keras_dp", "note")
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+# Where a peer's layers have another number of trained weights: how many more than keras_dp's.
+KNOWN_DIFFERENCES = {
+    ("lstm", "opacus"): (4 * 128, "PyTorch's LSTM has a second bias"),
+    # Keras has a first factor for each of the 4 heads, and a second that they share.
+    ("lora", "opacus"): (
+        -4 * 3 * ((128 * 4 * 4 + 4 * 32) - (128 * 4 + 4 * 128)),
+        "factors as PEFT's; Keras' of query, key and value have the heads in them",
+    ),
+}
 PAUSE = 0.05  # seconds between two workers, in which the threads of the last one go to sleep
 
 
@@ -135,7 +147,7 @@ class Worker:
     """
 
     def __init__(self, peer, variant, python, model):
-        self.peer, self.variant = peer, variant
+        self.peer, self.variant, self.model = peer, variant, model
         self.ms, self.about, self.error = [], {}, None
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - see close
         self._process = subprocess.Popen(
@@ -163,7 +175,13 @@ class Worker:
 
     def _read(self, start=""):
         """The next line that begins so; notes the error if the process ends before."""
-        limit = threading.Timer(TIME_LIMIT, self._process.kill)
+        late = threading.Event()
+
+        def end():
+            late.set()
+            self._process.kill()
+
+        limit = threading.Timer(TIME_LIMIT, end)
         limit.start()
         try:
             for line in self._process.stdout:
@@ -171,10 +189,11 @@ class Worker:
                     return line
         finally:
             limit.cancel()
-        self._process.wait()
+        code = self._process.wait()
         self._errors.seek(0)
-        last = (self._errors.read().strip().splitlines() or ["it ended without a word"])[-1]
-        self.error = last[:200]
+        silent = f"it ended without a word, with exit code {code}"
+        last = (self._errors.read().strip().splitlines() or [silent])[-1]
+        self.error = f"took longer than {TIME_LIMIT} s" if late.is_set() else last[:200]
         return None
 
     def close(self):
@@ -235,10 +254,14 @@ def note_of(worker, workers):
     engine = worker.about.get("engine")
     if engine and is_private(worker.variant) and engine != worker.variant:
         return f"not what was asked for: {engine} ran."
-    expected = next(w.about["parameters"] for w in workers if w.error is None)
-    if worker.about["parameters"] != expected:
-        return f"{worker.about['parameters']:,} weights, not {expected:,}"
-    return ""
+    # Those of keras_dp, or of the first peer where keras_dp isn't measured.
+    first = next(w for w in workers if w.error is None)
+    difference = worker.about["parameters"] - first.about["parameters"]
+    if not difference:
+        return ""
+    note = f"{worker.about['parameters']:,} weights, not {first.about['parameters']:,}"
+    known, why = KNOWN_DIFFERENCES.get((worker.model, worker.peer), (0, ""))
+    return f"{note}: {why}" if first.peer == "keras_dp" and difference == known else note
 
 
 if __name__ == "__main__":

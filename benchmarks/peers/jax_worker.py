@@ -4,6 +4,7 @@
 `microbatch_size=1`, which XLA compiles better on some CPUs.
 """
 
+import functools
 import math
 import sys
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import jax_privacy
 import optax
 from jax_privacy.noise_addition import gaussian_privatizer
-from worker import VOCABULARY, examples, serve
+from worker import VOCABULARIES, examples, serve
 
 
 class Weights:
@@ -29,9 +30,15 @@ class Weights:
     def dense(self, *shape):
         return {"kernel": self.normal(*shape), "bias": jnp.zeros(shape[-1])}
 
+    def norm(self, size):
+        return {"scale": jnp.ones(size), "offset": jnp.zeros(size)}
 
-def dense(weights, x):
-    return x @ weights["kernel"] + weights["bias"]
+
+def dense(weights, x, factors=None):
+    y = x @ weights["kernel"] + weights["bias"]
+    if factors is None:
+        return y
+    return y + (jnp.tensordot(x, factors["a"], 1) @ factors["b"]).reshape(y.shape)
 
 
 def mlp_weights(make):
@@ -60,43 +67,155 @@ def cnn(weights, x):
     return dense(weights[3], x)
 
 
-def transformer_weights(make):
-    def norm():
-        return {"scale": jnp.ones(128), "offset": jnp.zeros(128)}
-
+def transformer_weights(make, blocks=2):
     def block():
         return {
             "attention": [make.dense(128, 128) for _ in range(4)],
             "dense": [make.dense(128, 512), make.dense(512, 128)],
-            "norms": [norm(), norm()],
+            "norms": [make.norm(128), make.norm(128)],
         }
 
-    embedding = make.normal(VOCABULARY, 128)
-    return {"embedding": embedding, "blocks": [block(), block()], "head": make.dense(128, 10)}
+    return {
+        "embedding": make.normal(VOCABULARIES["transformer"], 128),
+        "blocks": [block() for _ in range(blocks)],
+        "head": make.dense(128, 10),
+    }
 
 
 def transformer(weights, tokens):
     x = weights["embedding"][tokens]
     for block in weights["blocks"]:
-        x = normalize(block["norms"][0], x + attention(block["attention"], x))
-        wide, narrow = block["dense"]
-        x = normalize(block["norms"][1], x + dense(narrow, jax.nn.relu(dense(wide, x))))
+        x = transform(block, x)
     return dense(weights["head"], x.mean(1))
 
 
-def attention(weights, x):
-    q, k, v = (dense(w, x).reshape(*x.shape[:2], 4, 32) for w in weights[:3])
-    return dense(weights[3], jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
+def transform(block, x, factors=(None,) * 6):
+    """A block; `factors` are LoRA's of its four dense layers of attention and its two others."""
+    x = normalize(block["norms"][0], x + attention(block["attention"], x, factors[:4]))
+    wide, narrow = block["dense"]
+    y = dense(narrow, jax.nn.relu(dense(wide, x, factors[4])), factors[5])
+    return normalize(block["norms"][1], x + y)
+
+
+def attention(weights, x, factors):
+    q, k, v = (
+        dense(w, x, f).reshape(*x.shape[:2], 4, 32)
+        for w, f in zip(weights[:3], factors[:3], strict=True)
+    )
+    y = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+    return dense(weights[3], y, factors[3])
 
 
 def normalize(weights, x):
     return jax.nn.standardize(x, epsilon=1e-3) * weights["scale"] + weights["offset"]
 
 
+def lora_weights(make):
+    """Frozen weights and trained ones: factors in the shapes of Keras', and the head."""
+
+    def factors(outputs, *inputs):
+        return {"a": make.normal(*inputs, 4), "b": jnp.zeros((4, outputs))}
+
+    def block():
+        projections = [factors(32, 128, 4) for _ in range(3)]  # Keras' kernels are 128, 4, 32
+        return [*projections, factors(128, 128), factors(512, 128), factors(128, 512)]
+
+    frozen = transformer_weights(make, blocks=4)
+    return frozen, {"blocks": [block() for _ in range(4)], "head": frozen.pop("head")}
+
+
+def lora(frozen, weights, tokens):
+    x = frozen["embedding"][tokens]
+    for block, factors in zip(frozen["blocks"], weights["blocks"], strict=True):
+        x = transform(block, x, factors)
+    return dense(weights["head"], x.mean(1))
+
+
+def lstm_weights(make):
+    return {
+        "embedding": make.normal(VOCABULARIES["lstm"], 64),
+        "inputs": make.dense(64, 4 * 128),
+        "recurrent": make.normal(128, 4 * 128),
+        "head": make.dense(128, 18),
+    }
+
+
+def lstm(weights, tokens):
+    def cell(state, x):
+        h, c = state
+        i, f, g, o = jnp.split(x + h @ weights["recurrent"], 4, -1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (h, c), None
+
+    x = dense(weights["inputs"], weights["embedding"][tokens])  # of all characters at once
+    zeros = jnp.zeros((len(x), 128))
+    (h, _), _ = jax.lax.scan(cell, (zeros, zeros), x.swapaxes(0, 1))
+    return dense(weights["head"], h)
+
+
+def text_weights(make):
+    embedding = make.normal(VOCABULARIES["text"], 128)
+    return {"embedding": embedding, "dense": [make.dense(128, 64), make.dense(64, 4)]}
+
+
+def text(weights, tokens):
+    return mlp(weights["dense"], weights["embedding"][tokens].mean(1))
+
+
+STAGES = ((16, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1))
+
+
+def resnet_weights(make):
+    def block(channels, filters, strides):
+        made = {
+            "kernels": [make.normal(3, 3, channels, filters), make.normal(3, 3, filters, filters)],
+            "norms": [make.norm(filters), make.norm(filters)],
+        }
+        if strides != 1 or channels != filters:
+            made["shortcut"] = make.normal(1, 1, channels, filters)
+        return made
+
+    return {
+        "kernel": make.normal(3, 3, 3, 16),
+        "norm": make.norm(16),
+        "blocks": [block(*stage) for stage in STAGES],
+        "head": make.dense(64, 10),
+    }
+
+
+def resnet(weights, x):
+    x = jax.nn.relu(normalize_groups(weights["norm"], convolve(weights["kernel"], x)))
+    for block, (_, _, strides) in zip(weights["blocks"], STAGES, strict=True):
+        y = convolve(block["kernels"][0], x, strides)
+        y = jax.nn.relu(normalize_groups(block["norms"][0], y))
+        y = normalize_groups(block["norms"][1], convolve(block["kernels"][1], y))
+        if "shortcut" in block:
+            x = convolve(block["shortcut"], x, strides)
+        x = jax.nn.relu(x + y)
+    return dense(weights["head"], x.mean((1, 2)))
+
+
+def convolve(kernel, x, strides=1):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (strides, strides), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def normalize_groups(weights, x):
+    groups = x.reshape(*x.shape[:3], 8, -1)
+    groups = jax.nn.standardize(groups, axis=(1, 2, 4), epsilon=1e-3)
+    return groups.reshape(x.shape) * weights["scale"] + weights["offset"]
+
+
 MODELS = {
     "mlp": (mlp_weights, mlp),
     "cnn": (cnn_weights, cnn),
     "transformer": (transformer_weights, transformer),
+    "lstm": (lstm_weights, lstm),
+    "text": (text_weights, text),
+    "resnet": (resnet_weights, resnet),
+    "lora": (lora_weights, lora),
 }
 
 
@@ -104,6 +223,9 @@ def make_step(name, variant):
     """A function that takes one step and waits for it, and the weights."""
     make_weights, predict = MODELS[name]
     weights = make_weights(Weights())
+    if name == "lora":
+        frozen, weights = weights
+        predict = functools.partial(predict, frozen)
     x, y = (jnp.asarray(a) for a in examples(name))
     optimizer = optax.sgd(0.1)
 

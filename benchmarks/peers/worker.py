@@ -9,9 +9,17 @@ import json
 import sys
 import time
 
-BATCHES = {"mlp": 256, "cnn": 256, "transformer": 32}
-SHAPES = {"mlp": (784,), "cnn": (28, 28, 1), "transformer": (128,)}
-VOCABULARY = 5000
+# Those of `zoo.py`: examples in a batch, the shape of one, and the number of classes.
+BATCHES = {
+    "mlp": (256, (784,), 10),
+    "cnn": (256, (28, 28, 1), 10),
+    "transformer": (32, (128,), 10),
+    "lstm": (128, (60,), 18),
+    "text": (128, (100,), 4),
+    "resnet": (64, (32, 32, 3), 10),
+    "lora": (32, (64,), 10),
+}
+VOCABULARIES = {"transformer": 5000, "lstm": 100, "text": 20_000, "lora": 5000}
 
 
 def examples(model):
@@ -19,12 +27,12 @@ def examples(model):
     import numpy as np
 
     random = np.random.default_rng(0)
-    batch, shape = BATCHES[model], SHAPES[model]
-    if model == "transformer":
-        x = random.integers(0, VOCABULARY, (batch, *shape)).astype("int32")
+    batch, shape, classes = BATCHES[model]
+    if model in VOCABULARIES:
+        x = random.integers(0, VOCABULARIES[model], (batch, *shape)).astype("int32")
     else:
         x = random.normal(size=(batch, *shape)).astype("float32")
-    return x, random.integers(0, 10, batch).astype("int32")
+    return x, random.integers(0, classes, batch).astype("int32")
 
 
 def serve(step, **about):
