@@ -23,8 +23,11 @@ RETURN_MEMORY = {
 
 
 def median_ratio(times, *parts):
-    """The median over rounds of `times` divided by the sum of `parts` in the same round."""
-    return statistics.median(t / sum(p) for t, *p in zip(times, *parts, strict=True))
+    """The median over rounds of `times` divided by the sum of `parts` in the same round.
+
+    Over the first rounds, where some have fewer.
+    """
+    return statistics.median(t / sum(p) for t, *p in zip(times, *parts, strict=False))
 
 
 def print_row(*cells):
