@@ -532,6 +532,21 @@ def test_rule_15_holds_with_products_in_tf32(monkeypatch):
     traced.cache_clear()
 
 
+ONE_NUMBER = {
+    "written out": lambda g: Instantiated(g),
+    "one position": lambda g: OuterProducts(g, tf.ones_like(g)),
+    "filters": lambda g: Filters(g[:, None], tf.ones((1, 1, 1)), (1, 1, 1), (1,), "valid", (1,), 1),
+}
+
+
+@pytest.mark.parametrize("form", ONE_NUMBER)
+def test_rule_15_there_is_room_for_the_product_with_a_clip_weight_in_tf32(form, monkeypatch):
+    monkeypatch.setattr(rounding, "multiplies_coarsely", lambda: True)
+    found = ONE_NUMBER[form](tf.constant([[3.0]])).squares()
+    np.testing.assert_allclose(found.value, 9.0)
+    assert found.at_most >= (3 * (1 + 2.0**-19)) ** 2
+
+
 def test_rule_15_tf32_matters_only_where_there_is_a_gpu():
     assert rounding.multiplies_coarsely() == bool(tf.config.list_physical_devices("GPU"))
 

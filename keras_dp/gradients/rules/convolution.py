@@ -23,6 +23,7 @@ from ..forms import (
     PerExample,
     Squares,
     added_up,
+    of_a_weight,
     pairs,
     squares_of_pairs,
 )
@@ -327,7 +328,7 @@ class Filters(PerExample):
         found, off = arithmetic.sum_of_squares(written)
         value = ops.sum(ops.reshape(found, (math.prod(others), -1)), axis=0)
         lost = 2 * math.prod(self.shape) * backend.least_square(written)
-        return Squares(value, off, lost)
+        return Squares(value, off + of_a_weight(written), lost)
 
     def _sizes_are_known(self) -> bool:
         return None not in (*self.x.shape[1:], *self.g.shape[1:])
