@@ -261,8 +261,9 @@ def filters_of_steps(
 class Filters(PerExample):
     """Gradients of a convolution's filters, `G_i = sum_t patch_t (x) g_t`.
 
-    Written out, by one convolution that has the examples among its channels,
-    where that is not much larger than input and output. Else the norm is
+    Written out where that is not much larger than input and output: by one
+    convolution that has the examples among its channels, or, under XLA on a
+    processor, by a product for each position of the kernel. Else the norm is
     `sum_ts <patch_t, patch_s> <g_t, g_s>`, with products of patches added up
     from products of single pixels, so that no patch is ever unfolded.
 
