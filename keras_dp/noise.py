@@ -17,7 +17,7 @@ from .backend import NoiseGenerator, call_numpy, runs_python, wait_for
 
 _MANY = 2**14  # numbers: from here on NumPy draws them faster, for all that Python costs
 _BLOCK = 2**14  # numbers drawn at a time: what they are made of stays in the processor's cache
-_PART, _PARTS = 2**18, 16  # numbers that are drawn at once at least, and how often at most
+_PART, _PARTS = 2**18, 16  # a part has so many numbers, or such a part of all, if that is more
 _FINER = 2**8  # lengths of less than so many units have further random bits
 _SECURE_BLOCK = 2**12
 _SECURE_CHUNK = 2**15  # numbers that a thread takes at a time
@@ -28,8 +28,8 @@ _GRID = -20  # a secure sum is a multiple of the largest power of 2 below stddev
 class NoiseSource:
     """Gaussian noise that can't be replayed.
 
-    Where a processor trains and the model isn't small, all weights' noise is
-    drawn at once, from random bytes of OpenSSL's generator (with OpenSSL 3:
+    Where a processor trains and the model isn't small, the noise of many weights
+    at a time is drawn from random bytes of OpenSSL's generator (with OpenSSL 3:
     AES-256 as in NIST SP 800-90A): that is several times faster than the
     framework's own way, and a cryptographic generator besides. Few numbers,
     those for a GPU, those inside XLA, those that several workers share and
@@ -125,12 +125,15 @@ def _in_parts(noised: Callable[[Sequence[Any]], list[Any]], sums: Sequence[Any])
     Noise takes as much memory as what it is added to: so it is that of a part.
     """
     sizes = [math.prod(s.shape) for s in sums]
-    most = max([_PART, *sizes, sum(sizes) // _PARTS])
-    found, last, start = list[Any](), list[Any](), 0
+    # And few more: so none has less than `_MANY`, which would be the framework's to draw.
+    most = max([_PART, *sizes, sum(sizes) // _PARTS]) + _MANY
+    found, last, start, left = list[Any](), list[Any](), 0, sum(sizes)
     while start < len(sums):
-        end = start + 1
-        while end < len(sums) and (sum(sizes[start : end + 1]) <= most or sum(sizes[end:]) < _MANY):
+        end, total = start + 1, sizes[start]
+        while end < len(sums) and (total + sizes[end] <= most or left - total < _MANY):
+            total += sizes[end]
             end += 1
+        left -= total
         with wait_for(last):
             last = noised(sums[start:end])
         found += last

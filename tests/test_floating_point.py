@@ -360,6 +360,31 @@ def test_rule_15_long_sums_of_squares_are_as_exact_as_they_say(shape):
     np.testing.assert_allclose(found, exact, rtol=off)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.fast
+def test_rule_15_squared_lengths_are_as_exact_as_they_say(dtype, compiled):
+    """Also where squares leave the range of their type, and of no numbers at all."""
+    lengths = tf.function(backend.squared_lengths, jit_compile=compiled, autograph=False)
+    numbers = np.random.default_rng(0).normal(size=(12, 300, 37)).astype(dtype)
+    numbers[0] = numbers[0, :1, :1]
+    scales = np.array([1, 1, 1e-30, 1e-22, 1e-20, 1e-19, 1e-18, 1e15, 1e18, 1e19, 1e25, 1e30])
+    x = numbers * scales[:, None, None].astype(dtype)
+    exact = (x.astype(np.longdouble) ** 2).sum(-1)
+    found, of = lengths(x).numpy(), tf.constant(x)
+    most = np.longdouble(np.finfo(dtype).max)
+    fits = exact < most
+    assert np.all(np.isinf(found[exact > 1.001 * most]))
+    lost = 37 * backend.least_square(of)
+    off = (37 + 6) * backend.roundoff(of) * exact[fits] + lost
+    assert np.all(np.abs(found[fits] - exact[fits]) <= off)
+    odd = np.array([[np.nan, 1], [np.inf, 1], [-np.inf, np.inf], [0, 0], [-3, 4]], dtype)
+    np.testing.assert_array_equal(lengths(odd), [np.nan, np.inf, np.inf, 0, 25])
+    np.testing.assert_array_equal(lengths(-odd[:, 1:]), [1, 1, np.inf, 0, 16])
+    assert lengths(x[:0, 0]).shape == (0,)
+    np.testing.assert_array_equal(lengths(x[0, :2, :0]), [0, 0])
+
+
 # -- whole models ---------------------------------------------------------------------------------
 
 
@@ -530,6 +555,21 @@ def test_rule_15_holds_with_products_in_tf32(monkeypatch):
     for name in ("pairs", "rows", "filters by pairs"):
         test_rule_15_what_is_added_is_at_most_c(name)
     traced.cache_clear()
+
+
+ONE_NUMBER = {
+    "written out": lambda g: Instantiated(g),
+    "one position": lambda g: OuterProducts(g, tf.ones_like(g)),
+    "filters": lambda g: Filters(g[:, None], tf.ones((1, 1, 1)), (1, 1, 1), (1,), "valid", (1,), 1),
+}
+
+
+@pytest.mark.parametrize("form", ONE_NUMBER)
+def test_rule_15_there_is_room_for_the_product_with_a_clip_weight_in_tf32(form, monkeypatch):
+    monkeypatch.setattr(rounding, "multiplies_coarsely", lambda: True)
+    found = ONE_NUMBER[form](tf.constant([[3.0]])).squares()
+    np.testing.assert_allclose(found.value, 9.0)
+    assert found.at_most >= (3 * (1 + 2.0**-19)) ** 2
 
 
 def test_rule_15_tf32_matters_only_where_there_is_a_gpu():

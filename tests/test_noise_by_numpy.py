@@ -159,8 +159,9 @@ LARGE = [(700, 500), (3,), (300, 1000), (2**18,), (), (5,), (0, 4), (100, 900), 
 def added(source, sums, stddev):
     """Noise that a traced step adds, and how many operations of NumPy's it has for that."""
     step = tf.function(lambda sums: source.add_to(sums, tf.constant(stddev, "float64")))
-    graph = step.get_concrete_function(sums).graph
-    return step(sums), sum(op.type == "PyFunc" for op in graph.get_operations())
+    kinds = [op.type for op in step.get_concrete_function(sums).graph.get_operations()]
+    assert not any("Random" in kind or "Rng" in kind for kind in kinds)  # the framework's
+    return step(sums), kinds.count("PyFunc")
 
 
 @pytest.mark.parametrize("source", [NoiseSource, noise.SecureNoiseSource])
@@ -169,7 +170,7 @@ def test_a_large_model_has_its_noise_a_part_at_a_time(source):
     random = np.random.default_rng(0)
     sums = [tf.constant(random.normal(size=shape), "float32") for shape in LARGE]
     same, parts = added(source(), sums, 0.0)
-    assert parts == 4  # 350,000; 300,003; 262,150; 90,007
+    assert parts == 3  # 350,003; 300,000; 352,157
     for got, wanted in zip(same, sums, strict=True):
         np.testing.assert_array_equal(got, wanted)
     noised, _ = added(source(), sums, 2.0)
@@ -180,8 +181,23 @@ def test_a_large_model_has_its_noise_a_part_at_a_time(source):
     assert unrelated(first, second)
     assert unrelated(first, third)
     assert unrelated(second, third)
-    _, parts = added(source(), [tf.zeros(200_000), tf.zeros(60_000)], 1.0)
-    assert parts == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [
+        ([200_000, 60_000], 1),
+        ([300_000, 500] * 4, 4),  # kernels and their biases
+        ([300_000, 500, 16_000, 300_000, 200], 2),
+        ([10_000] * 28, 1),
+        ([10_000] * 40, 2),
+        ([1] * 40 + [400_000], 1),
+    ],
+)
+def test_no_part_of_a_large_model_has_the_noise_of_a_small_one(sizes, wanted):
+    """Of few numbers it wouldn't come from a cryptographic generator."""
+    _, parts = added(NoiseSource(), [tf.zeros(n) for n in sizes], 1.0)
+    assert parts == wanted
 
 
 def test_every_shape_and_size_is_filled():

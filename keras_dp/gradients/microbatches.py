@@ -14,7 +14,7 @@ _FEW, _MORE = 4, 64  # rows from which it follows how memory grows
 _SHARE = 0.5  # of the memory that is left
 _MICROBATCHES = 4  # more of them cost time, and so do such as have fewer rows
 _ROWS = 16
-_LARGER = 1.2  # a Poisson batch that is larger by less than this is cut into as many
+_LARGER = 1.2  # a Poisson batch may be so many times as large, and isn't cut into more
 _WORTH = 0.8  # what is cut further, and takes more than this of the memory, isn't
 
 
@@ -53,9 +53,9 @@ def rows_that_fit(step: Step, most: int, ordinary: Ordinary | None = None) -> in
 
     On a processor, where memory grows with the rows by a constant amount for each: such as
     fit into half of the memory that is left, and, where up to four microbatches come to it, no
-    more than take what an ordinary step of the whole batch takes, and a fifth, so that a batch
-    that happens to be larger is cut into as many. On a GPU, which says so when
-    it is full, the most that still run.
+    more than take what an ordinary step of the whole batch takes. A fifth more rows than that are
+    allowed, so that a batch that happens to be larger isn't cut into more microbatches. On a GPU,
+    which says so when it is full, the most that still run.
 
     Args:
         step: The step.

@@ -16,7 +16,7 @@ from .clipped import clipped_sums
 from .form import Instantiated, PerExample, Scaled, TakenApart
 from .products import OuterProducts
 from .rows import Rows, Tied
-from .squares import Squares, added_up, pairs, squares_of_pairs
+from .squares import Squares, added_up, of_a_weight, pairs, squares_of_pairs
 from .uses import combined
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "added_up",
     "clipped_sums",
     "combined",
+    "of_a_weight",
     "pairs",
     "squares_of_pairs",
 ]

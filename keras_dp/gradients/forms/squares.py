@@ -48,7 +48,7 @@ class Squares:
         """Of gradients that are written out, (B, ...): what is added is what is squared."""
         value, off = arithmetic.sum_of_squares(tensor)
         lost = arithmetic.numbers_each(tensor) * (2 * backend.least_square(tensor))
-        return cls(value, off + 4 * backend.roundoff(tensor), lost)
+        return cls(value, off + of_a_weight(tensor), lost)
 
     @property
     def most(self) -> Any:
@@ -90,6 +90,11 @@ class Squares:
         most = value * np.array([1 + s.relative for s in every])
         most = ops.sqrt(most + gathered([s.slack for s in every]))
         return value, ops.square(most + gathered([s.linear for s in every]))
+
+
+def of_a_weight(tensor: Any) -> float:
+    """By how much a square grows, relatively, at most as the sum multiplies by a clip weight."""
+    return 2 * (backend.products_off(tensor) + backend.roundoff(tensor))
 
 
 def pairs(tensor: Any) -> tuple[Any, float]:

@@ -23,6 +23,7 @@ from ..forms import (
     PerExample,
     Squares,
     added_up,
+    of_a_weight,
     pairs,
     squares_of_pairs,
 )
@@ -260,8 +261,9 @@ def filters_of_steps(
 class Filters(PerExample):
     """Gradients of a convolution's filters, `G_i = sum_t patch_t (x) g_t`.
 
-    Written out, by one convolution that has the examples among its channels,
-    where that is not much larger than input and output. Else the norm is
+    Written out where that is not much larger than input and output: by one
+    convolution that has the examples among its channels, or, under XLA on a
+    processor, by a product for each position of the kernel. Else the norm is
     `sum_ts <patch_t, patch_s> <g_t, g_s>`, with products of patches added up
     from products of single pixels, so that no patch is ever unfolded.
 
@@ -327,7 +329,7 @@ class Filters(PerExample):
         found, off = arithmetic.sum_of_squares(written)
         value = ops.sum(ops.reshape(found, (math.prod(others), -1)), axis=0)
         lost = 2 * math.prod(self.shape) * backend.least_square(written)
-        return Squares(value, off, lost)
+        return Squares(value, off + of_a_weight(written), lost)
 
     def _sizes_are_known(self) -> bool:
         return None not in (*self.x.shape[1:], *self.g.shape[1:])
