@@ -169,16 +169,15 @@ def measure_time(model, variants, rounds, sizes=None):
 
 def measure_fits(model, engine, rounds):
     """Milliseconds of a step in `fit`, by whether its Poisson batches are whole, in turns."""
-    make, x, y, loss = ZOO[model](np.random.default_rng(0))
-    batch, epochs = len(x), {}
-    x, y = (np.concatenate([t] * _FIT_STEPS) for t in (x, y))
+    epochs = {}
     for size in (None, "auto"):
-        copy = keras.models.clone_model(make)
+        made, x, y, loss = ZOO[model](np.random.default_rng(0))  # a clone would have no LoRA
         optimizer = keras_dp.DPSGD(
             0.1, max_grad_norm=1.0, noise_multiplier=1.0, gradients=engine, microbatch_size=size
         )
-        copy.compile(optimizer, loss)
-        epochs[size or "whole"] = functools.partial(copy.fit, x, y, batch_size=batch, verbose=0)
+        made.compile(optimizer, loss)
+        many = (np.concatenate([t] * _FIT_STEPS) for t in (x, y))
+        epochs[size or "whole"] = functools.partial(made.fit, *many, batch_size=len(x), verbose=0)
     results = {name: [] for name in epochs}
     for k in range(rounds + 1):
         for name, epoch in epochs.items():

@@ -125,7 +125,7 @@ def _in_parts(noised: Callable[[Sequence[Any]], list[Any]], sums: Sequence[Any])
     Noise takes as much memory as what it is added to: so it is that of a part.
     """
     sizes = [math.prod(s.shape) for s in sums]
-    # And few more: so none has less than `_MANY`, which would be the framework's to draw.
+    # And a few more, so that none has fewer than `_MANY`, which the framework would draw.
     most = max([_PART, *sizes, sum(sizes) // _PARTS]) + _MANY
     found, last, start, left = list[Any](), list[Any](), 0, sum(sizes)
     while start < len(sums):

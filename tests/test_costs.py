@@ -330,6 +330,24 @@ def test_benchmarks_take_ordinary_and_private_steps(benchmarks):
             assert all(moved)
 
 
+@pytest.mark.thorough
+def test_benchmarks_fit_the_model_itself(benchmarks, monkeypatch):
+    """A clone of it would have no LoRA inside of attention, and train all that is frozen."""
+    import measure
+
+    made = []
+
+    def tiny(random):
+        made.append(keras.Sequential([keras.Input((3,)), layers.Dense(1)]))
+        return made[-1], normal(3, rows=4), normal(1, rows=4), "mse"
+
+    monkeypatch.setitem(measure.ZOO, "tiny", tiny)
+    monkeypatch.setattr(measure, "_FIT_STEPS", 2)
+    found = measure.measure_fits("tiny", "ghost", rounds=1)
+    assert [len(found[how]) for how in ("whole", "auto")] == [1, 1]
+    assert [model.optimizer.ledger.steps for model in made] == [4, 4]
+
+
 def test_benchmarks_say_how_figures_grow(benchmarks, capsys, monkeypatch):
     import run
 

@@ -1072,6 +1072,22 @@ def test_convolutions_under_xla_have_no_examples_among_their_channels(name, monk
     require_as_one_at_a_time(after(x, make()), x, "xla")
 
 
+GROUPED = {
+    "one dimension": (lambda: layers.Conv1D(6, 2, 2, groups=2, dtype="float64"), (5,)),
+    "two dimensions": (lambda: layers.Conv2D(4, (3, 2), groups=4, dtype="float64"), (4, 5)),
+    "three dimensions": (lambda: layers.Conv3D(6, 2, padding="same", groups=2), (3, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.fast
+def test_groups_of_channels_that_onednn_does_not_have(name):
+    """Of float64, or in three dimensions, the step stopped with an error."""
+    make, space = GROUPED[name]
+    x = normal(*space, 4)
+    require_as_one_at_a_time(after(x, make()), x, "graph")
+
+
 @pytest.mark.parametrize("name", FIXED)
 @pytest.mark.one_in(12)
 @pytest.mark.thorough

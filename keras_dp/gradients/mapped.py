@@ -304,8 +304,8 @@ def chunked_sum(
         engine: What takes the leaves of a chunk.
         leaves: Tensors of at least one row; the last one says which rows are real.
         size: The most rows of a chunk.
-        fixed: Whether each has as many, the last one being filled up with rows that are not
-            real; else all have about the same.
+        fixed: Whether each has `size` rows, the last one being filled up with rows that are
+            not real; else they are about equal.
     """
     rows = ops.shape(leaves[0])[0]
     each = size if fixed else _divided(rows, _divided(rows, size))

@@ -60,27 +60,54 @@ def filter_gradients(
         shape: Of the filters, (*kernel, channels / groups, filters).
         strides, padding, dilation, groups: Of the convolution.
     """
-    del groups  # the shapes tell
     if x.shape.rank > 4 or not _folded_filter_gradients_work(x.dtype.name):
-
-        def one(parts: list[Tensor]) -> Tensor:
-            filters, alone, upstream = parts
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(filters)
-                found = keras.ops.conv(
-                    alone[tf.newaxis], filters, strides, padding, "channels_last", dilation
-                )[0]
-            return tape.gradient(found, filters, output_gradients=upstream)
-
-        filters = tf.zeros([tf.shape(x)[0], *shape], x.dtype)
-        found = map_rows(one, [filters, x, g])
-        rank = len(shape) + 1
-        return tf.transpose(found, (*range(1, rank - 1), 0, rank - 1))
+        return _one_at_a_time(x, g, shape, strides, padding, dilation, groups)
 
     def at_once(x: Tensor, g: Tensor) -> Tensor:
         return _folded(x, g, shape, strides, padding, dilation)
 
     return _in_parts(at_once, x, g, shape) if runs_python() else at_once(x, g)
+
+
+def _one_at_a_time(
+    x: Tensor,
+    g: Tensor,
+    shape: Sequence[int],
+    strides: Any,
+    padding: str,
+    dilation: Any,
+    groups: int,
+) -> Tensor:
+    """Each group of each example by itself, as TensorFlow has no such gradient of groups here."""
+    *kernel, channels, filters = shape
+    filters //= groups
+
+    def one(parts: list[Tensor]) -> Tensor:
+        kernels, alone, upstream = parts
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(kernels)
+            found = keras.ops.conv(
+                alone[tf.newaxis], kernels, strides, padding, "channels_last", dilation
+            )[0]
+        return tape.gradient(found, kernels, output_gradients=upstream)
+
+    x, g = (_groups_as_rows(t, groups) for t in (x, g))
+    found = map_rows(one, [tf.zeros([tf.shape(x)[0], *kernel, channels, filters], x.dtype), x, g])
+    found = tf.reshape(found, [-1, groups, *kernel, channels, filters])
+    places = range(2, len(shape) + 1)
+    found = tf.transpose(found, (*places, 0, 1, len(shape) + 1))
+    return tf.reshape(found, [*shape[:-1], -1, shape[-1]])
+
+
+def _groups_as_rows(tensor: Tensor, groups: int) -> Tensor:
+    """(B, *space, channels) as (B groups, *space, channels / groups)."""
+    if groups == 1:
+        return tensor
+    each, space = tensor.shape[-1] // groups, tensor.shape[1:-1]
+    split = tf.reshape(tensor, tf.concat([tf.shape(tensor)[:-1], [groups, each]], 0))
+    moved = tf.transpose(split, (0, len(space) + 1, *range(1, len(space) + 1), len(space) + 2))
+    rows = tf.reshape(moved, tf.concat([[-1], tf.shape(moved)[2:]], 0))
+    return tf.ensure_shape(rows, [None, *space, each])
 
 
 def _in_parts(

@@ -46,10 +46,10 @@ def least_square(tensor: Tensor) -> float:
 def squared_lengths(tensor: Tensor) -> Tensor:
     """The squared length of each vector along the last axis, (...,), in float64.
 
-    Squared, added up in any order and rooted in its own type, which is off by at most as many
-    roundings as a vector has numbers, and six; no tensor of squares is ever there.
+    The sum, in any order, and its root are taken in the type of the vectors: for n numbers that
+    is off by n + 6 roundings at most. No tensor of squares is made.
     """
-    if is_for_xla():  # it lacks that operation, and makes one of these
+    if is_for_xla():  # it lacks the operation, and makes a single loop of these
         return tf.cast(tf.reduce_sum(tf.square(tensor), axis=-1), tf.float64)
     lengths = tf.raw_ops.EuclideanNorm(input=tensor, axis=[-1])
     return tf.square(tf.cast(lengths, tf.float64))
