@@ -95,6 +95,19 @@ def test_microbatches_bring_a_step_to_the_memory_of_an_ordinary_one(
     assert max(machine.ran) <= 64
 
 
+def test_a_height_that_was_missed_is_that_of_the_sums_at_least(monkeypatch):
+    """Or a step whose memory doesn't grow would seem to be one whose memory does nothing else."""
+    machine = Machine(monkeypatch, left=10**9)
+    whole = machine.run(10, always=30_000)
+
+    def step(rows):
+        whole(rows)
+        machine._taken *= rows > 4
+
+    ordinary = Ordinary(machine.run(10, always=30_000), held=30_000, rows=256)
+    assert rows_that_fit(Step(step, held=30_000), 352, ordinary) == 352
+
+
 @pytest.mark.parametrize(("rows", "wanted"), [(128, 51), (32, 19), (30, 30), (1, 1)])
 def test_microbatches_have_rows_enough(rows, wanted, monkeypatch):
     machine = Machine(monkeypatch, left=10**9)

@@ -39,7 +39,8 @@ class Step:
 
     Attributes:
         run: Computes on that many made-up rows.
-        held: Bytes of the clipped sums: microbatches add them up in as many more.
+        held: Bytes of the clipped sums, which it takes at least: microbatches add them up in as
+            many more.
         multiple: It runs on multiples of so many rows only.
     """
 
@@ -87,6 +88,7 @@ def _by_growth(step: Step, most: int, left: int, ordinary: Ordinary | None) -> i
     at_few = backend.memory_taken(lambda: step.run(few))
     if at_few is None:
         return None
+    at_few = max(at_few, step.held)  # its height is easily missed where it takes no time
     # None takes more than its share of these: the others are sure to fit.
     each = at_few / few
     sure = int(min(most, max(_MORE, few), room / max(each, 1)))
