@@ -61,7 +61,11 @@ def filter_gradients(
         strides, padding, dilation, groups: Of the convolution.
     """
     if x.shape.rank > 4 or not _folded_filter_gradients_work(x.dtype.name):
-        return _one_at_a_time(x, g, shape, strides, padding, dilation, groups)
+
+        def convolved(x: Tensor, filters: Tensor) -> Tensor:
+            return keras.ops.conv(x, filters, strides, padding, "channels_last", dilation)
+
+        return _one_at_a_time(convolved, x, g, shape, groups)
 
     def at_once(x: Tensor, g: Tensor) -> Tensor:
         return _folded(x, g, shape, strides, padding, dilation)
@@ -70,12 +74,10 @@ def filter_gradients(
 
 
 def _one_at_a_time(
+    convolved: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     g: Tensor,
     shape: Sequence[int],
-    strides: Any,
-    padding: str,
-    dilation: Any,
     groups: int,
 ) -> Tensor:
     """Each group of each example by itself, as TensorFlow has no such gradient of groups here."""
@@ -86,9 +88,7 @@ def _one_at_a_time(
         kernels, alone, upstream = parts
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(kernels)
-            found = keras.ops.conv(
-                alone[tf.newaxis], kernels, strides, padding, "channels_last", dilation
-            )[0]
+            found = convolved(alone[tf.newaxis], kernels)[0]
         return tape.gradient(found, kernels, output_gradients=upstream)
 
     x, g = (_groups_as_rows(t, groups) for t in (x, g))
